@@ -1,0 +1,97 @@
+"""A run as a value: what is trained, on what, how long. `flaxzoo.train` carries it out."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..layers.spec import Spec
+from ..zoo.decoder import Decoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Spec):
+    """The text to train on, and how it becomes tokens."""
+
+    source: tuple[str, ...] = ("shakespeare",)
+    """Where text comes from: 'shakespeare', a file, folder or glob of .txt / .jsonl(.gz) / .parquet files, or 'tfds:NAME'."""
+    weights: tuple[float, ...] = ()
+    """Share of each source in the mixture, in their order; empty: by size."""
+    text_field: str = "text"
+    """The field of a JSONL, parquet or TFDS record that holds the text."""
+    heldout: float = 0.05
+    """Fraction of each source kept for evaluation, where it has no validation split of its own."""
+    heldout_bytes: int = 1_000_000
+    """At most so many bytes of text are evaluated on."""
+    tokenizer: str = ""
+    """Path of a tokenizer.json; empty: a byte-level BPE of the model's vocabulary is trained on the text and cached."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer(Spec):
+    """An optax optimizer by name with its schedule. Learning rates are per step."""
+
+    name: Literal["adamw", "lion", "muon", "adafactor", "sgd"] = "adamw"
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """After the warmup: cosine; warmup-stable-decay (the last `decay_fraction` falls linearly); linear; or none."""
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    """Share of the steps in which 'wsd' decays."""
+    final_fraction: float = 0.1
+    """The learning rate at the last step over the highest one."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norms, biases and other vectors have none."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0
+    """Largest global norm of the gradient; 0: no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Spec):
+    """A training run. Sizes are global: over all devices and processes."""
+
+    model: Decoder
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    steps: int = 1000
+    batch: int = 32
+    """Sequences in one optimizer step."""
+    length: int = 512
+    """Tokens in a sequence (T)."""
+    accumulate: int = 1
+    """Micro-batches a step is split into, one after another, to save memory. Changes no result."""
+    mesh: str = ""
+    """Mesh axes and sizes, e.g. 'fsdp=4,tensor=2'; empty: fsdp over every device the batch divides by."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What layers compute in. Parameters and optimizer state stay float32."""
+    remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
+    """What the backward pass recomputes instead of storing: nothing, whole blocks, all but matmuls, all but weight matmuls."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition (PaLM, 2204.02311, section 5)."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the parameters; 0: none is kept."""
+    max_bad_steps: int = 5
+    """Steps in a row with a non-finite loss or gradient, each skipped, before the run stops."""
+    seed: int = 0
+    eval_every: int = 100
+    """Steps between evaluations on held-out text; 0: only at the end."""
+    sample_every: int = 100
+    """Steps between printed samples; 0: none."""
+    prompt: str = "\n"
+    """What the samples continue."""
+    save_every: int = 100
+    """Steps between checkpoints; 0: only at the end."""
+    keep_last: int = 2
+    """Latest checkpoints kept; the one of the lowest held-out loss is kept besides."""
+    profile: str = ""
+    """Steps to trace with the JAX profiler, e.g. '10:13'; empty: none."""
+
+    def __post_init__(self) -> None:
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"the batch must be a multiple of accumulate, got batch={self.batch}, accumulate={self.accumulate}"
+            )
+        for name in ("steps", "batch", "length", "accumulate", "keep_last", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

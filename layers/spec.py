@@ -1,0 +1,141 @@
+"""Specs: frozen values that describe a model or a run, compose, compare, and travel as JSON."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a misspelled name: what it is, "did you mean", and what exists."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return ValueError(f"unknown {what} {name!r}{hint} Known: {', '.join(known)}" if hint else
+                      f"unknown {what} {name!r}. Known: {', '.join(known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """A frozen description made of numbers, strings, tuples and other specs.
+
+    Subclasses are frozen, keyword-only dataclasses. Class names are unique: they are the `kind` in JSON.
+    """
+
+    _kinds: ClassVar[dict[str, type["Spec"]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        known = Spec._kinds.setdefault(cls.__name__, cls)
+        if known.__module__ != cls.__module__:
+            raise TypeError(f"two specs are named {cls.__name__}: {known.__module__} and {cls.__module__}")
+        Spec._kinds[cls.__name__] = cls
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; a dotted name (`"model.dim"`, as a dict key) reaches inside."""
+        names = {field.name for field in dataclasses.fields(self)}
+        direct: dict[str, Any] = {}
+        nested: dict[str, dict[str, Any]] = {}
+        for path, value in changes.items():
+            name, _, rest = path.partition(".")
+            if name not in names:
+                raise unknown(f"field of {type(self).__name__}", name, names)
+            if rest:
+                nested.setdefault(name, {})[rest] = value
+            else:
+                direct[name] = value
+        for name, inner in nested.items():
+            direct[name] = _replace_inside(direct.get(name, getattr(self, name)), inner)
+        return dataclasses.replace(self, **direct)
+
+    def flat(self) -> dict[str, Any]:
+        """Every leaf by its dotted name, e.g. `{"block.0.mixer.heads": 8}`; nested specs add their `kind`."""
+        return dict(_flatten("", self.to_dict()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data: `{"kind": class name, field: value, ...}`."""
+        return {"kind": type(self).__name__} | {
+            field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`. Raises ValueError on an unknown kind, field or wrong type of value."""
+        kind = data.get("kind", "")
+        if kind not in Spec._kinds:
+            raise unknown("kind of spec", str(kind), Spec._kinds)
+        found = Spec._kinds[kind]
+        if not issubclass(found, cls):
+            raise ValueError(f"expected a {cls.__name__}, got a {kind}")
+        types_of = typing.get_type_hints(found)
+        names = {field.name for field in dataclasses.fields(found)}
+        for name in data.keys() - names - {"kind"}:
+            raise unknown(f"field of {kind}", name, names)
+        return found(**{name: _typed(data[name], types_of[name], f"{kind}.{name}") for name in names & data.keys()})
+
+
+def _replace_inside(value: Any, changes: dict[str, Any]) -> Any:
+    if isinstance(value, Spec):
+        return value.replace(**changes)
+    if isinstance(value, tuple):
+        items = list(value)
+        for path, new in changes.items():
+            index, _, rest = path.partition(".")
+            if not index.isdecimal() or int(index) >= len(items):
+                raise ValueError(f"expected an index below {len(items)}, got {index!r}")
+            items[int(index)] = _replace_inside(items[int(index)], {rest: new}) if rest else new
+        return tuple(items)
+    raise ValueError(f"{value!r} has no fields to change, got {', '.join(changes)}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Spec):
+        return value.to_dict()
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a spec holds numbers, strings, tuples and specs, got {value!r}")
+
+
+def _flatten(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(value, dict):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = enumerate(value)
+    else:
+        yield prefix, tuple(value) if isinstance(value, list) else value
+        return
+    for name, inner in items:
+        yield from _flatten(f"{prefix}.{name}" if prefix else str(name), inner)
+
+
+def _typed(value: Any, wanted: Any, where: str) -> Any:
+    """`value` from JSON as the annotated type `wanted`, or a ValueError that names the field."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            try:
+                return _typed(value, option, where)
+            except ValueError as error:
+                last = error
+        raise last
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise unknown(where, str(value), map(str, arguments))
+        return value
+    if origin is tuple and isinstance(value, list):
+        inner = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        if len(inner) == len(value):
+            return tuple(_typed(v, t, f"{where}.{i}") for i, (v, t) in enumerate(zip(value, inner, strict=True)))
+    elif isinstance(wanted, type) and issubclass(wanted, Spec) and isinstance(value, Mapping):
+        return wanted.from_dict(value)
+    elif wanted is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif wanted is type(None) and value is None:
+        return None
+    elif isinstance(wanted, type) and type(value) is wanted:
+        return value
+    raise ValueError(f"{where} must be {getattr(wanted, '__name__', wanted)}, got {value!r}")
