@@ -1,5 +1,6 @@
 """Specs: frozen values that describe a model or a run, compose, compare, and travel as JSON."""
 
+import abc
 import dataclasses
 import difflib
 import types
@@ -13,13 +14,12 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
     """The error for a misspelled name: what it is, "did you mean", and what exists."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return ValueError(f"unknown {what} {name!r}{hint} Known: {', '.join(known)}" if hint else
-                      f"unknown {what} {name!r}. Known: {', '.join(known)}")
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
+    return ValueError(f"unknown {what} {name!r}{hint} Known: {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
+class Spec(abc.ABC):
     """A frozen description made of numbers, strings, tuples and other specs.
 
     Subclasses are frozen, keyword-only dataclasses. Class names are unique: they are the `kind` in JSON.

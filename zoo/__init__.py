@@ -1,0 +1,11 @@
+"""Language models as values, their weights in and out, and generation."""
+
+from ..layers.attention import Attention as Attention
+from ..layers.block import Block as Block
+from ..layers.mlp import MLP as MLP
+from ..layers.mlp import GatedMLP as GatedMLP
+from ..layers.norm import LayerNorm as LayerNorm
+from ..layers.norm import RMSNorm as RMSNorm
+from ..layers.rope import Rope as Rope
+from .decoder import Decoder as Decoder
+from .decoder import DecoderModel as DecoderModel

@@ -1,0 +1,3 @@
+"""Attention kernels behind one function."""
+
+from .attend import attend as attend

@@ -1,0 +1,107 @@
+"""Multi-head, grouped-query and multi-query attention."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from .kernels import attend
+from .linear import Linear
+from .masks import Causal, Documents, Window
+from .mixer import Cache, Mixer, Places
+from .norm import Norm
+from .rope import Rope
+from .sharding import parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Mixer):
+    """Causal attention with N query heads on K key/value heads of dim H: MHA (K = N), GQA (2305.13245), MQA (K = 1)."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: Rope | None = field(default_factory=Rope)
+    bias: bool = False
+    """Biases on queries, keys and values."""
+    output_bias: bool = False
+    qk_norm: Norm | None = None
+    """Normalisation of each query and key head (2302.05442)."""
+    window: int | None = None
+    """A query sees so many latest tokens, itself included."""
+    soft_cap: float | None = None
+    """Logits become cap tanh(logits / cap)."""
+    sinks: bool = False
+    """A learned logit per head that draws attention to nothing."""
+    scale: float | None = None
+    """Of the logits; 1 / sqrt(H) if not given."""
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"query heads must be a multiple of key/value heads, got heads={self.heads}, kv_heads={self.kv_heads}"
+            )
+
+    def build(self, dim: int, *, rngs: nnx.Rngs) -> "AttentionLayer":
+        """The layer for hidden size D = `dim`."""
+        return AttentionLayer(self, dim, rngs=rngs)
+
+    def flops(self, dim: int, length: int) -> float:
+        """Floating-point operations of one token in the forward pass, averaged over a document of `length` tokens."""
+        projections = 2 * dim * self.head_dim * 2 * (self.heads + self.kv_heads)
+        seen = min(self.window or length, length)
+        keys = seen * (length - (seen - 1) / 2) / length
+        return projections + 4 * keys * self.heads * self.head_dim
+
+    def cache(self, batch: int, length: int, dtype: Any) -> Cache:
+        """Keys and values, B S K H each."""
+        shape = (batch, length, self.kv_heads, self.head_dim)
+        return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+
+
+class AttentionLayer(nnx.Module):
+    """Projections, rotary positions, attention and the way back."""
+
+    def __init__(self, spec: Attention, dim: int, *, rngs: nnx.Rngs):
+        sizes = {"D": dim, "N": spec.heads, "K": spec.kv_heads, "H": spec.head_dim}
+        self.spec = spec
+        self.query = Linear("D -> N H", sizes, rngs=rngs, bias=spec.bias)
+        self.key = Linear("D -> K H", sizes, rngs=rngs, bias=spec.bias)
+        self.value = Linear("D -> K H", sizes, rngs=rngs, bias=spec.bias)
+        self.output = Linear("N H -> D", sizes, rngs=rngs, bias=spec.output_bias)
+        self.query_norm = spec.qk_norm.build("H", spec.head_dim) if spec.qk_norm else None
+        self.key_norm = spec.qk_norm.build("H", spec.head_dim) if spec.qk_norm else None
+        self.sinks = parameter("N", jnp.zeros(spec.heads)) if spec.sinks else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], places: Places, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """The layer's output in the dtype of `x`, and the cache with this call's keys and values written into it."""
+        spec = self.spec
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if spec.rope is not None:
+            query, key = spec.rope(query, places.positions), spec.rope(key, places.positions)
+        if cache is None:
+            mask = Causal() & Documents(places.segments, places.segments)
+            start = 0
+        else:
+            start = places.positions[:, 0]
+            cache = {"key": _write(cache["key"], key, start), "value": _write(cache["value"], value, start)}
+            key, value = cache["key"].astype(x.dtype), cache["value"].astype(x.dtype)
+            mask = Causal(start)
+        if spec.window is not None:
+            mask = mask & Window(spec.window, offset=start)
+        sinks = None if self.sinks is None else self.sinks[...]
+        mixed = attend(query, key, value, mask=mask, soft_cap=spec.soft_cap, sinks=sinks, scale=spec.scale)
+        return self.output(mixed), cache
+
+
+@jax.vmap
+def _write(slots: Array, new: Array, start: Array) -> Array:
+    """Puts `new` (T K H) into `slots` (S K H) from `start` on."""
+    return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=0)

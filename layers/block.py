@@ -1,0 +1,66 @@
+"""A block: a mixer and a feed-forward layer around a residual stream."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from .mixer import Cache, Mixer, Places
+from .mlp import FeedForward
+from .norm import Norm, RMSNorm
+from .spec import Spec
+
+Placement = Literal["pre", "post", "output", "sandwich", "parallel"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block(Spec):
+    """A mixer and a feed-forward layer on one residual stream x.
+
+    Where the norms stand, f being either layer:
+    pre: x + f(norm(x)) (GPT-2, Llama); post: norm(x + f(x)) (1706.03762); output: x + norm(f(x)) (OLMo 2);
+    sandwich: x + norm(f(norm(x))) (Gemma 2); parallel: x + mixer(norm(x)) + ffn(norm(x)) (GPT-J, PaLM).
+    """
+
+    mixer: Mixer
+    ffn: FeedForward
+    norm: Norm = field(default_factory=RMSNorm)
+    placement: Placement = "pre"
+
+    def build(self, dim: int, *, rngs: nnx.Rngs) -> "BlockLayer":
+        """The block for hidden size D = `dim`."""
+        return BlockLayer(self, dim, rngs=rngs)
+
+
+class BlockLayer(nnx.Module):
+    """One block of a decoder."""
+
+    def __init__(self, spec: Block, dim: int, *, rngs: nnx.Rngs):
+        before = spec.placement in ("pre", "sandwich", "parallel")
+        after = spec.placement in ("post", "output", "sandwich")
+        parallel = spec.placement == "parallel"
+        self.spec = spec
+        self.mixer_norm = spec.norm.build("D", dim) if before else None
+        self.mixer = spec.mixer.build(dim, rngs=rngs)
+        self.mixer_output_norm = spec.norm.build("D", dim) if after else None
+        self.ffn_norm = spec.norm.build("D", dim) if before and not parallel else None
+        self.ffn = spec.ffn.build(dim, rngs=rngs)
+        self.ffn_output_norm = spec.norm.build("D", dim) if after else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], places: Places, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """The residual stream after this block, and the mixer's cache."""
+        inside = x if self.mixer_norm is None else self.mixer_norm(x)
+        mixed, cache = self.mixer(inside, places, cache)
+        if self.spec.placement == "parallel":
+            return x + mixed + self.ffn(inside), cache
+        x = self._join(x, mixed, self.mixer_output_norm)
+        inside = x if self.ffn_norm is None else self.ffn_norm(x)
+        return self._join(x, self.ffn(inside), self.ffn_output_norm), cache
+
+    def _join(self, x: Array, branch: Array, norm: nnx.Module | None) -> Array:
+        if norm is None:
+            return x + branch
+        return norm(x + branch) if self.spec.placement == "post" else x + norm(branch)

@@ -1,0 +1,51 @@
+"""Linear maps between named axes, and embeddings."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from .sharding import einsum, gather, parameter, spec_of, split_as
+
+
+class Linear(nnx.Module):
+    """y = x W + b between named axes: `Linear("D -> N H", {"D": 64, "N": 4, "H": 16}, rngs=rngs)` maps B T D to B T N H.
+
+    W starts normal with standard deviation `std` (default 1 / sqrt of the input size), b at zero.
+    """
+
+    def __init__(
+        self, axes: str, sizes: Mapping[str, int], *, rngs: nnx.Rngs, bias: bool = False, std: float | None = None
+    ):
+        inputs, outputs = (side.split() for side in axes.split("->"))
+        fan_in = math.prod(sizes[letter] for letter in inputs)
+        shape = tuple(sizes[letter] for letter in inputs + outputs)
+        value = jax.random.normal(rngs.params(), shape, jnp.float32) * (std or 1 / math.sqrt(fan_in))
+        self.axes = axes
+        self.weight = parameter(" ".join(inputs + outputs), value)
+        self.bias = parameter(" ".join(outputs), jnp.zeros(shape[len(inputs) :])) if bias else None
+
+    def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+        """Maps the last axes of `x`, in the dtype of `x`."""
+        inputs, outputs = (side.strip() for side in self.axes.split("->"))
+        weight = gather(self.weight[...], x.dtype)
+        y = einsum(f"B T {inputs}, {inputs} {outputs} -> B T {outputs}", x, weight)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, looked up by id and, transposed, the map from hidden states to logits."""
+
+    def __init__(self, axes: str, rows: int, dim: int, *, rngs: nnx.Rngs, std: float = 0.02):
+        self.table = parameter(axes, jax.random.normal(rngs.params(), (rows, dim), jnp.float32) * std)
+
+    def __call__(self, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
+        """The rows of `ids`, in `dtype`."""
+        table = gather(self.table[...], dtype)
+        return table.at[ids].get(out_sharding=split_as(*spec_of(ids), None))
+
+

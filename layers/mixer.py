@@ -1,0 +1,44 @@
+"""What a layer that mixes information between tokens offers, whatever it is made of."""
+
+import abc
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Int
+
+from .spec import Spec
+
+Cache = dict[str, Array]
+"""What a mixer remembers of earlier tokens, one array a name, the batch first."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Places:
+    """Where each token stands: its position in its document, and the document it belongs to (0: padding)."""
+
+    positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixer(Spec):
+    """A token-mixing layer: attention, or any sequence model.
+
+    Its layer is called as `layer(x, places, cache=None)` with x: B T D, and returns (B T D, cache). With a cache, each
+    row is one document whose token at position p is written to slot p, and its positions are consecutive.
+    """
+
+    @abc.abstractmethod
+    def build(self, dim: int, *, rngs: nnx.Rngs) -> nnx.Module:
+        """The layer for hidden size D = `dim`."""
+
+    @abc.abstractmethod
+    def flops(self, dim: int, length: int) -> float:
+        """Floating-point operations of one token in the forward pass, averaged over a document of `length` tokens."""
+
+    @abc.abstractmethod
+    def cache(self, batch: int, length: int, dtype: Any) -> Cache:
+        """An empty cache for `batch` documents of up to `length` tokens."""

@@ -1,0 +1,209 @@
+"""The decoder: a language model made of a repeating pattern of blocks."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ..layers.block import Block
+from ..layers.linear import Embedding
+from ..layers.mixer import Cache, Places
+from ..layers.norm import Norm, RMSNorm
+from ..layers.sharding import einsum, gather
+from ..layers.spec import Spec
+
+Remat = Literal["none", "full", "dots", "dots_no_batch"]
+POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What the backward pass of a block keeps, by name; "none" recomputes nothing."""
+
+Caches = dict[str, Any]
+"""The caches of all blocks: `{"stack": one per block of the pattern, "rest": one per remaining block}`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder(Spec):
+    """A decoder-only language model.
+
+    Its `layers` blocks repeat the pattern `block`; whole repeats are stacked and scanned, so that neither the program nor
+    the time to compile it grows with depth. `first` blocks stand before the pattern; an incomplete last repeat is unrolled.
+    """
+
+    vocab: int
+    dim: int
+    layers: int
+    block: tuple[Block, ...]
+    first: tuple[Block, ...] = ()
+    norm: Norm | None = field(default_factory=RMSNorm)
+    tied: bool = True
+    """The output embedding is the input embedding."""
+    max_positions: int = 0
+    """Rows of a learned table of absolute positions (GPT-2); 0: none."""
+    scale_embedding: bool = False
+    """Embeddings are multiplied by sqrt(D), as in Gemma."""
+    soft_cap: float | None = None
+    """Logits become cap tanh(logits / cap) (Gemma 2)."""
+
+    def __post_init__(self) -> None:
+        if not self.block or self.layers < len(self.first):
+            raise ValueError(
+                f"a decoder needs a block pattern and at least as many layers as first blocks, got "
+                f"{len(self.block)} blocks, layers={self.layers}, {len(self.first)} first blocks"
+            )
+
+    @property
+    def repeats(self) -> int:
+        """How many whole repeats of the pattern are stacked."""
+        return (self.layers - len(self.first)) // len(self.block)
+
+    @property
+    def rest(self) -> tuple[Block, ...]:
+        """The blocks of the incomplete last repeat."""
+        return self.block[: (self.layers - len(self.first)) % len(self.block)]
+
+    @property
+    def all_blocks(self) -> tuple[Block, ...]:
+        """Every block in order of depth."""
+        return (*self.first, *self.block * self.repeats, *self.rest)
+
+    def build(self, *, rngs: nnx.Rngs) -> "DecoderModel":
+        """The model with fresh parameters, float32."""
+        return DecoderModel(self, rngs=rngs)
+
+    def abstract(self) -> "DecoderModel":
+        """The model with shapes in place of arrays: nothing is computed or stored."""
+        return jax.eval_shape(lambda: self.build(rngs=nnx.Rngs(0)))
+
+    def flops(self, length: int) -> float:
+        """Floating-point operations of one token in the forward pass, averaged over a document of `length` tokens.
+
+        Matmuls and attention only, as is the custom (2204.02311, appendix B); attention counts visible keys.
+        """
+        blocks = sum(b.mixer.flops(self.dim, length) + b.ffn.flops(self.dim) for b in self.all_blocks)
+        return blocks + 2 * self.dim * self.vocab
+
+    def cache(self, batch: int, length: int, dtype: Any) -> Caches:
+        """Empty caches for `batch` documents of up to `length` tokens."""
+
+        def stacked(block: Block) -> Cache:
+            one = block.mixer.cache(batch, length, dtype)
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.repeats, *x.shape)), one)
+
+        rest = [block.mixer.cache(batch, length, dtype) for block in (*self.first, *self.rest)]
+        return {"stack": [stacked(block) for block in self.block], "rest": rest}
+
+
+class DecoderModel(nnx.Module):
+    """Embedding, blocks, final norm and head."""
+
+    def __init__(self, spec: Decoder, *, rngs: nnx.Rngs):
+        def stack(block: Block) -> nnx.Module:
+            keys = jax.random.split(rngs.params(), spec.repeats)
+            return jax.vmap(lambda key: block.build(spec.dim, rngs=nnx.Rngs(key)))(keys)
+
+        self.spec = spec
+        std = 0.02 if not spec.scale_embedding else 1 / math.sqrt(spec.dim)
+        self.embedding = Embedding("V D", spec.vocab, spec.dim, rngs=rngs, std=std)
+        self.positions = Embedding("S D", spec.max_positions, spec.dim, rngs=rngs) if spec.max_positions else None
+        self.first = nnx.List([block.build(spec.dim, rngs=rngs) for block in spec.first])
+        self.stack = nnx.List([stack(block) for block in spec.block] if spec.repeats else [])
+        self.rest = nnx.List([block.build(spec.dim, rngs=rngs) for block in spec.rest])
+        self.norm = spec.norm.build("D", spec.dim) if spec.norm else None
+        self.head = None if spec.tied else Embedding("V D", spec.vocab, spec.dim, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        places: Places | None = None,
+        caches: Caches | None = None,
+        *,
+        dtype: Any = jnp.float32,
+    ) -> tuple[Float[Array, "B T V"], Caches | None]:
+        """Float32 logits of the next token, and the caches with these tokens in them."""
+        x, caches = self.hidden(tokens, places, caches, dtype=dtype)
+        return self.logits(x), caches
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        places: Places | None = None,
+        caches: Caches | None = None,
+        *,
+        dtype: Any = jnp.float32,
+        remat: Remat = "none",
+    ) -> tuple[Float[Array, "B T D"], Caches | None]:
+        """Final hidden states, computed in `dtype`, and the caches with these tokens in them.
+
+        Without `places`, each row is one document from position 0 on.
+        """
+        places = plain_places(tokens) if places is None else places
+        x = self.embedding(tokens, dtype)
+        if self.spec.scale_embedding:
+            x = x * jnp.asarray(math.sqrt(self.spec.dim), dtype)
+        if self.positions is not None:
+            x = x + self.positions(places.positions, dtype)
+        count = len(self.first)
+        rest = [None] * (count + len(self.rest)) if caches is None else caches["rest"]
+        x, first = self._unrolled(list(self.first), x, places, rest[:count], remat)
+        x, stack = self._scanned(x, places, None if caches is None else caches["stack"], remat)
+        x, last = self._unrolled(list(self.rest), x, places, rest[count:], remat)
+        x = x if self.norm is None else self.norm(x)
+        return x, None if caches is None else {"stack": stack, "rest": first + last}
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Float32 logits of hidden states."""
+        head = gather(self.output_embedding, x.dtype)
+        logits = einsum("B T D, V D -> B T V", x, head, preferred_element_type=jnp.float32)
+        cap = self.spec.soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    @property
+    def output_embedding(self) -> Float[Array, "V D"]:
+        """The matrix that turns hidden states into logits: the input embedding where they are tied."""
+        return (self.embedding if self.head is None else self.head).table[...]
+
+    def _unrolled(
+        self, blocks: list[Any], x: Array, places: Places, caches: list[Any], remat: Remat
+    ) -> tuple[Array, list[Any]]:
+        after = []
+        for block, cache in zip(blocks, caches, strict=True):
+            x, cache = _checkpointed(_apply, remat)(block, x, places, cache)
+            after.append(cache)
+        return x, after
+
+    def _scanned(
+        self, x: Array, places: Places, caches: list[Any] | None, remat: Remat
+    ) -> tuple[Array, list[Any] | None]:
+        if not self.spec.repeats:
+            return x, caches
+
+        def repeat(x: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
+            blocks, caches = layer
+            after = []
+            for block, cache in zip(blocks, caches or [None] * len(blocks), strict=True):
+                x, cache = _apply(block, x, places, cache)
+                after.append(cache)
+            return x, after if caches is not None else None
+
+        return jax.lax.scan(_checkpointed(repeat, remat), x, (self.stack, caches))
+
+
+def plain_places(tokens: Int[Array, "B T"]) -> Places:
+    """Each row one document from position 0 on."""
+    positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=tokens.dtype)
+    return Places(positions=positions, segments=jnp.ones_like(tokens))
+
+
+def _apply(block: Any, x: Array, places: Places, cache: Cache | None) -> tuple[Array, Cache | None]:
+    return block(x, places, cache)
+
+
+def _checkpointed(function: Any, remat: Remat) -> Any:
+    return function if remat == "none" else jax.checkpoint(function, policy=POLICIES[remat], prevent_cse=False)
