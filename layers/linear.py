@@ -26,7 +26,7 @@ class Linear(nnx.Module):
         shape = tuple(sizes[letter] for letter in inputs + outputs)
         value = jax.random.normal(rngs.params(), shape, jnp.float32) * (std or 1 / math.sqrt(fan_in))
         self.axes = axes
-        self.weight = parameter(" ".join(inputs + outputs), value)
+        self.weight = parameter(" ".join(inputs + outputs), value, inputs=len(inputs))
         self.bias = parameter(" ".join(outputs), jnp.zeros(shape[len(inputs) :])) if bias else None
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
@@ -41,7 +41,7 @@ class Embedding(nnx.Module):
     """A table of vectors, looked up by id and, transposed, the map from hidden states to logits."""
 
     def __init__(self, axes: str, rows: int, dim: int, *, rngs: nnx.Rngs, std: float = 0.02):
-        self.table = parameter(axes, jax.random.normal(rngs.params(), (rows, dim), jnp.float32) * std)
+        self.table = parameter(axes, jax.random.normal(rngs.params(), (rows, dim), jnp.float32) * std, inputs=1)
 
     def __call__(self, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
         """The rows of `ids`, in `dtype`."""

@@ -47,10 +47,10 @@ def parameter_axes(name: str, variable: Any) -> str:
     return " ".join(["L"] * (len(variable.shape) - len(axes.split())) + axes.split())
 
 
-def parameter(axes: str, value: Float[Array, "..."]) -> nnx.Param:
-    """An NNX parameter that knows its axis letters."""
+def parameter(axes: str, value: Float[Array, "..."], inputs: int = 0) -> nnx.Param:
+    """An NNX parameter that knows its axis letters and, if it is a matrix, how many of the first ones are its input."""
     assert value.ndim == len(axes.split()), (axes, value.shape)
-    return nnx.Param(value, axes=axes)
+    return nnx.Param(value, axes=axes, inputs=inputs)
 
 
 def check_divides(name: str, axes: str, shape: tuple[int, ...], mesh: Mesh) -> None:

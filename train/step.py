@@ -1,0 +1,164 @@
+"""The training step: one jitted function from a state and a batch to the next state."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from ..configs.run import Run
+from ..layers.loss import cross_entropy
+from ..layers.mixer import Places
+from ..zoo.decoder import DecoderModel
+from ..zoo.parameters import Parameters, describe, merge, shardings, split
+from . import optimizer
+
+Batch = dict[str, Array]
+"""`tokens`, `targets`, `segments`, `positions`: Int "B T"; `weights`: Float "B T", 0 where there is no target."""
+
+
+class State(TypedDict):
+    """Everything that training changes. All of it is saved."""
+
+    step: Int[Array, ""]
+    params: Parameters
+    """Float32 master parameters."""
+    optimizer: Any
+    ema: Parameters
+    """Moving average of the parameters; empty if none is kept."""
+    bad_steps: Int[Array, ""]
+    """Steps in a row that were skipped, up to now."""
+    skipped: Int[Array, ""]
+    """All steps that were skipped because loss or gradient was not finite."""
+    rng: Array
+    """The key all randomness of the run comes from."""
+
+
+def initial_state(run: Run, mesh: Mesh) -> State:
+    """Fresh parameters and optimizer state, each made where it lives on the mesh (the ambient one)."""
+    abstract = run.model.abstract()
+    transformation = optimizer.make(run.optimizer, run.steps, describe(abstract))
+
+    def parameters() -> Parameters:
+        return split(run.model.build(rngs=nnx.Rngs(run.seed)))
+
+    params = jax.jit(parameters, out_shardings=shardings(describe(abstract), mesh))()
+
+    def rest(params: Parameters) -> State:
+        zero = jnp.zeros((), jnp.int32)
+        return State(
+            step=zero,
+            params=params,
+            optimizer=transformation.init(params),
+            ema=jax.tree.map(jnp.copy, params) if run.ema else {},
+            bad_steps=zero,
+            skipped=zero,
+            rng=jax.random.key(run.seed),
+        )
+
+    return jax.jit(rest, donate_argnums=0)(params)
+
+
+def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
+    """The jitted training step; the state is donated. Metrics are float32 scalars.
+
+    Loss and gradient are means over the tokens of the whole batch, however it is cut into micro-batches: every
+    micro-batch adds its sums, divided by the batch's own count of tokens. A step whose loss or gradient is not finite
+    changes nothing but its counters.
+    """
+    abstract = run.model.abstract()
+    transformation = optimizer.make(run.optimizer, run.steps, describe(abstract))
+    rate = optimizer.schedule(run.optimizer, run.steps)
+
+    def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
+        loss, nll, gradients = _gradients(run, abstract, state["params"], batch)
+        norm = optax.global_norm(gradients)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if run.optimizer.clip:
+            scale = jnp.minimum(1.0, run.optimizer.clip / jnp.maximum(norm, 1e-12))
+            gradients = jax.tree.map(lambda g: g * scale, gradients)
+        params, optimizer_state = optimizer.update(transformation, gradients, state["optimizer"], state["params"])
+        new = {"params": params, "optimizer": optimizer_state, "ema": _average(run.ema, state["ema"], params)}
+        kept = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, {name: state[name] for name in new})
+        bad = 1 - good.astype(jnp.int32)
+        counters = {
+            "step": state["step"] + 1,
+            "bad_steps": (state["bad_steps"] + 1) * bad,
+            "skipped": state["skipped"] + bad,
+            "rng": state["rng"],
+        }
+        metrics = {
+            "loss": loss,
+            "nll": nll,
+            "gradient_norm": norm,
+            "learning_rate": jnp.asarray(rate(state["step"] - state["skipped"]), jnp.float32),
+            "bad_steps": counters["bad_steps"].astype(jnp.float32),
+            "skipped": counters["skipped"].astype(jnp.float32),
+        }
+        return State(**kept, **counters), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_evaluation(run: Run) -> Callable[[Parameters, Batch], Float[Array, ""]]:
+    """The jitted sum of negative log-likelihood, in nats, over the tokens of a batch."""
+    abstract = run.model.abstract()
+
+    def evaluate(params: Parameters, batch: Batch) -> Float[Array, ""]:
+        return _sums(run, merge(abstract, params), batch)[1]
+
+    return jax.jit(evaluate)
+
+
+def best_parameters(state: State) -> Parameters:
+    """What is evaluated, sampled from and loaded: the moving average where one is kept."""
+    return state["ema"] or state["params"]
+
+
+def _sums(run: Run, model: DecoderModel, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Training loss and plain negative log-likelihood, summed over tokens."""
+    places = Places(positions=batch["positions"], segments=batch["segments"])
+    hidden, _ = model.hidden(batch["tokens"], places, dtype=jnp.dtype(run.dtype), remat=run.remat)
+    return cross_entropy(
+        hidden,
+        model.output_embedding,
+        batch["targets"],
+        batch["weights"],
+        soft_cap=run.model.soft_cap,
+        z_loss=run.z_loss,
+    )
+
+
+def _gradients(
+    run: Run, abstract: DecoderModel, params: Parameters, batch: Batch
+) -> tuple[Float[Array, ""], Float[Array, ""], Parameters]:
+    """Loss, likelihood (both a mean over tokens) and gradient of a batch."""
+    share = 1.0 / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss_of(params: Parameters, micro: Batch) -> tuple[Array, Array]:
+        loss, nll = _sums(run, merge(abstract, params), micro)
+        return loss * share, nll * share
+
+    if run.accumulate == 1:
+        (loss, nll), gradients = loss_of(params, batch)
+        return loss, nll, gradients
+
+    def add(total: Any, micro: Batch) -> tuple[Any, None]:
+        (loss, nll), gradients = loss_of(params, micro)
+        return jax.tree.map(jnp.add, total, (loss, nll, gradients)), None
+
+    # Row i goes to micro-batch i mod A: each holds rows of every device, and no row moves.
+    micros = {name: jnp.moveaxis(x.reshape(-1, run.accumulate, *x.shape[1:]), 1, 0) for name, x in batch.items()}
+    zero = jnp.zeros(())
+    total, _ = jax.lax.scan(add, (zero, zero, jax.tree.map(jnp.zeros_like, params)), micros)
+    return total
+
+
+def _average(decay: float, ema: Parameters, params: Parameters) -> Parameters:
+    return jax.tree.map(lambda old, new: old * decay + new * (1 - decay), ema, params) if ema else {}

@@ -1,0 +1,74 @@
+"""A model as a flat dictionary of named arrays, and back: the form that is optimised, saved and sharded."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..layers.sharding import check_divides, parameter_axes, partition
+
+Parameters = dict[str, jax.Array]
+"""Arrays by dotted name, e.g. "stack.0.mixer.query.weight"; stacked layers lead with an L axis."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of a parameter without its values."""
+
+    axes: str
+    """Axis letters, e.g. "L D N H"."""
+    shape: tuple[int, ...]
+    dtype: Any
+    inputs: int
+    """How many letters, after L, are the input of a matrix; 0 for vectors."""
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _named(model: nnx.Module) -> list[tuple[str, Any]]:
+    leaves = jax.tree.leaves_with_path(model, is_leaf=_is_variable)
+    return [(".".join(str(getattr(key, "name", getattr(key, "idx", key))) for key in path), leaf) for path, leaf in leaves]
+
+
+def describe(model: nnx.Module) -> dict[str, Description]:
+    """Every parameter of a model (also an abstract one) by name, in the order of the model."""
+    return {
+        name: Description(parameter_axes(name, variable), variable.shape, variable.dtype, variable.get_metadata()["inputs"])
+        for name, variable in _named(model)
+    }
+
+
+def split(model: nnx.Module) -> Parameters:
+    """The arrays of a model by name."""
+    return {name: variable[...] for name, variable in _named(model)}
+
+
+def merge(abstract: Any, parameters: Parameters) -> Any:
+    """The model of these arrays; `abstract` is a model of the same spec."""
+    names = [name for name, _ in _named(abstract)]
+    if set(names) != set(parameters):
+        missing, extra = sorted(set(names) - set(parameters)), sorted(set(parameters) - set(names))
+        raise ValueError(f"parameters do not fit the model: missing {missing}, left over {extra}")
+    return jax.tree.unflatten(jax.tree.structure(abstract), [parameters[name] for name in names])
+
+
+def partitions(descriptions: dict[str, Description], mesh: Mesh) -> dict[str, PartitionSpec]:
+    """How each parameter is split at rest. Raises ValueError where a dimension is not a multiple of its mesh axis."""
+    for name, known in descriptions.items():
+        check_divides(name, known.axes, known.shape, mesh)
+    return {name: partition(known.axes, mesh) for name, known in descriptions.items()}
+
+
+def shardings(descriptions: dict[str, Description], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where each parameter lives at rest."""
+    return {name: NamedSharding(mesh, spec) for name, spec in partitions(descriptions, mesh).items()}
