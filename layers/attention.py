@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jax.sharding import reshard
+from jaxtyping import Array, Float, Int
 
 from .kernels import attend
 from .linear import Linear
@@ -14,7 +15,7 @@ from .masks import Causal, Documents, Window
 from .mixer import Cache, Mixer, Places
 from .norm import Norm
 from .rope import Rope
-from .sharding import parameter
+from .sharding import locally, parameter, spec_of, split_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,11 @@ class AttentionLayer(nnx.Module):
         return self.output(mixed), cache
 
 
-@jax.vmap
-def _write(slots: Array, new: Array, start: Array) -> Array:
-    """Puts `new` (T K H) into `slots` (S K H) from `start` on."""
-    return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=0)
+def _write(slots: Float[Array, "B S K H"], new: Float[Array, "B T K H"], start: Int[Array, " B"]) -> Array:
+    """Puts `new` into `slots` from each row's `start` on; the slots are split as `new` is."""
+
+    def put(new: Array, slots: Array, start: Array) -> Array:
+        return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(slots, new, start, 0)
+
+    spec = split_as(*spec_of(new))
+    return locally(put, new.astype(slots.dtype), slots if spec is None else reshard(slots, spec), start)

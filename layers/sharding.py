@@ -6,6 +6,7 @@ runs with no mesh at all.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -89,8 +90,8 @@ def einsum(axes: str, x: Float[Array, "..."], y: Float[Array, "..."], **options:
     for letters, array in zip(inputs.split(","), (x, y), strict=True):
         for letter, axis in zip(letters.split(), spec_of(array), strict=True):
             placed[letter] = placed.get(letter) or axis
-    spec = (placed[letter] for letter in result.split()) if any(placed.values()) else ()
-    return jnp.einsum(axes.replace(" ", ""), x, y, out_sharding=split_as(*spec), **options)
+    spec = split_as(*(placed[letter] for letter in result.split()))
+    return jnp.einsum(axes.replace(" ", ""), x, y, out_sharding=spec, **options)
 
 
 def shards(array: Array, dim: int) -> int:
@@ -106,5 +107,18 @@ def zeros(shape: tuple[int, ...], dtype: Any, spec: tuple[Any, ...]) -> Array:
 
 
 def split_as(*spec: Any) -> PartitionSpec | None:
-    """The `out_sharding` of a result with these entries; None, for the operation to choose, where nothing is split."""
-    return PartitionSpec(*spec) if any(spec) else None
+    """The `out_sharding` of a result with these entries, or None where there is no mesh."""
+    return None if jax.sharding.get_abstract_mesh().empty else PartitionSpec(*spec)
+
+
+def locally(function: Callable[..., Array], *arrays: Array) -> Array:
+    """Calls `function` on each device's own part of the arrays; the result is split like the first of them."""
+    specs = tuple(PartitionSpec(*spec_of(array)) for array in arrays)
+    if all(axis is None for spec in specs for axis in spec):
+        return function(*arrays)
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0])(*arrays)
+
+
+def whole(array: Array) -> Array:
+    """The array with all of its parts on every device."""
+    return array if jax.sharding.get_abstract_mesh().empty else reshard(array, PartitionSpec())

@@ -9,3 +9,4 @@ from ..layers.norm import RMSNorm as RMSNorm
 from ..layers.rope import Rope as Rope
 from .decoder import Decoder as Decoder
 from .decoder import DecoderModel as DecoderModel
+from .generate import generate as generate

@@ -5,11 +5,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from ..masks import Causal, Mask
-from ..sharding import spec_of
+from ..sharding import locally, spec_of
 from ..spec import unknown
 
 Implementation = Literal["reference", "portable"]
@@ -60,7 +59,6 @@ def attend(
 
     leaves, tree = jax.tree.flatten((q, k, v, mask, sinks))
     traced = [index for index, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
-    specs = tuple(PartitionSpec(*spec_of(leaves[index])) for index in traced)
 
     def call(*arrays: Array) -> Array:
         filled = list(leaves)
@@ -68,13 +66,10 @@ def attend(
             filled[index] = array
         return function(*tree.unflatten(filled), scale, soft_cap)
 
-    arrays = [leaves[index] for index in traced]
-    if all(axis is None for spec in specs for axis in spec):
-        return call(*arrays)
     splits = [spec_of(x)[2] for x in (q, k, v)] + ([] if sinks is None else [spec_of(sinks)[0]])
     if len(set(splits)) > 1:
         raise ValueError(f"heads of q, k, v and sinks must be split alike, got {splits}")
-    return jax.shard_map(call, in_specs=specs, out_specs=specs[0])(*arrays)
+    return locally(call, *(leaves[index] for index in traced))
 
 
 def _portable(
