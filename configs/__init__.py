@@ -1,0 +1,50 @@
+"""Models and runs by name, as plain Python functions that return values."""
+
+import inspect
+from collections.abc import Callable
+
+from ..layers.spec import unknown
+from ..zoo.decoder import Decoder
+from . import models, runs
+from .run import Data as Data
+from .run import Optimizer as Optimizer
+from .run import Run as Run
+
+
+def _named(module: object, kind: type) -> dict[str, Callable[[], Decoder | Run]]:
+    functions = inspect.getmembers(module, inspect.isfunction)
+    return {name: made for name, made in functions if made.__annotations__.get("return") is kind and _plain(made)}
+
+
+def _plain(function: Callable) -> bool:
+    return all(p.default is not p.empty for p in inspect.signature(function).parameters.values())
+
+
+MODELS = _named(models, Decoder)
+"""Functions that make the named models."""
+
+RUNS = _named(runs, Run)
+"""Functions that make the named runs."""
+
+
+def get(name: str) -> Decoder | Run:
+    """The model or run of this name. Raises ValueError, with what is close to it, where there is none."""
+    known = MODELS | RUNS
+    if name not in known:
+        raise unknown("model or run", name, known)
+    return known[name]()
+
+
+def get_run(name: str) -> Run:
+    """The run of this name. Raises ValueError where there is none, or the name is a model's."""
+    if name in MODELS:
+        raise ValueError(f"{name!r} is a model, not a run; runs are: {', '.join(RUNS)}")
+    if name not in RUNS:
+        raise unknown("run", name, RUNS)
+    return RUNS[name]()
+
+
+def get_model(name: str) -> Decoder:
+    """The model of this name, or that of the run of this name. Raises ValueError where there is none."""
+    found = get(name)
+    return found.model if isinstance(found, Run) else found

@@ -95,3 +95,9 @@ class Run(Spec):
         for name in ("steps", "batch", "length", "accumulate", "keep_last", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+LAYOUT = frozenset(
+    "mesh accumulate remat max_bad_steps eval_every sample_every prompt save_every keep_last profile".split()
+)
+"""Fields a run may change when it goes on: they say where and when things happen, not what is learned."""

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import math
 import operator
 import os
@@ -28,6 +29,8 @@ from .array_store import required_bytes
 from .step_folders import SaveFailed, check_space
 
 __all__ = ["Checkpoints", "DamagedCheckpoint", "SaveFailed", "check_space", "required_bytes"]
+
+_log = logging.getLogger(__name__)
 
 
 class DamagedCheckpoint(ValueError):
@@ -50,7 +53,7 @@ class Checkpoints:
 
     Saving step s makes it the latest one: checkpoints of later steps, left behind when a run was resumed from before
     them, are deleted once s is whole. Opening for writing takes a lock and clears away what a killed job left half
-    done. With several processes each one calls every method; the first one names, checks and deletes the folders.
+    done. With several processes each one calls every method; the first one names, seals and deletes the folders.
 
     Raises SaveFailed where the folder cannot be made or written, or another job writes to it.
     """
@@ -65,6 +68,7 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
         self._unlock: Callable[[], Any] = lambda: None
+        _open.add(self)
         if not read_only and jax.process_index() == 0:
             self._open()
 
@@ -260,3 +264,17 @@ class Checkpoints:
                 manifest.verify(folder, manifest.read(folder)["files"])
                 return step
         return None
+
+
+def _finish_saves() -> None:
+    for checkpoints in list(_open):
+        try:
+            checkpoints.close()
+        except SaveFailed as error:
+            _log.error("%s", error)
+
+
+_open: weakref.WeakSet[Checkpoints] = weakref.WeakSet()
+# A program that ends with a save under way waits for it. `atexit` comes too late: by then Python has shut the thread
+# pools that Orbax writes with, which then loses the save and hangs for five minutes. (Python has no public hook.)
+threading._register_atexit(_finish_saves)  # pyright: ignore[reportAttributeAccessIssue]

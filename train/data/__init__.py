@@ -1,0 +1,99 @@
+"""Text in, batches of tokens out: `load` is all that training needs."""
+
+import math
+from pathlib import Path
+
+from ...configs.run import Data
+from .batches import Batch, Batches, TrainIterator, shared_heldout
+from .cache import CacheError, cache_folder
+from .sources import Source, open_source
+from .tokenizer import ids, load_tokenizer, separator, trained_tokenizer
+from .tokens import Progress, token_store
+
+__all__ = ["Batch", "Batches", "CacheError", "Progress", "TrainIterator", "load", "load_tokenizer", "separator"]
+
+
+def load(
+    data: Data,
+    *,
+    vocab: int,
+    length: int,
+    batch: int,
+    seed: int,
+    cache: Path | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    progress: Progress | None = None,
+) -> Batches:
+    """The text that `data` names, tokenized (once: it is kept in the cache) and ready to be read in batches.
+
+    Args:
+        data: where the text comes from and how it becomes tokens.
+        vocab: the model's vocabulary (V): a trained tokenizer has at most, a given one must have at most so many ids.
+        length: tokens in a row (T).
+        batch: rows in a global batch (B), a multiple of `process_count`.
+        seed: of the order of rows.
+        cache: the cache folder; by default $FLAXZOO_CACHE, else ~/.cache/flaxzoo.
+        process_index: this process.
+        process_count: all of them.
+        progress: told the bytes of text tokenized and about how many there are, source by source.
+
+    Raises:
+        ValueError: no such source, field or tokenizer; no text; values that do not fit together.
+        CacheError: the cache cannot be written.
+    """
+    _check(data)
+    folder = cache_folder(cache)
+    sources = [open_source(name, data.text_field, folder) for name in data.source]
+    if data.tokenizer:
+        tokenizer = load_tokenizer(data.tokenizer)
+        if ids(tokenizer) > vocab:
+            raise ValueError(
+                f"the tokenizer's vocabulary must fit the model's, got {ids(tokenizer)} ids in {data.tokenizer} and a "
+                f"model of {vocab}; set --model.vocab {ids(tokenizer)}"
+            )
+    else:
+        shares = _shares(sources, data.weights)
+        tokenizer = trained_tokenizer(sources, shares, vocab=vocab, heldout=data.heldout, cache=folder)
+    stores = tuple(
+        token_store(
+            source,
+            tokenizer,
+            heldout=data.heldout,
+            heldout_bytes=data.heldout_bytes,
+            cache=folder,
+            progress=progress,
+        )
+        for source in sources
+    )
+    return Batches(
+        tokenizer=tokenizer,
+        stores=stores,
+        weights=data.weights,
+        heldout_texts=shared_heldout(stores, data.weights, data.heldout_bytes),
+        length=length,
+        batch=batch,
+        seed=seed,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def _check(data: Data) -> None:
+    if not data.source:
+        raise ValueError("a run needs at least one source of text, got none; set --data.source shakespeare")
+    if data.weights and len(data.weights) != len(data.source):
+        raise ValueError(
+            f"there must be a weight for each source, got {len(data.weights)} weights, {len(data.source)} sources"
+        )
+    if not all(0 < weight < math.inf for weight in data.weights):
+        raise ValueError(f"weights must be above 0, got {data.weights}; leave out the source that is not wanted")
+    if not 0 <= data.heldout < 1:
+        raise ValueError(f"heldout is a fraction, at least 0 and below 1, got {data.heldout}")
+    if data.heldout_bytes < 0:
+        raise ValueError(f"heldout_bytes must be at least 0, got {data.heldout_bytes}")
+
+
+def _shares(sources: list[Source], weights: tuple[float, ...]) -> list[float]:
+    parts = weights or tuple(source.size for source in sources)
+    return [part / max(1, sum(parts)) for part in parts]

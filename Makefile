@@ -1,0 +1,66 @@
+# `make train` and `make test` set up all they need, in .venv, the first time and again when pyproject.toml or
+# constraints.txt changes. PYTHON=... names the interpreter to make it with. ARGS=... is passed on to the command:
+#
+#     make train ARGS="--steps 200"
+#     make test ARGS="-k rope -x"
+
+PYTHON ?=
+ARGS ?=
+GOAL := $(firstword $(MAKECMDGOALS))
+VENV = PYTHON='$(PYTHON)' GOAL='$(GOAL)' .ci/venv
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help train test test-slow test-oldest check format bench-train constraints clean
+
+help: ## print this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+train: .venv/.train ## train a language model on Shakespeare
+	.venv/bin/zoo train shakespeare $(ARGS)
+
+test: .venv/.test ## run the tests, minutes on a CPU
+	.venv/bin/pytest $(ARGS)
+
+test-slow: .venv/.test ## run the tests that take minutes each
+	.venv/bin/pytest -m 'slow and not tpu and not gpu' $(ARGS)
+
+test-oldest: .venv-oldest/.test ## run the tests with the oldest supported jax
+	.venv-oldest/bin/pytest $(ARGS)
+
+check: .venv/.test ## lint, format, types, spelling and the import rule, as in CI
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/basedpyright
+	.venv/bin/codespell
+	.venv/bin/lint-imports --no-logo
+
+format: .venv/.test ## format the code and apply the linter's safe fixes
+	.venv/bin/ruff check --fix-only
+	.venv/bin/ruff format
+
+bench-train: .venv/.train ## measure training speed
+	.venv/bin/python benchmarks/train.py $(ARGS)
+
+constraints: ## write constraints.txt anew, from the newest versions
+	rm -rf .venv-constraints
+	$(VENV) .venv-constraints -e '.[viz]' --group dev
+	echo '# The environment the tests run in: core, viz and dev, on Linux x86-64. Written by `make constraints`.' > $@.txt
+	.venv-constraints/bin/python -m pip freeze --exclude-editable | tr 'A-Z_' 'a-z-' | LC_ALL=C sort -t= -k1,1 >> $@.txt
+	rm -rf .venv-constraints
+
+clean: ## remove the virtual environments and caches; runs/ stays
+	rm -rf .venv .venv-oldest .venv-constraints .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
+
+.venv/.train: pyproject.toml constraints.txt
+	@$(VENV) .venv -e '.[viz]' -c constraints.txt
+	@touch $@
+
+.venv/.test: pyproject.toml constraints.txt
+	@$(VENV) .venv -e '.[viz]' --group dev -c constraints.txt
+	@touch .venv/.train $@
+
+.venv-oldest/.test: pyproject.toml
+	@$(VENV) .venv-oldest -e '.[viz]' --group dev jax==0.11.2 jaxlib==0.11.2
+	@touch $@

@@ -1,0 +1,37 @@
+"""Named training runs. Each docstring holds the command and the score it reached."""
+
+from . import models
+from .run import Data, Optimizer, Run
+
+
+def shakespeare() -> Run:
+    """The complete works of Shakespeare on any machine, in minutes.
+
+    zoo train shakespeare
+    """
+    return Run(
+        model=models.small(vocab=2048, dim=192, layers=4, heads=6, kv_heads=2, hidden=512, tied=True),
+        data=Data(source=("shakespeare",)),
+        optimizer=Optimizer(learning_rate=3e-3, warmup_steps=40),
+        steps=500,
+        batch=16,
+        length=256,
+        eval_every=125,
+        sample_every=125,
+        save_every=125,
+        prompt="\nROMEO.\n",
+    )
+
+
+def bench_cpu() -> Run:
+    """The shape that `make bench-train` measures: 32.5M parameters, T 512, batch 8, float32, AdamW.
+
+    zoo train bench_cpu --steps 20
+    """
+    return Run(
+        model=models.small(),
+        optimizer=Optimizer(learning_rate=3e-4),
+        steps=20,
+        batch=8,
+        length=512,
+    )

@@ -1,0 +1,197 @@
+"""The `zoo` command."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+# Without a TPU in the machine, an installed libtpu would look for one on the network, and say so at length.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax
+import tyro
+from rich.console import Console
+
+from .. import configs, zoo
+from ..configs.run import Run
+from ..layers.spec import unknown
+from . import loop, show
+from .folder import Folder, load
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model, and go on where an interrupted run of the same folder stopped.
+
+    Example: `zoo train shakespeare --data.source my_book.txt --steps 1000 --name my_book`
+    """
+
+    run: Annotated[Run, tyro.conf.arg(name="")]
+    name: str
+    """The run's folder is RUNS/NAME."""
+    runs: Path = RUNS
+    fresh: bool = False
+    """Delete what the folder holds of an earlier run, and start anew."""
+    step: int | None = None
+    """Go on from the checkpoint of this step instead of the latest one."""
+
+
+def list_() -> None:
+    """The named models and runs, with their sizes."""
+    show.listing(Console())
+
+
+def show_(name: Annotated[str, tyro.conf.Positional], mesh: str = "", length: int = 0) -> None:
+    """Every parameter of a model with shape, dtype, sharding and bytes; totals, FLOPs and KV-cache bytes per token.
+
+    Args:
+        name: a model or run by name (see `zoo list`), or the folder of a run.
+        mesh: axes and sizes to split parameters over, e.g. 'fsdp=4,tensor=2' (no devices needed).
+        length: tokens of context the FLOPs are counted for; that of the run, or 2048, if not given.
+    """
+    show.table(name, _find(name), mesh, length, Console())
+
+
+def diff(a: Annotated[str, tyro.conf.Positional], b: Annotated[str, tyro.conf.Positional]) -> None:
+    """The settings in which two models or runs differ.
+
+    Args:
+        a: a model or run by name, or the folder of a run.
+        b: another one.
+    """
+    show.difference(a, _find(a), b, _find(b), Console())
+
+
+def generate(
+    source: Annotated[Path, tyro.conf.Positional],
+    prompt: str = "\n",
+    max_tokens: int = 300,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    seed: int = 0,
+    samples: int = 1,
+    step: int | None = None,
+    mesh: str = "",
+) -> None:
+    """Continue a prompt with a trained model.
+
+    Example: `zoo generate runs/shakespeare --prompt "JULIET." --temperature 0.7`
+
+    Args:
+        source: the folder of a run.
+        prompt: the text to continue.
+        max_tokens: how many tokens to write at most.
+        temperature: 0 takes the most likely token each time; higher is more varied.
+        top_k: draw from so many of the most likely tokens only; 0: from all.
+        seed: of the random draws.
+        samples: how many texts to write.
+        step: of the checkpoint to use; the latest one if not given.
+        mesh: axes and sizes to place the model on, e.g. 'tensor=4'.
+    """
+    model, tokenizer = load(source, step=step, mesh=mesh)
+    with jax.set_mesh(jax.tree.leaves(model)[0].sharding.mesh):
+        texts = zoo.generate(
+            model,
+            tokenizer,
+            [prompt] * samples,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+        )
+    console = Console()
+    for text in texts:
+        console.print(f"[bold]{_escaped(prompt.lstrip(chr(10)))}[/bold]{_escaped(text)}\n", highlight=False)
+
+
+def train(arguments: list[str]) -> None:
+    """Train a run by name, or go on with the one in a folder: `zoo train NAME --help` shows every setting."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: zoo train NAME [--name FOLDER] [--fresh] [--step N] [--SETTING VALUE ...]\n\n" + Train.__doc__)
+        print("runs:")
+        for name, made in configs.RUNS.items():
+            print(f"  {name:16} {(made.__doc__ or '').splitlines()[0]}")
+        print("\n`zoo train NAME --help` shows every setting of a run and its value.")
+        return
+    source, *rest = arguments
+    saved = Folder(Path(source))
+    if saved.config.is_file():
+        default = Train(run=saved.run(), name=saved.path.name, runs=saved.path.parent)
+    else:
+        default = Train(run=configs.get_run(source), name=source)
+    wanted = tyro.cli(
+        Train, default=default, args=rest, prog=f"zoo train {source}", config=(tyro.conf.AvoidSubcommands,)
+    )
+    folder = wanted.runs / wanted.name
+    loop.train(wanted.run, folder, fresh=wanted.fresh, step=wanted.step)
+    print(f"\nTry next:\n  zoo generate {folder} --prompt '{wanted.run.prompt.strip() or 'The '}'")
+    print("  zoo train shakespeare --data.source my_text.txt --name my_text")
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"list": list_, "show": show_, "diff": diff, "generate": generate}
+
+
+def main() -> None:
+    """Runs the command line; errors are one line on standard error, with a traceback only where `--traceback` asks."""
+    arguments = [a for a in sys.argv[1:] if a != "--traceback"]
+    try:
+        dispatch(arguments)
+    except loop.Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(143 if str(stop).startswith("SIGTERM") else 130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+    except Exception as error:
+        if "--traceback" in sys.argv or os.environ.get("ZOO_TRACEBACK"):
+            raise
+        expected = isinstance(error, ValueError | OSError | NotImplementedError)
+        name = "" if expected else f"{type(error).__name__}: "
+        hint = "" if expected else "\n(--traceback shows where)"
+        print(f"error: {name}{error}{hint}", file=sys.stderr)
+        sys.exit(1)
+
+
+def dispatch(arguments: list[str]) -> None:
+    """Carries out one command line."""
+    command = arguments[0] if arguments else "--help"
+    if command == "train":
+        train(arguments[1:])
+    elif command in ("-h", "--help"):
+        print(USAGE)
+    elif command in COMMANDS:
+        tyro.cli(COMMANDS[command], args=arguments[1:], prog=f"zoo {command}")
+    else:
+        raise unknown("command", command, [*COMMANDS, "train"])
+
+
+USAGE = """usage: zoo COMMAND ...
+
+Language models for JAX: look at them, train them, write with them.
+
+  zoo list                      the named models and runs
+  zoo show gpt2                 parameters, shapes, bytes, FLOPs and cache of a model
+  zoo diff gpt2 llama3_8b       the settings in which two models or runs differ
+  zoo train shakespeare         train a run; every setting is a flag (zoo train shakespeare --help)
+  zoo generate runs/shakespeare --prompt "JULIET."
+                                continue a prompt with what was trained
+
+`zoo COMMAND --help` says more of each. `--traceback` shows where an error came from."""
+
+
+def _find(name: str) -> Any:
+    folder = Folder(Path(name))
+    return folder.run() if folder.config.is_file() else configs.get(name)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+if __name__ == "__main__":
+    main()

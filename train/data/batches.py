@@ -1,0 +1,209 @@
+"""Batches: rows shuffled and mixed by global number, so that any number of processes sees the same ones."""
+
+import functools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+from tokenizers import Tokenizer
+
+from .cache import digest
+from .packing import Row, Rows, empty_row
+from .split import capped
+from .tokenizer import ids, separator
+from .tokens import Store, heldout_stream
+
+Batch = Row
+"""tokens, targets, segments, positions: int32 [B, T]; weights: float32 [B, T]; of B rows this process has its share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """The text of a run in batches.
+
+    Global batch s has the rows [sB, (s+1)B) of one endless order of rows; process p of P gets the p-th P-th of them.
+    The processes' parts, one after another, are the batch that one process would get.
+
+    Attributes:
+        tokenizer: ids to text and back.
+        stores: the tokenized sources.
+        weights: share of each source in a batch; empty: every row of every source once an epoch.
+        heldout_texts: what is evaluated on, by source.
+        length: tokens in a row (T).
+        batch: rows in a global batch (B).
+        seed: of the order.
+        process_index: this process.
+        process_count: all of them.
+    """
+
+    tokenizer: Tokenizer
+    stores: tuple[Store, ...]
+    weights: tuple[float, ...]
+    heldout_texts: tuple[tuple[str, ...], ...]
+    length: int
+    batch: int
+    seed: int
+    process_index: int = 0
+    process_count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch % self.process_count:
+            raise ValueError(
+                "the batch must be a multiple of the number of processes, "
+                f"got batch={self.batch}, processes={self.process_count}"
+            )
+        if not 0 <= self.process_index < self.process_count:
+            raise ValueError(
+                f"the process index must be below the number of processes, got {self.process_index} of "
+                f"{self.process_count}"
+            )
+
+    @property
+    def separator(self) -> int:
+        """The id of the token before each document and at the end of the stream."""
+        return separator(self.tokenizer)
+
+    @property
+    def documents(self) -> int:
+        """Documents trained on."""
+        return sum(store.documents for store in self.stores)
+
+    @property
+    def train_tokens(self) -> int:
+        """Targets in an epoch, over all sources."""
+        return sum(len(store.tokens) - 1 for store in self.stores)
+
+    @property
+    def heldout_bytes(self) -> int:
+        """Exact bytes (UTF-8) of the held-out text: bits per byte = sum of nll / ln 2 / heldout_bytes."""
+        return sum(len(text.encode()) for texts in self.heldout_texts for text in texts)
+
+    def describe(self) -> str:
+        """One line: sources, documents, tokens, what is held out."""
+        size = sum(store.bytes for store in self.stores)
+        return (
+            f"{' + '.join(store.name for store in self.stores)}: {_count(self.documents, 'document')}, "
+            f"{size / 1e6:,.2f} MB, {self.train_tokens:,} tokens of {ids(self.tokenizer):,} "
+            f"({size / self.train_tokens:.2f} bytes each); held out {self.heldout_bytes / 1e6:,.2f} MB of "
+            f"{_count(sum(map(len, self.heldout_texts)), 'document')}"
+        )
+
+    def train(self) -> "TrainIterator":
+        """An endless iterator over this process's part of each batch; state is saved and restored exactly."""
+        return TrainIterator(self)
+
+    def heldout(self) -> "Iterable[Batch]":
+        """This process's part of every held-out batch, in order; the last one is padded with rows of weight 0.
+
+        Can be iterated again and again. There is none where nothing is held out.
+        """
+        return _Heldout(self, self._heldout_rows)
+
+    @functools.cached_property
+    def _heldout_rows(self) -> list[Rows]:
+        streams = [heldout_stream(texts, self.tokenizer) for texts in self.heldout_texts if texts]
+        return [Rows(stream, self.length, self.separator) for stream in streams]
+
+    def rows(self) -> grain.MapDataset:
+        """The endless global order of rows: shuffled anew each epoch, mixed by the weights."""
+        parts = [grain.MapDataset.source(Rows(store.tokens, self.length, self.separator)) for store in self.stores]
+        if not self.weights:
+            return grain.MapDataset.concatenate(parts).seed(self._seed(0)).shuffle().repeat()
+        shuffled = [part.seed(self._seed(index)).shuffle().repeat() for index, part in enumerate(parts)]
+        return grain.MapDataset.mix(shuffled, self.weights)
+
+    def _seed(self, index: int) -> int:
+        return int(digest(self.seed, index)[:8], 16)  # grain takes 32 bits
+
+    @property
+    def order(self) -> str:
+        """Names the endless order of rows: tokens, weights, length and seed."""
+        return digest([store.digest for store in self.stores], list(self.weights), self.length, self.seed)
+
+
+class TrainIterator(Iterator[Batch]):
+    """Batches of a run from a step on, read ahead by threads."""
+
+    def __init__(self, batches: Batches):
+        """From step 0 on."""
+        self._batches = batches
+        rows: Any = batches.rows()
+        batch = batches.batch
+        own = batch // batches.process_count
+        first = own * batches.process_index
+
+        def part(step: int) -> Batch:
+            return _stacked([rows[step * batch + first + index] for index in range(own)])
+
+        steps = grain.MapDataset.range(sys.maxsize // batch).map(part)
+        self._iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """Plain data: the number of the next batch, and what must be the same for it to mean the same.
+
+        It is the same in every process, whatever their number.
+        """
+        step: Any = self._iterator.get_state()
+        return {"step": step["next_index"], "batch": self._batches.batch, "order": self._batches.order}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on where `get_state` was taken.
+
+        Raises:
+            ValueError: it was taken with another batch, text, tokenizer, mixture, length or seed. A state of "step"
+                alone is not compared.
+        """
+        own = self.get_state() | {"step": state["step"]}
+        other = {name: (own[name], value) for name, value in state.items() if own[name] != value}
+        if other:
+            changed = ", ".join(f"{name} is {now!r} and was {then!r}" for name, (now, then) in other.items())
+            raise ValueError(
+                f"to go on exactly, the batch and the order (text, tokenizer, weights, length, seed) must be as they "
+                f"were, but {changed}; to take batch {state['step']} of the new order, give {{'step': {state['step']}}}"
+            )
+        self._iterator.set_state({"next_index": state["step"]})
+
+    def close(self) -> None:
+        """Stop the threads that read ahead."""
+        self._iterator.close()
+
+
+@dataclass(frozen=True)
+class _Heldout:
+    batches: Batches
+    sources: Sequence[Rows]
+
+    def __len__(self) -> int:
+        return -(-sum(map(len, self.sources)) // self.batches.batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = self.batches
+        own = batches.batch // batches.process_count
+        rows = [(rows, index) for rows in self.sources for index in range(len(rows))]
+        for step in range(len(self)):
+            first = step * batches.batch + own * batches.process_index
+            part = [source[index] for source, index in rows[first : first + own]]
+            yield _stacked(part + [empty_row(batches.length)] * (own - len(part)))
+
+
+def _stacked(rows: Sequence[Row]) -> Batch:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def shared_heldout(stores: Sequence[Store], weights: Sequence[float], limit: int) -> tuple[tuple[str, ...], ...]:
+    """Held-out text of each source, `limit` bytes in all at most, in proportion to the weights, else to the sizes."""
+    shares = list(weights) or [store.bytes for store in stores]
+    return tuple(
+        tuple(capped(list(store.heldout), int(limit * share / sum(shares))))
+        for store, share in zip(stores, shares, strict=True)
+    )

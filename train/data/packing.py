@@ -1,0 +1,48 @@
+"""Packing: a stream of tokens as rows of fixed length, with nothing dropped and nothing doubled."""
+
+import numpy as np
+
+Row = dict[str, np.ndarray]
+"""tokens, targets, segments, positions: int32 [T]; weights: float32 [T]. With a leading B: a batch."""
+
+
+class Rows:
+    """Rows of T tokens of a stream, at random access.
+
+    Row r has the inputs `stream[rT : rT+T]` and the targets `stream[rT+1 : rT+T+1]`: over all rows every token but the
+    last is an input once, and every token but the first a target once. Documents in a row are told apart by `segments`
+    (1, 2, ... from separator to separator; 0 is padding) and `positions` (0, 1, ... from each separator and from the
+    row's begin). `weights` are 1 where there is a target and 0 on the padding of the last row.
+    """
+
+    def __init__(self, stream: np.ndarray, length: int, separator: int):
+        """Rows of `length` tokens of a stream (integers [n]) whose documents the id `separator` begins."""
+        self.stream = stream
+        self.length = length
+        self.separator = separator
+
+    def __len__(self) -> int:
+        return -(-(len(self.stream) - 1) // self.length)
+
+    def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        window = np.asarray(self.stream[index * self.length : (index + 1) * self.length + 1], np.int32)
+        begins = window[:-1] == self.separator
+        begins[0] = True
+        time = np.arange(len(begins), dtype=np.int32)
+        row = {
+            "tokens": window[:-1],
+            "targets": window[1:],
+            "segments": np.cumsum(begins, dtype=np.int32),
+            "positions": time - np.maximum.accumulate(np.where(begins, time, 0)),
+            "weights": np.ones(len(begins), np.float32),
+        }
+        missing = self.length - len(begins)
+        return {name: np.pad(array, (0, missing)) for name, array in row.items()} if missing else row
+
+
+def empty_row(length: int) -> Row:
+    """A row of padding: zeros."""
+    names = ("tokens", "targets", "segments", "positions")
+    return {name: np.zeros(length, np.int32) for name in names} | {"weights": np.zeros(length, np.float32)}

@@ -1,0 +1,140 @@
+"""Tokenizers: a byte-level BPE trained on the text and kept, or any tokenizer.json; and how documents become ids."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from .cache import digest, filled
+from .sources import Source
+from .split import place, split
+
+END_OF_TEXT = "<|endoftext|>"
+SEPARATORS = (
+    END_OF_TEXT,
+    "<|end_of_text|>",
+    "<|endofdocument|>",
+    "<｜end▁of▁sentence｜>",
+    "<eos>",
+    "</s>",
+    "<|im_end|>",
+    "[EOS]",
+    "[SEP]",
+)
+"""Tokens that known tokenizers put between documents; the first that a vocabulary has is used."""
+TRAINING_BYTES = 256 * 2**20
+"""A BPE is trained on about so much text, spread evenly over more."""
+
+_PIECE = 2**16  # characters
+_BREAKS = (re.compile(r"(?<=\S\n)(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))
+
+
+def load_tokenizer(file: str | Path) -> Tokenizer:
+    """A tokenizer.json, set to add nothing, cut nothing and take text that spells a special token as plain text.
+
+    Raises:
+        ValueError: there is no such file, it is not a tokenizer, or it has no token to separate documents with.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(Path(file).expanduser()))
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ValueError(f"cannot read the tokenizer {file}: {error}; it must be a tokenizer.json") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    name = tokenizer.id_to_token(separator(tokenizer))
+    assert name is not None
+    tokenizer.add_special_tokens([name])  # where it was a common token, which text can spell
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def separator(tokenizer: Tokenizer) -> int:
+    """The id of the token between documents. Raises ValueError where the tokenizer has none of SEPARATORS."""
+    for name in SEPARATORS:
+        if (index := tokenizer.token_to_id(name)) is not None:
+            return index
+    raise ValueError(
+        f"a tokenizer must have one of the tokens {', '.join(SEPARATORS)} to separate documents with, and this one has "
+        f"none; add {END_OF_TEXT} to it: tokenizer.add_special_tokens([{END_OF_TEXT!r}])"
+    )
+
+
+def ids(tokenizer: Tokenizer) -> int:
+    """How many ids a model needs to embed all that the tokenizer gives: the highest id and one."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """A name for what a tokenizer does."""
+    return hashlib.blake2b(tokenizer.to_str().encode(), digest_size=10).hexdigest()
+
+
+def trained_tokenizer(
+    sources: Sequence[Source], shares: Sequence[float], *, vocab: int, heldout: float, cache: Path
+) -> Tokenizer:
+    """A byte-level BPE of the text that is trained on, kept in the cache.
+
+    It encodes any text without loss. Where there is little text it stays smaller than asked for.
+
+    Args:
+        sources: the text.
+        shares: how much of each source is looked at, where there is more than `TRAINING_BYTES` in all; sums to 1.
+        vocab: its size, the separator and the 256 bytes included.
+        heldout: the fraction held out, which is not looked at.
+        cache: the cache folder.
+
+    Raises:
+        ValueError: the vocabulary is too small for bytes.
+        CacheError: the cache cannot be written.
+    """
+    if vocab < 257:
+        raise ValueError(
+            f"a byte-level vocabulary must be at least 257 (256 bytes and {END_OF_TEXT}), got {vocab}; "
+            "set --model.vocab 257 or more"
+        )
+
+    def fill(aside: Path) -> None:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+        tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        texts = (piece for pair in zip(sources, shares, strict=True) for piece in _sampled(*pair, heldout))
+        tokenizer.train_from_iterator(texts, trainer)
+        aside.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+
+    key = digest(1, [source.fingerprint for source in sources], list(shares), vocab, heldout, TRAINING_BYTES)
+    return load_tokenizer(filled(cache / "tokenizers" / f"{key}.json", fill))
+
+
+def _sampled(source: Source, share: float, heldout: float) -> Iterator[str]:
+    kept = min(1.0, TRAINING_BYTES * share / max(1, source.size)) * 2**64
+    parts = (piece for part in split(source, heldout) if not part.held for piece in pieces(part.text))
+    return (piece for index, piece in enumerate(parts) if place(index) < kept)
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A text in pieces of 64 to 128 thousand characters, cut where a byte-level BPE breaks words anyway."""
+    start = 0
+    while len(text) - start > 2 * _PIECE:
+        low, high = start + _PIECE, start + 2 * _PIECE
+        found = (pattern.search(text, low, high) for pattern in _BREAKS)
+        end = next((match.end() for match in found if match), high)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def cuttable(tokenizer: Tokenizer) -> bool:
+    """Whether a text's pieces encode to what the whole encodes to (not so where each text gets a space in front)."""
+    for left, right in (("some words,\n", "more words"), ("some words.\n", "9 lines"), ("some", " words\n")):
+        parts = [tokenizer.encode(text, add_special_tokens=False).ids for text in (left, right, left + right)]
+        if parts[0] + parts[1] != parts[2]:
+            return False
+    return True

@@ -1,0 +1,140 @@
+"""The token store: a source is tokenized once, into a memory-mapped file that later runs share."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from .cache import digest, filled
+from .sources import Source
+from .split import Sample, split
+from .tokenizer import cuttable, ids, pieces, separator, tokenizer_digest
+
+Progress = Callable[[int, int | None], None]
+"""Called with the bytes of text done so far and about how many there are in all, where that is known."""
+
+_FORMAT = 1  # of the store and the rules that fill it
+_BATCH = 2**22  # characters encoded at once
+
+
+@dataclass(frozen=True)
+class Store:
+    """A tokenized source.
+
+    Attributes:
+        tokens: the stream trained on, `SEP d1 SEP d2 ... SEP dn SEP`, on disk.
+        heldout: texts that are held out, spread evenly over all that are, about as many bytes as were asked for.
+        documents: documents trained on.
+        bytes: their exact size in UTF-8.
+        digest: names the tokens.
+    """
+
+    name: str
+    tokens: np.ndarray
+    heldout: tuple[str, ...]
+    documents: int
+    bytes: int
+    digest: str
+
+
+def token_store(
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    heldout: float,
+    heldout_bytes: int,
+    cache: Path,
+    progress: Progress | None = None,
+) -> Store:
+    """A source in tokens, from the cache or made now.
+
+    Args:
+        source: what to read.
+        tokenizer: as `load_tokenizer` gives it.
+        heldout: the fraction held out, where the source has no validation split.
+        heldout_bytes: how much held-out text there must be to choose from.
+        cache: the cache folder.
+        progress: told how far it is, while it tokenizes.
+
+    Raises:
+        ValueError: there is no text in it, or something that is not text.
+        CacheError: the cache cannot be written.
+    """
+    key = digest(_FORMAT, source.fingerprint, tokenizer_digest(tokenizer), heldout, heldout_bytes)
+
+    def fill(aside: Path) -> None:
+        aside.mkdir()
+        kept = Sample(heldout_bytes)
+        count = [0, 0]  # documents and bytes trained on
+        about = source.size
+
+        def trained() -> Iterator[str]:
+            done = 0
+            for part in split(source, heldout):
+                done += part.size
+                if part.held:
+                    kept.add(part)
+                else:
+                    count[0] += 1
+                    count[1] += part.size
+                    yield part.text
+                if progress:
+                    progress(done, max(done, about))
+
+        name = hashlib.blake2b(digest_size=10)
+        with (aside / "tokens").open("wb") as file:
+            for part in stream(trained(), tokenizer):
+                file.write(part.data)
+                name.update(part.data)
+        if not count[0]:
+            raise ValueError(
+                f"{source.name} must hold some text to train on, got none; is it the right file and field?"
+            )
+        meta = {"documents": count[0], "bytes": count[1], "digest": name.hexdigest(), "heldout": kept.texts()}
+        (aside / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+    folder = filled(cache / "tokens" / key, fill)
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    tokens = np.memmap(folder / "tokens", dtype=_dtype(tokenizer), mode="r")
+    return Store(source.name, tokens, tuple(meta["heldout"]), meta["documents"], meta["bytes"], meta["digest"])
+
+
+def heldout_stream(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
+    """Texts as one stream in memory, `SEP d1 SEP ... dn SEP`; a lone separator where there are none."""
+    return np.concatenate(list(stream(texts, tokenizer)))
+
+
+def stream(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """The stream of some documents in parts, `SEP d1 SEP d2 ... SEP dn SEP`, uint16 or uint32 by the vocabulary."""
+    end = np.array([separator(tokenizer)], _dtype(tokenizer))
+    cut = cuttable(tokenizer)
+    parts: list[tuple[str, bool]] = []  # text, and whether it begins a document
+    waiting = 0
+    for text in texts:
+        for index, piece in enumerate(pieces(text) if cut else (text,)):
+            parts.append((piece, index == 0))
+            waiting += len(piece)
+            if waiting >= _BATCH:
+                yield _encode(parts, tokenizer, end)
+                parts, waiting = [], 0
+    if parts:
+        yield _encode(parts, tokenizer, end)
+    yield end
+
+
+def _encode(parts: list[tuple[str, bool]], tokenizer: Tokenizer, end: np.ndarray) -> np.ndarray:
+    encoded = tokenizer.encode_batch_fast([text for text, _ in parts], add_special_tokens=False)
+    arrays: list[np.ndarray] = []
+    for (_, begins), encoding in zip(parts, encoded, strict=True):
+        arrays += [end] * begins
+        arrays.append(np.array(encoding.ids, end.dtype))
+    return np.concatenate(arrays)
+
+
+def _dtype(tokenizer: Tokenizer) -> Any:
+    return np.dtype("<u2" if ids(tokenizer) <= 2**16 else "<u4")

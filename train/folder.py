@@ -1,0 +1,113 @@
+"""The folder of a run: its config, tokenizer, metrics, checkpoints and report."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from tokenizers import Tokenizer
+
+from ..configs.run import LAYOUT, Run
+from ..layers.spec import unknown
+from ..zoo.decoder import DecoderModel
+from ..zoo.parameters import describe, merge, shardings
+from . import mesh as meshes
+from .checkpoint import Checkpoints
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Paths and contents of `runs/<name>/`."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.path / "checkpoints"
+
+    @property
+    def config(self) -> Path:
+        """The run as JSON."""
+        return self.path / "config.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer the run was trained with."""
+        return self.path / "tokenizer.json"
+
+    def run(self) -> Run:
+        """The run this folder holds. Raises ValueError where it holds none, or one that this version can't read."""
+        if not self.config.is_file():
+            nearby = sorted(p.name for p in self.path.parent.glob("*") if (p / "config.json").is_file())
+            if nearby:
+                raise unknown(f"run in {self.path.parent}", self.path.name, nearby)
+            raise ValueError(f"{self.path} holds no run: it has no config.json; `zoo train NAME` makes one")
+        try:
+            return Run.from_dict(json.loads(self.config.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.config} can't be read: {error}") from error
+
+    def start(self, run: Run, *, fresh: bool) -> bool:
+        """Makes the folder ready for `run`; true where it already holds a part of it, to go on from.
+
+        Raises ValueError where the folder holds another run, and names what differs.
+        """
+        if fresh and self.config.is_file():
+            shutil.rmtree(self.path)
+        if not self.config.is_file():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise ValueError(f"{self.path} holds other files than a run's; choose another --name")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write(run)
+            return False
+        before, now = self.run().flat(), run.flat()
+        changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
+        fixed = sorted(name for name in changed if name not in LAYOUT)
+        if fixed:
+            lines = "".join(f"\n  {name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in fixed)
+            raise ValueError(
+                f"{self.path} was started with other settings:{lines}\n"
+                "choose another --name, or --fresh to delete it and start anew"
+            )
+        self.write(run)
+        return True
+
+    def write(self, run: Run) -> None:
+        """Writes the config, whole or not at all."""
+        aside = self.config.with_suffix(".new")
+        aside.write_text(json.dumps(run.to_dict(), indent=2) + "\n")
+        os.replace(aside, self.config)
+
+
+def abstract_state(state: Any) -> Any:
+    """Shapes, types and places of a state, to restore another one to."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def load(path: str | Path, *, step: int | None = None, mesh: str = "") -> tuple[DecoderModel, Tokenizer]:
+    """The model and tokenizer of a trained run, from its latest whole checkpoint (or the one of `step`).
+
+    Args:
+        path: the run's folder, e.g. "runs/shakespeare".
+        step: of the checkpoint; the latest by default.
+        mesh: axes and sizes to place the parameters on, e.g. "fsdp=4"; one device by default.
+
+    Raises:
+        ValueError: where there is no run, or its checkpoint does not fit or is damaged.
+    """
+    folder = Folder(Path(path))
+    run = folder.run()
+    abstract = run.model.abstract()
+    described = describe(abstract)
+    devices, _ = meshes.make(run.replace(mesh=mesh or "fsdp=1"))
+    places = shardings(described, devices)
+    target = {
+        name: jax.ShapeDtypeStruct(known.shape, known.dtype, sharding=places[name]) for name, known in described.items()
+    }
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        parameters = checkpoints.restore_subtree("ema" if run.ema else "params", target, step)
+    return merge(abstract, parameters), Tokenizer.from_file(str(folder.tokenizer))

@@ -1,0 +1,301 @@
+"""The training loop: from a run to a folder with a trained model."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+
+from .. import zoo
+from ..configs.run import Run
+from ..zoo.parameters import describe, merge
+from . import data as datasets
+from . import hardware, report
+from . import mesh as meshes
+from .checkpoint import Checkpoints, check_space
+from .data.cache import cache_folder
+from .folder import Folder, abstract_state
+from .metrics import Recorder, read
+from .progress import Board, amount, duration
+from .step import State, best_parameters, initial_state, make_evaluation, make_step
+
+
+class Interrupted(Exception):
+    """A signal ended the run, after its state was saved."""
+
+    def __init__(self, signal_name: str, step: int, folder: Path):
+        super().__init__(f"{signal_name}: stopped and saved at step {step}; the same command goes on from there ({folder})")
+
+
+class Diverged(ValueError):
+    """Loss or gradient was not finite too many times in a row."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    folder: Path
+    step: int
+    loss: float
+    heldout_bits_per_byte: float
+    tokens_per_second: float
+
+
+def train(
+    run: Run,
+    folder: str | Path,
+    *,
+    fresh: bool = False,
+    step: int | None = None,
+    console: Console | None = None,
+    devices: list[jax.Device] | None = None,
+) -> Result:
+    """Trains a run in its folder, going on from the latest whole checkpoint there is.
+
+    Args:
+        run: what to train.
+        folder: where everything goes, e.g. "runs/shakespeare".
+        fresh: delete what the folder holds of an earlier run and start anew.
+        step: go on from the checkpoint of this step, and drop later ones.
+        console: where progress is shown; the terminal by default.
+        devices: to train on; all by default.
+
+    Raises:
+        ValueError: on settings that do not fit each other, the data or the devices; a damaged checkpoint; divergence.
+        OSError: where something can't be written.
+        Interrupted: after SIGTERM or Ctrl-C, when the state is saved.
+    """
+    place = Folder(Path(folder))
+    mesh, devices_line = meshes.make(run, devices)
+    goes_on = place.start(run, fresh=fresh)
+    _use_compilation_cache()
+    console = console or Console()
+    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("strict"):
+        job = Job.prepare(run, place, mesh, devices_line, console, step if goes_on else None)
+        try:
+            return job.go()
+        finally:
+            job.close()
+
+
+def _use_compilation_cache() -> None:
+    """Compiled programs are kept between runs, unless the user chose where already."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+@dataclass
+class Job:
+    """A run under way."""
+
+    run: Run
+    folder: Folder
+    mesh: Mesh
+    devices: str
+    state: State
+    batches: datasets.Batches
+    iterator: Any
+    checkpoints: Checkpoints
+    recorder: Recorder
+    board: Board
+    samples: list[tuple[int, str]] = field(default_factory=list)
+    last: dict[str, float] = field(default_factory=dict)
+    saved: int | None = None
+
+    @classmethod
+    def prepare(
+        cls, run: Run, folder: Folder, mesh: Mesh, devices: str, console: Console, step: int | None
+    ) -> "Job":
+        """Loads the data, and makes or restores the state."""
+        say = console.print
+        with console.status("reading the data ...") as status:
+
+            def progress(done: int, total: int | None) -> None:
+                status.update(f"reading the data: {amount(done, 'B')}" + (f" of {amount(total, 'B')}" if total else ""))
+
+            batches = datasets.load(
+                run.data,
+                vocab=run.model.vocab,
+                length=run.length,
+                batch=run.batch,
+                seed=run.seed,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                progress=progress,
+            )
+        batches.tokenizer.save(str(folder.tokenizer))
+        iterator = batches.train()
+        state = initial_state(run, mesh)
+        size = sum(known.size for known in describe(run.model.abstract()).values())
+        say(f"model   {amount(size)} parameters, {amount(3 * run.model.flops(run.length), 'FLOP')} a trained token")
+        say(f"data    {batches.describe()}")
+        say(f"devices {devices}")
+        checkpoints = Checkpoints(folder.checkpoints, keep_last=run.keep_last)
+        start, saved = 0, checkpoints.steps()
+        if saved:
+            target = abstract_state(state)
+            del state
+            state, extra = checkpoints.restore(target, step)
+            iterator.set_state(extra["data"])
+            start = int(state["step"])
+            say(f"resumed from the checkpoint of step {start}")
+        else:
+            check_space(folder.checkpoints, state, run.keep_last + 2)
+        recorder = Recorder(folder.path, start)
+        board = Board(run.steps, start, console)
+        return cls(run, folder, mesh, devices, state, batches, iterator, checkpoints, recorder, board, saved=start or None)
+
+    def close(self) -> None:
+        """Ends what runs in the background."""
+        self.iterator.close()
+        self.recorder.close()
+        self.checkpoints.close()
+
+    def go(self) -> Result:
+        """Trains to the last step, evaluates, and writes the report."""
+        start = int(self.state["step"])
+        if start < self.run.steps:
+            with self.board, Signals() as signals:
+                self._loop(start, signals)
+        return self._finish()
+
+    def _loop(self, start: int, signals: "Signals") -> None:
+        run = self.run
+        step_function = make_step(run)
+        began, pending = time.perf_counter(), None
+        for step, batch in self._profiled(start):
+            self.state, metrics = step_function(self.state, meshes.place(batch, self.mesh))
+            if pending:
+                self._record(*pending, began)
+                began = time.perf_counter()
+            pending = (step, metrics)
+            due = [every and step % every == 0 for every in (run.eval_every, run.sample_every, run.save_every)]
+            end = step == run.steps
+            if any(due) or end or signals.caught:
+                self._record(*pending, began)
+                pending = None
+                if due[0] or end:
+                    self._evaluate(step)
+                if due[1] or end and run.sample_every:
+                    self._sample(step)
+                if due[2] or end or signals.caught:
+                    self._save(step)
+                if signals.caught and not end:
+                    self.checkpoints.wait()
+                    raise Interrupted(signals.caught, step, self.folder.path)
+                began = time.perf_counter()
+
+    def _profiled(self, start: int) -> Iterator[tuple[int, Any]]:
+        """Step numbers and batches, with the profiler on where the run asks for it."""
+        first, _, last = self.run.profile.partition(":")
+        for step in range(start + 1, self.run.steps + 1):
+            if first and step == int(first):
+                jax.profiler.start_trace(str(self.folder.path / "profile"))
+            yield step, next(self.iterator)
+            if last and step == int(last):
+                jax.block_until_ready(self.state)
+                jax.profiler.stop_trace()
+
+    def _record(self, step: int, metrics: dict[str, jax.Array], began: float) -> None:
+        """Waits for a step's metrics, writes and shows them."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        seconds = time.perf_counter() - began
+        self.last = values | {"seconds": seconds}
+        self.recorder.write(step, **self.last)
+        if values["bad_steps"] >= self.run.max_bad_steps:
+            raise Diverged(
+                f"loss or gradient was not finite in {self.run.max_bad_steps} steps in a row, up to step {step} (loss "
+                f"{values['loss']}, gradient norm {values['gradient_norm']}); none of them changed the model. Try a lower "
+                f"learning rate than {self.run.optimizer.learning_rate}, a longer warmup, or float32"
+            )
+        speed = self.run.batch * self.run.length / seconds
+        facts = {"loss": f"{values['loss']:.3f}", "tokens/s": amount(speed)}
+        device = self.mesh.devices.flat[0]
+        peak = hardware.peak_flops(device)
+        if peak:
+            facts["MFU"] = f"{3 * self.run.model.flops(self.run.length) * speed / peak / self.mesh.size:.1%}"
+        facts["memory"] = amount(hardware.memory_bytes(device), "B")
+        facts["left"] = duration((self.run.steps - step) * seconds)
+        if values["skipped"]:
+            facts["skipped"] = f"{values['skipped']:.0f}"
+        self.board.update(step, facts)
+
+    def _evaluate(self, step: int) -> None:
+        if not self.batches.heldout_bytes:
+            return
+        evaluate = make_evaluation(self.run)
+        parameters = best_parameters(self.state)
+        sums = [evaluate(parameters, meshes.place(batch, self.mesh)) for batch in self.batches.heldout()]
+        bits = sum(float(nll) for nll in sums) / math.log(2) / self.batches.heldout_bytes
+        self.last["heldout_bits_per_byte"] = bits
+        self.recorder.write(step, heldout_bits_per_byte=bits)
+        self.board.say(f"step {step}: held-out {bits:.4f} bits per byte")
+
+    def _sample(self, step: int) -> None:
+        run = self.run
+        model = merge(run.model.abstract(), best_parameters(self.state))
+        key = jax.random.fold_in(self.state["rng"], step)
+        tokens = min(120, run.length)
+        text = zoo.generate(model, self.batches.tokenizer, [run.prompt], max_tokens=tokens, key=key)[0]
+        self.samples.append((step, run.prompt + text))
+        self.board.sample(step, run.prompt, text)
+
+    def _save(self, step: int) -> None:
+        if self.saved == step:
+            return
+        extra = {"data": self.iterator.get_state(), "config": self.run.to_dict()}
+        self.checkpoints.save(step, self.state, extra, loss=self.last.get("heldout_bits_per_byte"))
+        self.saved = step
+
+    def _finish(self) -> Result:
+        self.checkpoints.wait()
+        records = read(self.folder.path)
+        seconds = [record["seconds"] for record in records if "seconds" in record]
+        steps = [record for record in records if "loss" in record]
+        bits = [r["heldout_bits_per_byte"] for r in records if "heldout_bits_per_byte" in r][-1]
+        tokens = self.run.batch * self.run.length
+        speed = tokens / sorted(seconds)[len(seconds) // 2]
+        facts = steps[-1] | {
+            "heldout_bits_per_byte": bits,
+            "heldout_bytes": self.batches.heldout_bytes,
+            "parameters": sum(known.size for known in describe(self.run.model.abstract()).values()),
+            "seconds": sum(seconds),
+            "tokens_per_second": speed,
+            "devices": self.devices,
+            "data": self.batches.describe(),
+        }
+        page = report.write(self.folder.path, self.run, facts, self.samples)
+        self.board.say(f"held-out {bits:.4f} bits per byte after {facts['step']} steps; report in {page}")
+        return Result(self.folder.path, facts["step"], facts["loss"], bits, speed)
+
+
+class Signals:
+    """Catches SIGTERM and SIGINT, to be asked for between steps; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.caught = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: Any) -> None:
+        if self.caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.caught = signal.Signals(number).name
+
+

@@ -1,0 +1,102 @@
+"""Tables of models and runs for people."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
+from rich.console import Console
+from rich.table import Table
+
+from .. import configs
+from ..configs.run import Run
+from ..layers.spec import Spec
+from ..zoo.decoder import Decoder
+from ..zoo.parameters import Description, describe, partitions
+from . import mesh as meshes
+from .progress import amount
+
+
+def parameters_of(model: Decoder) -> dict[str, Description]:
+    """Every parameter of a model by name; nothing is computed."""
+    return describe(model.abstract())
+
+
+def cache_bytes(model: Decoder, dtype: Any = jnp.bfloat16) -> float:
+    """Bytes of cache that one more token of a document takes, from the shapes of the caches themselves."""
+
+    def size(length: int) -> int:
+        leaves = jax.tree.leaves(jax.eval_shape(lambda: model.cache(1, length, dtype)))
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+    return size(2) - size(1)
+
+
+def listing(console: Console) -> None:
+    """Prints the named models and runs."""
+    table = Table("name", "parameters", "what it is", box=None, header_style="bold", pad_edge=False)
+    for title, named in (("models", configs.MODELS), ("runs", configs.RUNS)):
+        table.add_row(f"[bold]{title}[/bold]")
+        for name, made in named.items():
+            found = made()
+            model = found.model if isinstance(found, Run) else found
+            size = sum(known.size for known in parameters_of(model).values())
+            table.add_row(f"  {name}", amount(size), (made.__doc__ or "").splitlines()[0])
+    console.print(table)
+    console.print("\nzoo show NAME tells more; zoo train RUN trains.", highlight=False)
+
+
+def table(name: str, found: Decoder | Run, mesh_text: str, length: int, console: Console) -> None:
+    """Prints every parameter, and the totals."""
+    model = found.model if isinstance(found, Run) else found
+    length = length or (found.length if isinstance(found, Run) else 2048)
+    sizes = meshes.parse(mesh_text or (found.mesh if isinstance(found, Run) else ""))
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    known = parameters_of(model)
+    splits = partitions(known, mesh)
+    rows = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("parameter", "axes", "shape", "dtype", "sharding", "parameters", "bytes"):
+        rows.add_column(heading, justify="right" if heading in ("parameters", "bytes") else "left", no_wrap=True)
+    for parameter, what in known.items():
+        rows.add_row(
+            parameter,
+            what.axes,
+            " x ".join(map(str, what.shape)),
+            str(what.dtype),
+            _split(splits[parameter], what),
+            f"{what.size:,}",
+            amount(what.size * what.dtype.itemsize, "B"),
+        )
+    console.print(rows, soft_wrap=True)
+    total = sum(what.size for what in known.values())
+    weights = sum(what.size * what.dtype.itemsize for what in known.values())
+    console.print(f"\n{name}: {total:,} parameters, {amount(weights, 'B')}", highlight=False)
+    if sizes:
+        share = sum(what.size * what.dtype.itemsize / _ways(splits[p], sizes) for p, what in known.items())
+        console.print(f"on each of {math.prod(sizes.values())} devices: {amount(share, 'B')}", highlight=False)
+    forward = model.flops(length)
+    console.print(f"FLOPs per token at {length} tokens: {amount(forward)} forward, {amount(3 * forward)} training")
+    console.print(f"KV cache per token: {amount(cache_bytes(model), 'B')} in bfloat16", highlight=False)
+
+
+def difference(a: str, first: Spec, b: str, second: Spec, console: Console) -> None:
+    """Prints the settings in which two specs differ; a model is compared with a run's model."""
+    if isinstance(first, Run) != isinstance(second, Run):
+        first, second = (x.model if isinstance(x, Run) else x for x in (first, second))
+    left, right = first.flat(), second.flat()
+    rows = Table("setting", a, b, box=None, header_style="bold", pad_edge=False)
+    for name in dict.fromkeys((*left, *right)):
+        if left.get(name, "-") != right.get(name, "-"):
+            rows.add_row(name, str(left.get(name, "-")), str(right.get(name, "-")))
+    console.print(rows if rows.row_count else f"{a} and {b} are the same", highlight=False)
+
+
+def _split(spec: PartitionSpec, known: Description) -> str:
+    letters = known.axes.split()
+    text = ", ".join(f"{letter} over {axis}" for letter, axis in zip(letters, spec, strict=False) if axis)
+    return text or "whole"
+
+
+def _ways(spec: PartitionSpec, sizes: dict[str, int]) -> int:
+    return math.prod(sizes[axis] for axis in spec if axis)
