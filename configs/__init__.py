@@ -11,7 +11,7 @@ from .run import Optimizer as Optimizer
 from .run import Run as Run
 
 
-def _named(module: object, kind: type) -> dict[str, Callable[[], Decoder | Run]]:
+def _named[T](module: object, kind: type[T]) -> dict[str, Callable[[], T]]:
     functions = inspect.getmembers(module, inspect.isfunction)
     return {name: made for name, made in functions if made.__annotations__.get("return") is kind and _plain(made)}
 

@@ -12,7 +12,7 @@ class Data(Spec):
     """The text to train on, and how it becomes tokens."""
 
     source: tuple[str, ...] = ("shakespeare",)
-    """Where text comes from: 'shakespeare', a file, folder or glob of .txt / .jsonl(.gz) / .parquet files, or 'tfds:NAME'."""
+    """Where text comes from: 'shakespeare', 'tfds:NAME', or a file, folder or glob of .txt, .jsonl(.gz), .parquet."""
     weights: tuple[float, ...] = ()
     """Share of each source in the mixture, in their order; empty: by size."""
     text_field: str = "text"
@@ -27,12 +27,12 @@ class Data(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer(Spec):
-    """An optax optimizer by name with its schedule. Learning rates are per step."""
+    """An optax optimizer by name, with its schedule."""
 
     name: Literal["adamw", "lion", "muon", "adafactor", "sgd"] = "adamw"
     learning_rate: float = 1e-3
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
-    """After the warmup: cosine; warmup-stable-decay (the last `decay_fraction` falls linearly); linear; or none."""
+    """After the warmup: cosine, linear, constant, or warmup-stable-decay, whose end falls linearly."""
     warmup_steps: int = 100
     decay_fraction: float = 0.2
     """Share of the steps in which 'wsd' decays."""
@@ -66,7 +66,7 @@ class Run(Spec):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What layers compute in. Parameters and optimizer state stay float32."""
     remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
-    """What the backward pass recomputes instead of storing: nothing, whole blocks, all but matmuls, all but weight matmuls."""
+    """What the backward pass recomputes instead of storing: nothing, blocks, all but matmuls or weight matmuls."""
     z_loss: float = 0.0
     """Weight of the squared log-partition (PaLM, 2204.02311, section 5)."""
     ema: float = 0.0
@@ -98,6 +98,17 @@ class Run(Spec):
 
 
 LAYOUT = frozenset(
-    "mesh accumulate remat max_bad_steps eval_every sample_every prompt save_every keep_last profile".split()
+    [
+        "mesh",
+        "accumulate",
+        "remat",
+        "max_bad_steps",
+        "eval_every",
+        "sample_every",
+        "prompt",
+        "save_every",
+        "keep_last",
+        "profile",
+    ]
 )
 """Fields a run may change when it goes on: they say where and when things happen, not what is learned."""

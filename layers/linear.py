@@ -13,7 +13,7 @@ from .sharding import einsum, gather, parameter, spec_of, split_as
 
 
 class Linear(nnx.Module):
-    """y = x W + b between named axes: `Linear("D -> N H", {"D": 64, "N": 4, "H": 16}, rngs=rngs)` maps B T D to B T N H.
+    """y = x W + b between named axes: `Linear("D -> N H", {"D": 64, "N": 4, "H": 16}, ...)` maps B T D to B T N H.
 
     W starts normal with standard deviation `std` (default 1 / sqrt of the input size), b at zero.
     """
@@ -47,5 +47,3 @@ class Embedding(nnx.Module):
         """The rows of `ids`, in `dtype`."""
         table = gather(self.table[...], dtype)
         return table.at[ids].get(out_sharding=split_as(*spec_of(ids), None))
-
-

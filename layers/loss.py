@@ -92,7 +92,7 @@ def _backward(
 _sums.defvjp(_forward, _backward)
 
 
-def _pieces(size: int, *arrays: Array) -> tuple[Array, ...]:
+def _pieces(size: int, *arrays: Array) -> Any:
     """Cuts B T ... into (T / size) B size ..., to be scanned over."""
     return tuple(jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0) for x in arrays)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 Index = Int[Array, "..."]
@@ -35,10 +34,6 @@ class Mask(abc.ABC):
         return Not(self)
 
 
-def _static(value: Any) -> bool:
-    return isinstance(value, int)
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Causal(Mask):
@@ -52,7 +47,7 @@ class Causal(Mask):
 
     def key_range(self, first: int, last: int, keys: int) -> tuple[int, int]:
         """Bounds of the visible keys."""
-        return (0, min(keys, max(0, last + self.offset + 1))) if _static(self.offset) else (0, keys)
+        return (0, min(keys, max(0, last + self.offset + 1))) if isinstance(self.offset, int) else (0, keys)
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +66,7 @@ class Window(Mask):
 
     def key_range(self, first: int, last: int, keys: int) -> tuple[int, int]:
         """Bounds of the visible keys."""
-        if not _static(self.offset):
+        if not isinstance(self.offset, int):
             return 0, keys
         low, high = first + self.offset - self.left + 1, last + self.offset + self.right
         return max(0, min(low, keys)), max(0, min(high, keys))
@@ -140,4 +135,4 @@ class Not(Mask):
 
 
 def _at(offset: Any, batch: Index) -> Any:
-    return offset if _static(offset) or offset.ndim == 0 else offset[batch]
+    return offset if isinstance(offset, int) or offset.ndim == 0 else offset[batch]

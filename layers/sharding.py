@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec, reshard
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec, reshard
 from jaxtyping import Array, Float
 
 AXES = {"D": "fsdp", "V": "tensor", "F": "tensor", "N": "tensor", "K": "tensor", "E": "expert"}
@@ -25,7 +25,7 @@ MESH_AXES = ("data", "fsdp", "tensor", "expert")
 """The mesh axes there are, slowest first."""
 
 
-def partition(axes: str, mesh: Mesh) -> PartitionSpec:
+def partition(axes: str, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How a parameter with these axis letters ("D N H") is split at rest; vectors are not split over fsdp."""
     letters = axes.split()
     names = [AXES.get(letter) for letter in letters]
@@ -34,7 +34,7 @@ def partition(axes: str, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*(name if mesh.shape.get(name, 1) > 1 else None for name in names))
 
 
-def batch_partition(mesh: Mesh) -> PartitionSpec:
+def batch_partition(mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How arrays that start with the batch axis B are split."""
     names = tuple(name for name in BATCH if mesh.shape.get(name, 1) > 1)
     return PartitionSpec(names) if names else PartitionSpec()
@@ -54,7 +54,7 @@ def parameter(axes: str, value: Float[Array, "..."], inputs: int = 0) -> nnx.Par
     return nnx.Param(value, axes=axes, inputs=inputs)
 
 
-def check_divides(name: str, axes: str, shape: tuple[int, ...], mesh: Mesh) -> None:
+def check_divides(name: str, axes: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> None:
     """Raises ValueError where a dimension of a parameter is not a multiple of the mesh axis that splits it."""
     for letter, size, axis in zip(axes.split(), shape, partition(axes, mesh), strict=False):
         if axis is not None and size % mesh.shape[axis]:
@@ -72,7 +72,7 @@ def spec_of(array: Array) -> tuple[Any, ...]:
 
 
 def gather(weight: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
-    """A parameter made ready for use: cast, then gathered over fsdp (in the narrower dtype), still split over tensor."""
+    """A parameter made ready for use: cast, then gathered over fsdp; still split over tensor."""
     weight = jnp.asarray(weight, dtype)
     spec = spec_of(weight)
     if "fsdp" not in spec:

@@ -1,6 +1,7 @@
 """Specs: frozen values that describe a model or a run, compose, compare, and travel as JSON."""
 
 import abc
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -116,12 +117,10 @@ def _typed(value: Any, wanted: Any, where: str) -> Any:
     """`value` from JSON as the annotated type `wanted`, or a ValueError that names the field."""
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (typing.Union, types.UnionType):
-        for option in arguments:
-            try:
+        for option in arguments[:-1]:
+            with contextlib.suppress(ValueError):
                 return _typed(value, option, where)
-            except ValueError as error:
-                last = error
-        raise last
+        return _typed(value, arguments[-1], where)
     if origin is typing.Literal:
         if value not in arguments:
             raise unknown(where, str(value), map(str, arguments))

@@ -53,7 +53,9 @@ class Checkpoints:
 
     Saving step s makes it the latest one: checkpoints of later steps, left behind when a run was resumed from before
     them, are deleted once s is whole. Opening for writing takes a lock and clears away what a killed job left half
-    done. With several processes each one calls every method; the first one names, seals and deletes the folders.
+    done. Use it in a `with` statement, or close it: Python starts no thread once a program ends, so a save that nobody
+    waited for is then lost. With several processes each one calls every method; the first one names, seals and deletes
+    the folders.
 
     Raises SaveFailed where the folder cannot be made or written, or another job writes to it.
     """
@@ -68,7 +70,6 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
         self._unlock: Callable[[], Any] = lambda: None
-        _open.add(self)
         if not read_only and jax.process_index() == 0:
             self._open()
 
@@ -202,6 +203,8 @@ class Checkpoints:
         except Exception as error:  # whatever it is must reach the thread that trains
             self._error = self._failed(doing, partial, need, error)
             self._error.__cause__ = error
+            if not threading.main_thread().is_alive():  # nobody is left to raise it to
+                _log.error("%s (the program ended before the save did: use `with Checkpoints(...)`)", self._error)
 
     def _delete_old(self, latest: int) -> None:
         steps = [step for step in self.steps() if step <= latest]
@@ -264,17 +267,3 @@ class Checkpoints:
                 manifest.verify(folder, manifest.read(folder)["files"])
                 return step
         return None
-
-
-def _finish_saves() -> None:
-    for checkpoints in list(_open):
-        try:
-            checkpoints.close()
-        except SaveFailed as error:
-            _log.error("%s", error)
-
-
-_open: weakref.WeakSet[Checkpoints] = weakref.WeakSet()
-# A program that ends with a save under way waits for it. `atexit` comes too late: by then Python has shut the thread
-# pools that Orbax writes with, which then loses the save and hangs for five minutes. (Python has no public hook.)
-threading._register_atexit(_finish_saves)  # pyright: ignore[reportAttributeAccessIssue]

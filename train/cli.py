@@ -1,5 +1,6 @@
 """The `zoo` command."""
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -7,17 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-# Without a TPU in the machine, an installed libtpu would look for one on the network, and say so at length.
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-
 import jax
 import tyro
 from rich.console import Console
+from rich.text import Text
 
 from .. import configs, zoo
 from ..configs.run import Run
 from ..layers.spec import unknown
-from . import loop, show
+from . import hardware, loop, show
 from .folder import Folder, load
 
 RUNS = Path("runs")
@@ -105,14 +104,14 @@ def generate(
         )
     console = Console()
     for text in texts:
-        console.print(f"[bold]{_escaped(prompt.lstrip(chr(10)))}[/bold]{_escaped(text)}\n", highlight=False)
+        console.print(Text(prompt.lstrip("\n"), style="bold") + Text(f"{text}\n", style="not bold"), soft_wrap=True)
 
 
 def train(arguments: list[str]) -> None:
     """Train a run by name, or go on with the one in a folder: `zoo train NAME --help` shows every setting."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: zoo train NAME [--name FOLDER] [--fresh] [--step N] [--SETTING VALUE ...]\n\n" + Train.__doc__)
-        print("runs:")
+        print("usage: zoo train NAME [--name FOLDER] [--fresh] [--step N] [--SETTING VALUE ...]")
+        print(f"\n{inspect.getdoc(Train)}\n\nruns:")
         for name, made in configs.RUNS.items():
             print(f"  {name:16} {(made.__doc__ or '').splitlines()[0]}")
         print("\n`zoo train NAME --help` shows every setting of a run and its value.")
@@ -137,6 +136,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {"list": list_, "show": show_, "diff":
 
 def main() -> None:
     """Runs the command line; errors are one line on standard error, with a traceback only where `--traceback` asks."""
+    hardware.without_tpu()
     arguments = [a for a in sys.argv[1:] if a != "--traceback"]
     try:
         dispatch(arguments)
@@ -187,10 +187,6 @@ Language models for JAX: look at them, train them, write with them.
 def _find(name: str) -> Any:
     folder = Folder(Path(name))
     return folder.run() if folder.config.is_file() else configs.get(name)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The folder of a run: its config, tokenizer, metrics, checkpoints and report."""
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +79,7 @@ class Folder:
         """Writes the config, whole or not at all."""
         aside = self.config.with_suffix(".new")
         aside.write_text(json.dumps(run.to_dict(), indent=2) + "\n")
-        os.replace(aside, self.config)
+        aside.replace(self.config)
 
 
 def abstract_state(state: Any) -> Any:

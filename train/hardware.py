@@ -1,9 +1,11 @@
 """What is known of the machine: peak speeds by device, and memory in use."""
 
+import os
 import resource
 import sys
+from pathlib import Path
 
-import jax
+from jaxlib._jax import Device
 
 PEAKS = {
     "TPU v4": 275e12,
@@ -24,13 +26,24 @@ PEAKS = {
 """Dense bfloat16 (T4: float16) FLOP/s of one chip by the start of its device kind, from the makers' data sheets."""
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def without_tpu() -> None:
+    """Where no TPU is in the machine, keeps an installed libtpu from searching one on the network and saying so."""
+    if not any(Path("/dev").glob("accel*")) and not any(Path("/dev/vfio").glob("*")):
+        for name, value in (
+            ("TPU_SKIP_MDS_QUERY", "1"),
+            ("TPU_ACCELERATOR_TYPE", "v5litepod-1"),
+            ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ):
+            os.environ.setdefault(name, value)
+
+
+def peak_flops(device: Device) -> float | None:
     """The peak of a device, where it is known; the longest name that fits counts."""
     names = [name for name in PEAKS if device.device_kind.startswith(name)]
     return PEAKS[max(names, key=len)] if names else None
 
 
-def memory_bytes(device: jax.Device) -> int:
+def memory_bytes(device: Device) -> int:
     """The most memory used so far: the device's own where it tells, else this process's."""
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:

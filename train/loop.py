@@ -1,5 +1,7 @@
 """The training loop: from a run to a folder with a trained model."""
 
+import contextlib
+import functools
 import math
 import signal
 import time
@@ -10,6 +12,7 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from jaxlib._jax import Device
 from rich.console import Console
 
 from .. import zoo
@@ -21,7 +24,7 @@ from . import mesh as meshes
 from .checkpoint import Checkpoints, check_space
 from .data.cache import cache_folder
 from .folder import Folder, abstract_state
-from .metrics import Recorder, read
+from .metrics import Recorder
 from .progress import Board, amount, duration
 from .step import State, best_parameters, initial_state, make_evaluation, make_step
 
@@ -30,7 +33,9 @@ class Interrupted(Exception):
     """A signal ended the run, after its state was saved."""
 
     def __init__(self, signal_name: str, step: int, folder: Path):
-        super().__init__(f"{signal_name}: stopped and saved at step {step}; the same command goes on from there ({folder})")
+        super().__init__(
+            f"{signal_name}: stopped and saved at step {step}; the same command goes on from there ({folder})"
+        )
 
 
 class Diverged(ValueError):
@@ -44,7 +49,7 @@ class Result:
     folder: Path
     step: int
     loss: float
-    heldout_bits_per_byte: float
+    heldout_bits_per_byte: float | None
     tokens_per_second: float
 
 
@@ -55,7 +60,7 @@ def train(
     fresh: bool = False,
     step: int | None = None,
     console: Console | None = None,
-    devices: list[jax.Device] | None = None,
+    devices: list[Device] | None = None,
 ) -> Result:
     """Trains a run in its folder, going on from the latest whole checkpoint there is.
 
@@ -92,6 +97,24 @@ def _use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+def _load_data(run: Run, console: Console) -> datasets.Batches:
+    with console.status("reading the data ...") as status:
+
+        def progress(done: int, total: int | None) -> None:
+            status.update(f"reading the data: {amount(done, 'B')}" + (f" of {amount(total, 'B')}" if total else ""))
+
+        return datasets.load(
+            run.data,
+            vocab=run.model.vocab,
+            length=run.length,
+            batch=run.batch,
+            seed=run.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            progress=progress,
+        )
+
+
 @dataclass
 class Job:
     """A run under way."""
@@ -106,58 +129,52 @@ class Job:
     checkpoints: Checkpoints
     recorder: Recorder
     board: Board
-    samples: list[tuple[int, str]] = field(default_factory=list)
     last: dict[str, float] = field(default_factory=dict)
-    saved: int | None = None
+    saved: int = 0
+    opened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    @functools.cached_property
+    def evaluation(self) -> Any:
+        """The jitted likelihood of a batch."""
+        return make_evaluation(self.run)
 
     @classmethod
-    def prepare(
-        cls, run: Run, folder: Folder, mesh: Mesh, devices: str, console: Console, step: int | None
-    ) -> "Job":
+    def prepare(cls, run: Run, folder: Folder, mesh: Mesh, devices: str, console: Console, step: int | None) -> "Job":
         """Loads the data, and makes or restores the state."""
-        say = console.print
-        with console.status("reading the data ...") as status:
 
-            def progress(done: int, total: int | None) -> None:
-                status.update(f"reading the data: {amount(done, 'B')}" + (f" of {amount(total, 'B')}" if total else ""))
+        def say(text: str) -> None:
+            console.print(text, soft_wrap=True, highlight=False)
 
-            batches = datasets.load(
-                run.data,
-                vocab=run.model.vocab,
-                length=run.length,
-                batch=run.batch,
-                seed=run.seed,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-                progress=progress,
-            )
+        batches = _load_data(run, console)
         batches.tokenizer.save(str(folder.tokenizer))
-        iterator = batches.train()
-        state = initial_state(run, mesh)
         size = sum(known.size for known in describe(run.model.abstract()).values())
         say(f"model   {amount(size)} parameters, {amount(3 * run.model.flops(run.length), 'FLOP')} a trained token")
         say(f"data    {batches.describe()}")
         say(f"devices {devices}")
-        checkpoints = Checkpoints(folder.checkpoints, keep_last=run.keep_last)
-        start, saved = 0, checkpoints.steps()
-        if saved:
-            target = abstract_state(state)
-            del state
-            state, extra = checkpoints.restore(target, step)
-            iterator.set_state(extra["data"])
-            start = int(state["step"])
-            say(f"resumed from the checkpoint of step {start}")
-        else:
-            check_space(folder.checkpoints, state, run.keep_last + 2)
-        recorder = Recorder(folder.path, start)
-        board = Board(run.steps, start, console)
-        return cls(run, folder, mesh, devices, state, batches, iterator, checkpoints, recorder, board, saved=start or None)
+        with contextlib.ExitStack() as opened:
+            iterator = opened.enter_context(contextlib.closing(batches.train()))
+            checkpoints = opened.enter_context(Checkpoints(folder.checkpoints, keep_last=run.keep_last))
+            state = initial_state(run, mesh)
+            start = 0
+            if checkpoints.steps():
+                target = abstract_state(state)
+                del state
+                state, extra = checkpoints.restore(target, step)
+                iterator.set_state(extra["data"])
+                start = int(state["step"])
+                say(f"resumed from the checkpoint of step {start}")
+            else:
+                check_space(folder.checkpoints, state, run.keep_last + 2)
+            recorder = opened.enter_context(contextlib.closing(Recorder(folder.path, start)))
+            board = Board(run.steps, start, console)
+            job = cls(run, folder, mesh, devices, state, batches, iterator, checkpoints, recorder, board)
+            job.saved = start
+            job.opened = opened.pop_all()
+            return job
 
     def close(self) -> None:
-        """Ends what runs in the background."""
-        self.iterator.close()
-        self.recorder.close()
-        self.checkpoints.close()
+        """Waits for the last save, and ends what runs in the background."""
+        self.opened.close()
 
     def go(self) -> Result:
         """Trains to the last step, evaluates, and writes the report."""
@@ -184,7 +201,7 @@ class Job:
                 pending = None
                 if due[0] or end:
                     self._evaluate(step)
-                if due[1] or end and run.sample_every:
+                if due[1] or (end and run.sample_every):
                     self._sample(step)
                 if due[2] or end or signals.caught:
                     self._save(step)
@@ -213,8 +230,8 @@ class Job:
         if values["bad_steps"] >= self.run.max_bad_steps:
             raise Diverged(
                 f"loss or gradient was not finite in {self.run.max_bad_steps} steps in a row, up to step {step} (loss "
-                f"{values['loss']}, gradient norm {values['gradient_norm']}); none of them changed the model. Try a lower "
-                f"learning rate than {self.run.optimizer.learning_rate}, a longer warmup, or float32"
+                f"{values['loss']}, gradient norm {values['gradient_norm']}); none of them changed the model. Try a "
+                f"lower learning rate than {self.run.optimizer.learning_rate}, a longer warmup, or float32"
             )
         speed = self.run.batch * self.run.length / seconds
         facts = {"loss": f"{values['loss']:.3f}", "tokens/s": amount(speed)}
@@ -231,9 +248,8 @@ class Job:
     def _evaluate(self, step: int) -> None:
         if not self.batches.heldout_bytes:
             return
-        evaluate = make_evaluation(self.run)
         parameters = best_parameters(self.state)
-        sums = [evaluate(parameters, meshes.place(batch, self.mesh)) for batch in self.batches.heldout()]
+        sums = [self.evaluation(parameters, meshes.place(batch, self.mesh)) for batch in self.batches.heldout()]
         bits = sum(float(nll) for nll in sums) / math.log(2) / self.batches.heldout_bytes
         self.last["heldout_bits_per_byte"] = bits
         self.recorder.write(step, heldout_bits_per_byte=bits)
@@ -245,7 +261,7 @@ class Job:
         key = jax.random.fold_in(self.state["rng"], step)
         tokens = min(120, run.length)
         text = zoo.generate(model, self.batches.tokenizer, [run.prompt], max_tokens=tokens, key=key)[0]
-        self.samples.append((step, run.prompt + text))
+        self.recorder.write_text(step, run.prompt + text)
         self.board.sample(step, run.prompt, text)
 
     def _save(self, step: int) -> None:
@@ -257,24 +273,19 @@ class Job:
 
     def _finish(self) -> Result:
         self.checkpoints.wait()
-        records = read(self.folder.path)
-        seconds = [record["seconds"] for record in records if "seconds" in record]
-        steps = [record for record in records if "loss" in record]
-        bits = [r["heldout_bits_per_byte"] for r in records if "heldout_bits_per_byte" in r][-1]
-        tokens = self.run.batch * self.run.length
-        speed = tokens / sorted(seconds)[len(seconds) // 2]
-        facts = steps[-1] | {
-            "heldout_bits_per_byte": bits,
+        known = describe(self.run.model.abstract())
+        facts = report.summary(self.folder.path) | {
             "heldout_bytes": self.batches.heldout_bytes,
-            "parameters": sum(known.size for known in describe(self.run.model.abstract()).values()),
-            "seconds": sum(seconds),
-            "tokens_per_second": speed,
+            "parameters": sum(what.size for what in known.values()),
             "devices": self.devices,
             "data": self.batches.describe(),
         }
-        page = report.write(self.folder.path, self.run, facts, self.samples)
-        self.board.say(f"held-out {bits:.4f} bits per byte after {facts['step']} steps; report in {page}")
-        return Result(self.folder.path, facts["step"], facts["loss"], bits, speed)
+        facts["tokens_per_second"] = self.run.batch * self.run.length / facts["median_seconds"]
+        page = report.write(self.folder.path, self.run, facts)
+        bits = facts["heldout_bits_per_byte"]
+        score = "no text was held out" if bits is None else f"held-out {bits:.4f} bits per byte"
+        self.board.say(f"{score} after {facts['step']} steps; report in {page}")
+        return Result(self.folder.path, facts["step"], facts["loss"], bits, facts["tokens_per_second"])
 
 
 class Signals:
@@ -297,5 +308,3 @@ class Signals:
         if self.caught and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.caught = signal.Signals(number).name
-
-

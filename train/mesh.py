@@ -5,6 +5,7 @@ import math
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxlib._jax import Device
 
 from ..configs.run import Run
 from ..layers.sharding import BATCH, MESH_AXES, batch_partition
@@ -25,7 +26,7 @@ def parse(text: str) -> dict[str, int]:
     return sizes
 
 
-def make(run: Run, devices: list[jax.Device] | None = None) -> tuple[Mesh, str]:
+def make(run: Run, devices: list[Device] | None = None) -> tuple[Mesh, str]:
     """The explicit-mode mesh a run trains on, and a line that says what it is.
 
     With no mesh in the run: fsdp over as many of the devices as batch and parameters divide by.
@@ -67,13 +68,13 @@ def place(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
-def _mesh(sizes: dict[str, int], devices: list[jax.Device]) -> Mesh:
+def _mesh(sizes: dict[str, int], devices: list[Device]) -> Mesh:
     count = math.prod(sizes.values())
     explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:count], axis_types=explicit)
 
 
-def _fits(run: Run, sizes: dict[str, int], devices: list[jax.Device]) -> bool:
+def _fits(run: Run, sizes: dict[str, int], devices: list[Device]) -> bool:
     try:
         check(run, _mesh(sizes, devices))
     except ValueError:

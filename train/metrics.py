@@ -42,6 +42,11 @@ class Recorder:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
+    def write_text(self, step: int, text: str) -> None:
+        """Records a sample of what the model writes."""
+        self._lines.write(json.dumps({"step": step, "sample": text}) + "\n")
+        self._board.add_text("sample", text, step)
+
     def close(self) -> None:
         """Flushes and closes the files."""
         self._lines.close()

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import chex
 import jax
 import optax
 
@@ -29,7 +28,7 @@ def schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
     rise = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
     joined = optax.join_schedules([rise, rates[optimizer.schedule]], [warmup])
 
-    def rate(count: chex.Numeric) -> chex.Numeric:
+    def rate(count: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):
             return joined(count)
 
@@ -113,4 +112,5 @@ def update(
     if jax.sharding.get_abstract_mesh().empty:
         return apply(gradients, state, parameters)
     placed = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, (parameters, state))
-    return jax.sharding.auto_axes(apply, out_sharding=placed)(gradients, state, parameters)
+    spread: Any = jax.sharding.auto_axes(apply, out_sharding=placed)
+    return spread(gradients, state, parameters)

@@ -1,7 +1,6 @@
 """What a person sees while a run goes on: a live line in a terminal, plain lines elsewhere."""
 
 import time
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -36,7 +35,9 @@ class Board:
     def __init__(self, steps: int, start: int, console: Console | None = None):
         self.console = console or Console()
         self._steps = steps
-        self._bar = Progress(BarColumn(bar_width=None), TextColumn("{task.description}"), console=self.console, expand=True)
+        self._bar = Progress(
+            BarColumn(bar_width=None), TextColumn("{task.description}"), console=self.console, expand=True
+        )
         self._task: TaskID = self._bar.add_task("", total=steps, completed=start)
         self._live = Live(self._bar, console=self.console, refresh_per_second=4, transient=True)
         self._printed = 0.0
@@ -61,7 +62,7 @@ class Board:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(Text(text))
+        self.console.print(Text(text), soft_wrap=True)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """A sample of what the model writes."""
@@ -70,8 +71,3 @@ class Board:
             self.console.print(Panel(shown, title=f"sample at step {step}", title_align="left"))
         else:
             self.say(f"--- sample at step {step}\n{shown.plain}\n---")
-
-    def result(self, *lines: Any) -> None:
-        """Closing lines."""
-        for line in lines:
-            self.console.print(line, highlight=False)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from .. import configs
@@ -56,19 +57,13 @@ def table(name: str, found: Decoder | Run, mesh_text: str, length: int, console:
     known = parameters_of(model)
     splits = partitions(known, mesh)
     rows = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("parameter", "axes", "shape", "dtype", "sharding", "parameters", "bytes"):
-        rows.add_column(heading, justify="right" if heading in ("parameters", "bytes") else "left", no_wrap=True)
+    for heading in ("parameter", "shape / mesh axis", "dtype", "bytes"):
+        rows.add_column(heading, justify="right" if heading == "bytes" else "left", no_wrap=True)
     for parameter, what in known.items():
-        rows.add_row(
-            parameter,
-            what.axes,
-            " x ".join(map(str, what.shape)),
-            str(what.dtype),
-            _split(splits[parameter], what),
-            f"{what.size:,}",
-            amount(what.size * what.dtype.itemsize, "B"),
-        )
-    console.print(rows, soft_wrap=True)
+        stored = amount(what.size * what.dtype.itemsize, "B")
+        rows.add_row(parameter, _shape(what, splits[parameter]), str(what.dtype), stored)
+    wide = Measurement.get(console, console.options.update(max_width=1000), rows).maximum
+    Console(width=max(console.width, wide)).print(rows)
     total = sum(what.size for what in known.values())
     weights = sum(what.size * what.dtype.itemsize for what in known.values())
     console.print(f"\n{name}: {total:,} parameters, {amount(weights, 'B')}", highlight=False)
@@ -92,10 +87,10 @@ def difference(a: str, first: Spec, b: str, second: Spec, console: Console) -> N
     console.print(rows if rows.row_count else f"{a} and {b} are the same", highlight=False)
 
 
-def _split(spec: PartitionSpec, known: Description) -> str:
-    letters = known.axes.split()
-    text = ", ".join(f"{letter} over {axis}" for letter, axis in zip(letters, spec, strict=False) if axis)
-    return text or "whole"
+def _shape(known: Description, spec: PartitionSpec) -> str:
+    """E.g. "L=12 D=768/fsdp F=3072": each dimension with the mesh axis that splits it."""
+    parts = zip(known.axes.split(), known.shape, spec, strict=True)
+    return " ".join(f"{letter}={size}" + (f"/{axis}" if axis else "") for letter, size, axis in parts)
 
 
 def _ways(spec: PartitionSpec, sizes: dict[str, int]) -> int:

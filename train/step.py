@@ -83,24 +83,28 @@ def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, Array
             scale = jnp.minimum(1.0, run.optimizer.clip / jnp.maximum(norm, 1e-12))
             gradients = jax.tree.map(lambda g: g * scale, gradients)
         params, optimizer_state = optimizer.update(transformation, gradients, state["optimizer"], state["params"])
-        new = {"params": params, "optimizer": optimizer_state, "ema": _average(run.ema, state["ema"], params)}
-        kept = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, {name: state[name] for name in new})
+        new = params, optimizer_state, _average(run.ema, state["ema"], params)
+        old = state["params"], state["optimizer"], state["ema"]
+        params, optimizer_state, ema = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
         bad = 1 - good.astype(jnp.int32)
-        counters = {
-            "step": state["step"] + 1,
-            "bad_steps": (state["bad_steps"] + 1) * bad,
-            "skipped": state["skipped"] + bad,
-            "rng": state["rng"],
-        }
+        after = State(
+            step=state["step"] + 1,
+            params=params,
+            optimizer=optimizer_state,
+            ema=ema,
+            bad_steps=(state["bad_steps"] + 1) * bad,
+            skipped=state["skipped"] + bad,
+            rng=state["rng"],
+        )
         metrics = {
             "loss": loss,
             "nll": nll,
             "gradient_norm": norm,
             "learning_rate": jnp.asarray(rate(state["step"] - state["skipped"]), jnp.float32),
-            "bad_steps": counters["bad_steps"].astype(jnp.float32),
-            "skipped": counters["skipped"].astype(jnp.float32),
+            "bad_steps": after["bad_steps"].astype(jnp.float32),
+            "skipped": after["skipped"].astype(jnp.float32),
         }
-        return State(**kept, **counters), metrics
+        return after, metrics
 
     return jax.jit(step, donate_argnums=0)
 

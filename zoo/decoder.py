@@ -32,8 +32,9 @@ Caches = dict[str, Any]
 class Decoder(Spec):
     """A decoder-only language model.
 
-    Its `layers` blocks repeat the pattern `block`; whole repeats are stacked and scanned, so that neither the program nor
-    the time to compile it grows with depth. `first` blocks stand before the pattern; an incomplete last repeat is unrolled.
+    Its `layers` blocks repeat the pattern `block`; whole repeats are stacked and scanned, so that neither the program
+    nor the time to compile it grows with depth. `first` blocks stand before the pattern, an incomplete last repeat
+    after it.
     """
 
     vocab: int

@@ -86,7 +86,7 @@ def _continue(
 ) -> Int[Array, "B C"]:
     """The next `count` tokens of right-padded rows.
 
-    Padding does no harm: its slots of the cache lie after every position that is asked about, until they are overwritten.
+    Padding does no harm: its slots of the cache lie after every position that is asked about, until overwritten.
     """
     batch, width = tokens.shape
     caches = model.spec.cache(batch, width + count, dtype)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..layers.sharding import check_divides, parameter_axes, partition
 
@@ -37,13 +37,17 @@ def _is_variable(node: Any) -> bool:
 
 def _named(model: nnx.Module) -> list[tuple[str, Any]]:
     leaves = jax.tree.leaves_with_path(model, is_leaf=_is_variable)
-    return [(".".join(str(getattr(key, "name", getattr(key, "idx", key))) for key in path), leaf) for path, leaf in leaves]
+    return [
+        (".".join(str(getattr(key, "name", getattr(key, "idx", key))) for key in path), leaf) for path, leaf in leaves
+    ]
 
 
 def describe(model: nnx.Module) -> dict[str, Description]:
     """Every parameter of a model (also an abstract one) by name, in the order of the model."""
     return {
-        name: Description(parameter_axes(name, variable), variable.shape, variable.dtype, variable.get_metadata()["inputs"])
+        name: Description(
+            parameter_axes(name, variable), variable.shape, variable.dtype, variable.get_metadata()["inputs"]
+        )
         for name, variable in _named(model)
     }
 
@@ -62,7 +66,7 @@ def merge(abstract: Any, parameters: Parameters) -> Any:
     return jax.tree.unflatten(jax.tree.structure(abstract), [parameters[name] for name in names])
 
 
-def partitions(descriptions: dict[str, Description], mesh: Mesh) -> dict[str, PartitionSpec]:
+def partitions(descriptions: dict[str, Description], mesh: Mesh | AbstractMesh) -> dict[str, PartitionSpec]:
     """How each parameter is split at rest. Raises ValueError where a dimension is not a multiple of its mesh axis."""
     for name, known in descriptions.items():
         check_divides(name, known.axes, known.shape, mesh)

@@ -45,7 +45,7 @@ def attend(
     Raises:
         ValueError: where shapes do not fit or the implementation is unknown.
     """
-    (batch, queries, heads, size), (keys, kv_heads) = q.shape, k.shape[1:3]
+    (batch, _, heads, size), (keys, kv_heads) = q.shape, k.shape[1:3]
     if heads % kv_heads:
         raise ValueError(f"query heads must be a multiple of key/value heads, got N={heads}, K={kv_heads}")
     if k.shape != (batch, keys, kv_heads, size) or v.shape[:3] != k.shape[:3]:

@@ -184,14 +184,14 @@ def test_a_target_that_does_not_fit_is_named_leaf_by_leaf(tmp_path: Path) -> Non
     assert not isinstance(caught.value, DamagedCheckpoint)
 
 
-def test_a_program_that_ends_finishes_its_save(tmp_path: Path) -> None:
+def test_a_program_that_fails_finishes_its_save(tmp_path: Path) -> None:
     program = """
 import sys, jax.numpy as jnp
 from pathlib import Path
 from flaxzoo.train.checkpoint import Checkpoints
-checkpoints = Checkpoints(Path(sys.argv[1]))
-checkpoints.save(1, {"w": jnp.ones((2048, 2048))}, {})
-sys.exit(3)
+with Checkpoints(Path(sys.argv[1])) as checkpoints:
+    checkpoints.save(1, {"w": jnp.ones((2048, 2048))}, {})
+    sys.exit(3)
 """
     command = [sys.executable, "-W", "error", "-c", program, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""}, timeout=60)
