@@ -1,5 +1,6 @@
 """A run as a value: what is trained, on what, how long. `flaxzoo.train` carries it out."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -95,6 +96,21 @@ class Run(Spec):
         for name in ("steps", "batch", "length", "accumulate", "keep_last", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("eval_every", "sample_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is a decay, at least 0 (none is kept) and below 1, got {self.ema}")
+        if self.profile and (not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.profile) or not self.profiled):
+            raise ValueError(
+                f"profile names the first and the last step to trace, like '10:13', from 1 on, got {self.profile!r}"
+            )
+
+    @property
+    def profiled(self) -> range:
+        """The steps that are traced."""
+        first, _, last = (self.profile or "1:0").partition(":")
+        return range(int(first), int(last) + 1)
 
 
 LAYOUT = frozenset(

@@ -41,6 +41,10 @@ class Attention(Mixer):
     """Of the logits; 1 / sqrt(H) if not given."""
 
     def __post_init__(self) -> None:
+        for name in ("heads", "kv_heads", "head_dim", "window"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"query heads must be a multiple of key/value heads, got heads={self.heads}, kv_heads={self.kv_heads}"

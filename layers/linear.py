@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,9 +33,29 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         """Maps the last axes of `x`, in the dtype of `x`."""
         inputs, outputs = (side.strip() for side in self.axes.split("->"))
-        weight = gather(self.weight[...], x.dtype)
-        y = einsum(f"B T {inputs}, {inputs} {outputs} -> B T {outputs}", x, weight)
+        y = _product(inputs, outputs, x, gather(self.weight[...], x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(inputs: str, outputs: str, x: Array, weight: Array) -> Array:
+    """The gradient that JAX would derive has g, the gradient of y, on the left of x; XLA on CPU then transposes g in
+    memory, which takes longer than the product. With x on the left, nothing moves (a third off a step's time).
+    """
+    return einsum(f"B T {inputs}, {inputs} {outputs} -> B T {outputs}", x, weight)
+
+
+def _forward(inputs: str, outputs: str, x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(inputs, outputs, x, weight), (x, weight)
+
+
+def _backward(inputs: str, outputs: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    x_grad = einsum(f"B T {outputs}, {inputs} {outputs} -> B T {inputs}", g, weight)
+    return x_grad, einsum(f"B T {inputs}, B T {outputs} -> {inputs} {outputs}", x, g)
+
+
+_product.defvjp(_forward, _backward)
 
 
 class Embedding(nnx.Module):

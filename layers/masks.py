@@ -68,8 +68,8 @@ class Window(Mask):
         """Bounds of the visible keys."""
         if not isinstance(self.offset, int):
             return 0, keys
-        low, high = first + self.offset - self.left + 1, last + self.offset + self.right
-        return max(0, min(low, keys)), max(0, min(high, keys))
+        low = max(0, min(first + self.offset - self.left + 1, keys))
+        return low, max(low, min(last + self.offset + self.right, keys))
 
 
 @jax.tree_util.register_dataclass

@@ -41,7 +41,7 @@ class DamagedCheckpoint(ValueError):
             "no other checkpoint there is whole: start the run anew in another folder"
             if previous is None
             else f"the last whole one is step {previous}: "
-            f"`zoo train --resume {step_folders.run(folder)} --step {previous}` continues from it"
+            f"{step_folders.command(folder, '--step', str(previous))} continues from it"
         )
         super().__init__(f"the checkpoint of step {step} in {folder} is damaged: {damage}; {way_out}")
         self.step = step
@@ -120,6 +120,13 @@ class Checkpoints:
         self._writer.start()
         if wait:
             self.wait()
+
+    def drop_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps."""
+        self._join()
+        if jax.process_index() == 0:
+            for later in [s for s in self.steps() if s > step]:
+                step_folders.delete(self.folder / str(later))
 
     def wait(self) -> None:
         """Return when the last save is whole in every process; raises SaveFailed where it failed."""

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,8 +127,9 @@ def train(arguments: list[str]) -> None:
         Train, default=default, args=rest, prog=f"zoo train {source}", config=(tyro.conf.AvoidSubcommands,)
     )
     folder = wanted.runs / wanted.name
+    prompt = wanted.run.prompt.strip() or "The "
     loop.train(wanted.run, folder, fresh=wanted.fresh, step=wanted.step)
-    print(f"\nTry next:\n  zoo generate {folder} --prompt '{wanted.run.prompt.strip() or 'The '}'")
+    print(f"\nTry next:\n  {shlex.join(['zoo', 'generate', str(folder)])} --prompt {shlex.quote(prompt)}")
     print("  zoo train shakespeare --data.source my_text.txt --name my_text")
 
 

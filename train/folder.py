@@ -4,7 +4,6 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 from tokenizers import Tokenizer
@@ -14,6 +13,7 @@ from ..layers.spec import unknown
 from ..zoo.decoder import DecoderModel
 from ..zoo.parameters import describe, merge, shardings
 from . import mesh as meshes
+from . import step_folders
 from .checkpoint import Checkpoints
 
 
@@ -53,15 +53,25 @@ class Folder:
     def start(self, run: Run, *, fresh: bool) -> bool:
         """Makes the folder ready for `run`; true where it already holds a part of it, to go on from.
 
-        Raises ValueError where the folder holds another run, and names what differs.
+        A run that has no checkpoint yet has nothing to go on from, so another may take its place: a mistake in the
+        first command is corrected by the second. Raises ValueError where the folder holds another run, and names what
+        differs.
         """
         if fresh and self.config.is_file():
-            shutil.rmtree(self.path)
+            away = self.path.with_name(f"{self.path.name}.deleted")  # killed meanwhile, none of it is taken for a run
+            shutil.rmtree(away, ignore_errors=True)
+            with Checkpoints(self.checkpoints):  # of a job that is running, nothing is deleted
+                self.path.rename(away)
+            shutil.rmtree(away)
         if not self.config.is_file():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and any(path != _aside(self.config) for path in self.path.iterdir()):
                 raise ValueError(f"{self.path} holds other files than a run's; choose another --name")
             self.path.mkdir(parents=True, exist_ok=True)
             self.write(run)
+            return False
+        if not step_folders.steps(self.checkpoints):
+            with Checkpoints(self.checkpoints):  # nor is a running job's config replaced
+                self.write(run)
             return False
         before, now = self.run().flat(), run.flat()
         changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
@@ -77,14 +87,20 @@ class Folder:
 
     def write(self, run: Run) -> None:
         """Writes the config, whole or not at all."""
-        aside = self.config.with_suffix(".new")
-        aside.write_text(json.dumps(run.to_dict(), indent=2) + "\n")
-        aside.replace(self.config)
+        _write(self.config, json.dumps(run.to_dict(), indent=2) + "\n")
+
+    def write_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Writes the tokenizer, whole or not at all."""
+        _write(self.tokenizer, tokenizer.to_str(pretty=True))
 
 
-def abstract_state(state: Any) -> Any:
-    """Shapes, types and places of a state, to restore another one to."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+def _aside(path: Path) -> Path:
+    return path.with_suffix(".new")
+
+
+def _write(path: Path, text: str) -> None:
+    _aside(path).write_text(text, encoding="utf-8")
+    _aside(path).replace(path)
 
 
 def load(path: str | Path, *, step: int | None = None, mesh: str = "") -> tuple[DecoderModel, Tokenizer]:
@@ -102,7 +118,7 @@ def load(path: str | Path, *, step: int | None = None, mesh: str = "") -> tuple[
     run = folder.run()
     abstract = run.model.abstract()
     described = describe(abstract)
-    devices, _ = meshes.make(run.replace(mesh=mesh or "fsdp=1"))
+    devices = meshes.for_parameters(run.model, mesh or "fsdp=1")
     places = shardings(described, devices)
     target = {
         name: jax.ShapeDtypeStruct(known.shape, known.dtype, sharding=places[name]) for name, known in described.items()

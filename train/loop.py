@@ -22,20 +22,19 @@ from . import data as datasets
 from . import hardware, report
 from . import mesh as meshes
 from .checkpoint import Checkpoints, check_space
-from .data.cache import cache_folder
-from .folder import Folder, abstract_state
+from .data.cache import CacheError, cache_folder
+from .folder import Folder
 from .metrics import Recorder
 from .progress import Board, amount, duration
-from .step import State, best_parameters, initial_state, make_evaluation, make_step
+from .step import State, abstract_state, all_finite, best_parameters, initial_state, make_evaluation, make_step
+from .step_folders import cause, command, free
 
 
 class Interrupted(Exception):
     """A signal ended the run, after its state was saved."""
 
     def __init__(self, signal_name: str, step: int, folder: Path):
-        super().__init__(
-            f"{signal_name}: stopped and saved at step {step}; the same command goes on from there ({folder})"
-        )
+        super().__init__(f"{signal_name}: stopped and saved at step {step}; {command(folder)} goes on from there")
 
 
 class Diverged(ValueError):
@@ -68,7 +67,7 @@ def train(
         run: what to train.
         folder: where everything goes, e.g. "runs/shakespeare".
         fresh: delete what the folder holds of an earlier run and start anew.
-        step: go on from the checkpoint of this step, and drop later ones.
+        step: go on from the checkpoint of this step, and delete later ones.
         console: where progress is shown; the terminal by default.
         devices: to train on; all by default.
 
@@ -79,15 +78,30 @@ def train(
     """
     place = Folder(Path(folder))
     mesh, devices_line = meshes.make(run, devices)
-    goes_on = place.start(run, fresh=fresh)
-    _use_compilation_cache()
-    console = console or Console()
-    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("strict"):
-        job = Job.prepare(run, place, mesh, devices_line, console, step if goes_on else None)
-        try:
-            return job.go()
-        finally:
-            job.close()
+    with _explained(place.path):
+        if not place.start(run, fresh=fresh) and step is not None:
+            raise ValueError(f"{place.path} has no checkpoint of step {step}, nor any other; leave out --step to start")
+        _use_compilation_cache()
+        console = console or Console()
+        with jax.set_mesh(mesh), jax.numpy_dtype_promotion("strict"):
+            job = Job.prepare(run, place, mesh, devices_line, console, step)
+            with contextlib.closing(job):
+                return job.go()
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Says what to do about an error of the disk, where the error itself does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or isinstance(error, CacheError | BrokenPipeError):
+            raise
+        file = f"{error.filename or folder}"
+        raise OSError(
+            f"cannot write {file}: {cause(error)}; {free(folder):,} bytes are free there. Free space there, make it "
+            f"writable, or choose another --runs folder; what is saved stays, and {command(folder)} continues from it"
+        ) from error
 
 
 def _use_compilation_cache() -> None:
@@ -146,7 +160,7 @@ class Job:
             console.print(text, soft_wrap=True, highlight=False)
 
         batches = _load_data(run, console)
-        batches.tokenizer.save(str(folder.tokenizer))
+        folder.write_tokenizer(batches.tokenizer)
         size = sum(known.size for known in describe(run.model.abstract()).values())
         say(f"model   {amount(size)} parameters, {amount(3 * run.model.flops(run.length), 'FLOP')} a trained token")
         say(f"data    {batches.describe()}")
@@ -154,17 +168,18 @@ class Job:
         with contextlib.ExitStack() as opened:
             iterator = opened.enter_context(contextlib.closing(batches.train()))
             checkpoints = opened.enter_context(Checkpoints(folder.checkpoints, keep_last=run.keep_last))
-            state = initial_state(run, mesh)
+            shapes = abstract_state(run, mesh)
             start = 0
             if checkpoints.steps():
-                target = abstract_state(state)
-                del state
-                state, extra = checkpoints.restore(target, step)
+                state, extra = checkpoints.restore(shapes, step)
                 iterator.set_state(extra["data"])
                 start = int(state["step"])
+                if step is not None:
+                    checkpoints.drop_after(step)
                 say(f"resumed from the checkpoint of step {start}")
             else:
-                check_space(folder.checkpoints, state, run.keep_last + 2)
+                check_space(folder.checkpoints, shapes, run.keep_last + 2)
+                state = initial_state(run, mesh)
             recorder = opened.enter_context(contextlib.closing(Recorder(folder.path, start)))
             board = Board(run.steps, start, console)
             job = cls(run, folder, mesh, devices, state, batches, iterator, checkpoints, recorder, board)
@@ -212,14 +227,15 @@ class Job:
 
     def _profiled(self, start: int) -> Iterator[tuple[int, Any]]:
         """Step numbers and batches, with the profiler on where the run asks for it."""
-        first, _, last = self.run.profile.partition(":")
-        for step in range(start + 1, self.run.steps + 1):
-            if first and step == int(first):
-                jax.profiler.start_trace(str(self.folder.path / "profile"))
-            yield step, next(self.iterator)
-            if last and step == int(last):
-                jax.block_until_ready(self.state)
-                jax.profiler.stop_trace()
+        steps = self.run.profiled
+        with contextlib.ExitStack() as tracing:
+            for step in range(start + 1, self.run.steps + 1):
+                if step == max(start + 1, steps.start) and step in steps:
+                    tracing.enter_context(jax.profiler.trace(str(self.folder.path / "profile")))
+                yield step, next(self.iterator)
+                if step + 1 == steps.stop:
+                    jax.block_until_ready(self.state)
+                    tracing.close()
 
     def _record(self, step: int, metrics: dict[str, jax.Array], began: float) -> None:
         """Waits for a step's metrics, writes and shows them."""
@@ -230,8 +246,8 @@ class Job:
         if values["bad_steps"] >= self.run.max_bad_steps:
             raise Diverged(
                 f"loss or gradient was not finite in {self.run.max_bad_steps} steps in a row, up to step {step} (loss "
-                f"{values['loss']}, gradient norm {values['gradient_norm']}); none of them changed the model. Try a "
-                f"lower learning rate than {self.run.optimizer.learning_rate}, a longer warmup, or float32"
+                f"{values['loss']}, gradient norm {values['gradient_norm']}); none of them changed the model; "
+                + self._calmer()
             )
         speed = self.run.batch * self.run.length / seconds
         facts = {"loss": f"{values['loss']:.3f}", "tokens/s": amount(speed)}
@@ -244,6 +260,14 @@ class Job:
         if values["skipped"]:
             facts["skipped"] = f"{values['skipped']:.0f}"
         self.board.update(step, facts)
+
+    def _calmer(self) -> str:
+        """What to try when training diverges."""
+        rate, warmup = self.run.optimizer.learning_rate, self.run.optimizer.warmup_steps
+        precise = "" if self.run.dtype == "float32" else ", or float32"
+        return (
+            f"try a lower learning rate than {rate}, a longer warmup than {warmup} steps{precise}, under another --name"
+        )
 
     def _evaluate(self, step: int) -> None:
         if not self.batches.heldout_bytes:
@@ -267,6 +291,9 @@ class Job:
     def _save(self, step: int) -> None:
         if self.saved == step:
             return
+        if not all_finite(self.state["params"]):
+            raise Diverged(f"the parameters are not finite after step {step}, so they were not saved; {self._calmer()}")
+        self.recorder.flush()  # what is recorded up to a checkpoint is on disk before it
         extra = {"data": self.iterator.get_state(), "config": self.run.to_dict()}
         self.checkpoints.save(step, self.state, extra, loss=self.last.get("heldout_bits_per_byte"))
         self.saved = step

@@ -10,6 +10,7 @@ from jaxlib._jax import Device
 from ..configs.run import Run
 from ..layers.sharding import BATCH, MESH_AXES, batch_partition
 from ..layers.spec import unknown
+from ..zoo.decoder import Decoder
 from ..zoo.parameters import describe, partitions
 
 
@@ -38,15 +39,19 @@ def make(run: Run, devices: list[Device] | None = None) -> tuple[Mesh, str]:
     sizes = parse(run.mesh)
     if not sizes:
         sizes = {"fsdp": next(n for n in range(len(devices), 0, -1) if _fits(run, {"fsdp": n}, devices))}
-    wanted = math.prod(sizes.values())
-    if wanted > len(devices):
-        raise ValueError(f"mesh {run.mesh} needs {wanted} devices, there are {len(devices)}; lower a size, e.g. to 1")
     mesh = _mesh(sizes, devices)
     check(run, mesh)
     kind = devices[0].device_kind
     text = ",".join(f"{name}={size}" for name, size in sizes.items())
-    idle = len(devices) - wanted
-    return mesh, f"{text} on {wanted} x {kind}" + (f" ({idle} more left idle)" if idle else "")
+    idle = len(devices) - mesh.size
+    return mesh, f"{text} on {mesh.size} x {kind}" + (f" ({idle} more left idle)" if idle else "")
+
+
+def for_parameters(model: Decoder, text: str) -> Mesh:
+    """The mesh that `text` describes, of the first devices. Raises ValueError as `make` does; there is no batch."""
+    mesh = _mesh(parse(text), jax.devices())
+    partitions(describe(model.abstract()), mesh)
+    return mesh
 
 
 def check(run: Run, mesh: Mesh) -> None:
@@ -70,6 +75,9 @@ def place(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 def _mesh(sizes: dict[str, int], devices: list[Device]) -> Mesh:
     count = math.prod(sizes.values())
+    if count > len(devices):
+        text = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(f"mesh {text} needs {count} devices, there are {len(devices)}; lower a size, e.g. to 1")
     explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:count], axis_types=explicit)
 

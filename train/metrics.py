@@ -1,10 +1,14 @@
 """Metrics of a run on disk: one JSON line a record, and the same to TensorBoard."""
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 
 FILE = "metrics.jsonl"
 
@@ -24,30 +28,46 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 class Recorder:
-    """Writes records `{"step": n, name: number, ...}` as they come."""
+    """Writes records `{"step": n, name: number, ...}` as they come; raises OSError where they can't be written."""
 
     def __init__(self, folder: Path, start: int):
         """Opens the metrics of a run that goes on after step `start`; what a killed run recorded past it is dropped."""
-        folder.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read(folder) if record["step"] <= start]
         aside = folder / f"{FILE}.new"
         aside.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
         aside.replace(folder / FILE)
-        self._lines = (folder / FILE).open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        board = folder / "tensorboard"
+        board.mkdir(exist_ok=True)
+        self._lines = (folder / FILE).open("ab", buffering=0)
+        # Not tensorboardX.SummaryWriter: it writes from a thread, and once the disk is full it blocks forever.
+        self._board = EventsWriter(str(board / "events"), filename_suffix=f".{start}")
+        self._event(start + 1, session_log=SessionLog(status=SessionLog.START))  # later steps of a killed run go
 
     def write(self, step: int, **values: float) -> None:
         """Records the values of a step."""
-        self._lines.write(json.dumps({"step": step} | values) + "\n")
+        self._line({"step": step} | values)
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._event(step, summary=summary.scalar(name, value))
 
     def write_text(self, step: int, text: str) -> None:
         """Records a sample of what the model writes."""
-        self._lines.write(json.dumps({"step": step, "sample": text}) + "\n")
-        self._board.add_text("sample", text, step)
+        self._line({"step": step, "sample": text})
+        self._event(step, summary=summary.text("sample", text))
+
+    def flush(self) -> None:
+        """Forces what was written to disk."""
+        os.fsync(self._lines.fileno())
+        self._board.flush()
 
     def close(self) -> None:
         """Flushes and closes the files."""
         self._lines.close()
         self._board.close()
+
+    def _line(self, record: dict[str, Any]) -> None:
+        data = memoryview(f"{json.dumps(record)}\n".encode())
+        while data:  # a disk that fills up takes a part, and fails at the next
+            data = data[self._lines.write(data) :]
+
+    def _event(self, step: int, **content: Any) -> None:
+        self._board.write_event(Event(wall_time=time.time(), step=step, **content))

@@ -83,16 +83,19 @@ def _muon(optimizer: Optimizer, rate: optax.Schedule, parameters: Descriptions) 
             if hidden
             else None
         )
-    return optax.contrib.muon(
-        rate,
-        weight_decay=optimizer.weight_decay,
-        weight_decay_mask=None,
+    direction = optax.contrib.muon(
+        -1.0,  # optax subtracts; decay and learning rate come after, for they are the same for both
         adam_b1=optimizer.b1,
         adam_b2=optimizer.b2,
         eps=optimizer.eps,
-        adam_weight_decay=0.0,
         muon_weight_dimension_numbers=dimensions,
         consistent_rms=0.2,
+    )
+    matrices = {name: known.inputs > 0 for name, known in parameters.items()}
+    return optax.chain(
+        direction,
+        optax.add_decayed_weights(optimizer.weight_decay, matrices),
+        optax.scale_by_learning_rate(rate),
     )
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
 from ..configs.run import Run
 from ..layers.loss import cross_entropy
@@ -41,27 +41,37 @@ class State(TypedDict):
 
 def initial_state(run: Run, mesh: Mesh) -> State:
     """Fresh parameters and optimizer state, each made where it lives on the mesh (the ambient one)."""
-    abstract = run.model.abstract()
-    transformation = optimizer.make(run.optimizer, run.steps, describe(abstract))
+    places = shardings(describe(run.model.abstract()), mesh)
+    params = jax.jit(lambda: split(run.model.build(rngs=nnx.Rngs(run.seed))), out_shardings=places)()
+    return jax.jit(functools.partial(_state_of, run), donate_argnums=0)(params)
 
-    def parameters() -> Parameters:
-        return split(run.model.build(rngs=nnx.Rngs(run.seed)))
 
-    params = jax.jit(parameters, out_shardings=shardings(describe(abstract), mesh))()
+def abstract_state(run: Run, mesh: Mesh) -> State:
+    """Shape, type and place on the mesh (the ambient one) of everything in `initial_state`; nothing is computed."""
+    known = describe(run.model.abstract())
+    places = shardings(known, mesh)
 
-    def rest(params: Parameters) -> State:
-        zero = jnp.zeros((), jnp.int32)
-        return State(
-            step=zero,
-            params=params,
-            optimizer=transformation.init(params),
-            ema=jax.tree.map(jnp.copy, params) if run.ema else {},
-            bad_steps=zero,
-            skipped=zero,
-            rng=jax.random.key(run.seed),
-        )
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else PartitionSpec()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.jit(rest, donate_argnums=0)(params)
+    params = {name: jax.ShapeDtypeStruct(what.shape, what.dtype, sharding=places[name]) for name, what in known.items()}
+    return jax.tree.map(placed, jax.eval_shape(functools.partial(_state_of, run), params))
+
+
+def _state_of(run: Run, params: Parameters) -> State:
+    """The state of a run that starts from these parameters."""
+    transformation = optimizer.make(run.optimizer, run.steps, describe(run.model.abstract()))
+    zero = jnp.zeros((), jnp.int32)
+    return State(
+        step=zero,
+        params=params,
+        optimizer=transformation.init(params),
+        ema=jax.tree.map(jnp.copy, params) if run.ema else {},
+        bad_steps=zero,
+        skipped=zero,
+        rng=jax.random.key(run.seed),
+    )
 
 
 def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
@@ -77,7 +87,7 @@ def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, Array
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         loss, nll, gradients = _gradients(run, abstract, state["params"], batch)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         if run.optimizer.clip:
             scale = jnp.minimum(1.0, run.optimizer.clip / jnp.maximum(norm, 1e-12))
@@ -119,6 +129,12 @@ def make_evaluation(run: Run) -> Callable[[Parameters, Batch], Float[Array, ""]]
     return jax.jit(evaluate)
 
 
+@jax.jit
+def all_finite(parameters: Parameters) -> Bool[Array, ""]:
+    """Whether every number is finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(array)) for array in parameters.values()]))
+
+
 def best_parameters(state: State) -> Parameters:
     """What is evaluated, sampled from and loaded: the moving average where one is kept."""
     return state["ema"] or state["params"]
@@ -142,7 +158,8 @@ def _gradients(
     run: Run, abstract: DecoderModel, params: Parameters, batch: Batch
 ) -> tuple[Float[Array, ""], Float[Array, ""], Parameters]:
     """Loss, likelihood (both a mean over tokens) and gradient of a batch."""
-    share = 1.0 / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+    tokens = jnp.sum(batch["weights"])
+    share = jnp.where(tokens == 0.0, 0.0, 1.0 / jnp.where(tokens == 0.0, 1.0, tokens))
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss_of(params: Parameters, micro: Batch) -> tuple[Array, Array]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,10 @@ def free(folder: Path) -> int:
     return shutil.disk_usage(_existing(folder)).free
 
 
-def run(folder: Path) -> Path:
-    """The run that the checkpoints in `folder` are of, as `zoo train --resume` takes it."""
-    return folder.parent if folder.name == "checkpoints" else folder
+def command(folder: Path, *options: str) -> str:
+    """The command that goes on with the run whose checkpoints are in `folder`."""
+    run = folder.parent if folder.name == "checkpoints" else folder
+    return f"`{shlex.join(['zoo', 'train', str(run), *options])}`"
 
 
 def report(doing: str, folder: Path, need: int | None, cause: str) -> str:
@@ -89,7 +91,7 @@ def report(doing: str, folder: Path, need: int | None, cause: str) -> str:
     needs = "" if need is None else f"{need:,} bytes are needed and "
     whole = steps(folder)
     kept = f"the last whole checkpoint is step {whole[-1]}, still intact" if whole else "no checkpoint is whole yet"
-    resume = f"; then `zoo train --resume {run(folder)}` continues" if whole else ""
+    resume = f"; then {command(folder)} continues" if whole else ""
     return (
         f"cannot {doing} in {folder}: {cause}; {needs}{free(folder):,} are free there; {kept}. "
         f"Free space there, make it writable, or choose another folder{resume}"

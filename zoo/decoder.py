@@ -142,8 +142,11 @@ class DecoderModel(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Caches | None]:
         """Final hidden states, computed in `dtype`, and the caches with these tokens in them.
 
-        Without `places`, each row is one document from position 0 on.
+        Without `places`, each row is one document from position 0 on. Raises ValueError where it is longer than the
+        table of learned positions.
         """
+        if self.positions is not None and places is None and caches is None:
+            _check_positions(tokens.shape[1], self.spec.max_positions)
         places = plain_places(tokens) if places is None else places
         x = self.embedding(tokens, dtype)
         if self.spec.scale_embedding:
@@ -194,6 +197,11 @@ class DecoderModel(nnx.Module):
             return x, after if caches is not None else None
 
         return jax.lax.scan(_checkpointed(repeat, remat), x, (self.stack, caches))
+
+
+def _check_positions(length: int, limit: int) -> None:
+    if length > limit:
+        raise ValueError(f"the model has max_positions={limit} learned positions, got rows of {length} tokens")
 
 
 def plain_places(tokens: Int[Array, "B T"]) -> Places:

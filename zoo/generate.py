@@ -45,17 +45,21 @@ def generate(
         dtype: what the model computes in.
 
     Raises:
-        ValueError: on a negative temperature, no prompts, or an empty prompt with no token to start from.
+        ValueError: on a negative temperature, no prompts, an empty prompt with no token to start from, or more tokens
+            than the model has learned positions for.
     """
-    if temperature < 0 or max_tokens < 1 or not prompts:
+    if temperature < 0 or max_tokens < 1 or top_k < 0 or not prompts:
         raise ValueError(
-            f"generation needs prompts, temperature >= 0 and max_tokens >= 1, got {len(prompts)} prompts, "
-            f"temperature={temperature}, max_tokens={max_tokens}"
+            f"generation needs prompts, temperature >= 0, max_tokens >= 1 and top_k >= 0, got {len(prompts)} prompts, "
+            f"temperature={temperature}, max_tokens={max_tokens}, top_k={top_k}"
         )
     ends = [token for token in map(tokenizer.token_to_id, stop) if token is not None]
     rows = [tokenizer.encode(prompt, add_special_tokens=False).ids or ends[:1] for prompt in prompts]
     if not all(rows):
         raise ValueError(f"an empty prompt needs a token to start from, and the tokenizer has none of {stop}")
+    longest, limit = max(map(len, rows)) + max_tokens, model.spec.max_positions
+    if limit and longest > limit:
+        raise ValueError(f"prompt and continuation come to {longest} tokens, the model has {limit} positions")
     # Lengths are rounded up, so that prompts of similar length share a compiled program.
     width = -(-max(map(len, rows)) // 32) * 32
     tokens = np.zeros((len(rows), width), np.int32)

@@ -57,6 +57,13 @@ def attend(
         raise unknown("attention implementation", implementation, functions)
     function = functions[implementation or "portable"]
 
+    split, _, heads_split, _ = spec_of(q)
+    for leaf in jax.tree.leaves(mask):
+        if isinstance(leaf, jax.Array) and leaf.ndim and spec_of(leaf)[0] != split:
+            raise ValueError(
+                "arrays of a mask start with the batch and must be split over the mesh like the queries' batch, "
+                f"got {spec_of(leaf)[0]} for shape {leaf.shape} and {split}"
+            )
     leaves, tree = jax.tree.flatten((q, k, v, mask, sinks))
     traced = [index for index, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
 
@@ -64,7 +71,8 @@ def attend(
         filled = list(leaves)
         for index, array in zip(traced, arrays, strict=True):
             filled[index] = array
-        return function(*tree.unflatten(filled), scale, soft_cap)
+        first_head = 0 if heads_split is None else jax.lax.axis_index(heads_split) * arrays[0].shape[2]
+        return function(*tree.unflatten(filled), scale, soft_cap, first_head)
 
     splits = [spec_of(x)[2] for x in (q, k, v)] + ([] if sinks is None else [spec_of(sinks)[0]])
     if len(set(splits)) > 1:
@@ -73,7 +81,14 @@ def attend(
 
 
 def _portable(
-    q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None, scale: float, soft_cap: float | None
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    sinks: Array | None,
+    scale: float,
+    soft_cap: float | None,
+    first_head: int | Array,
 ) -> Array:
     """The plain definition on one block of queries after another, each with the range of keys it can see."""
     queries, keys = q.shape[1], k.shape[1]
@@ -83,7 +98,9 @@ def _portable(
         last = min(first + size, queries) - 1
         low, high = mask.key_range(first, last, keys)
 
-        def block(q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None, at: Any = (first, low)) -> Array:
+        def block(
+            q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None, at: Any = (first_head, first, low)
+        ) -> Array:
             return _reference(q, k, v, mask, sinks, scale, soft_cap, *at)
 
         outputs.append(jax.checkpoint(block)(q[:, first : last + 1], k[:, low:high], v[:, low:high], mask, sinks))
@@ -98,6 +115,7 @@ def _reference(
     sinks: Array | None,
     scale: float,
     soft_cap: float | None,
+    first_head: int | Array = 0,
     first_query: int = 0,
     first_key: int = 0,
 ) -> Array:
@@ -107,7 +125,7 @@ def _reference(
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", group, k, preferred_element_type=jnp.float32) * scale
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
-    visible = mask.visible(*_indices(batch, heads, kv_heads, first_query, queries, first_key, keys))
+    visible = mask.visible(*_indices(batch, heads, kv_heads, keys, queries, first_head, first_query, first_key))
     logits = jnp.where(visible, logits, -jnp.inf)
     highest = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
     sink = None if sinks is None else sinks.astype(jnp.float32).reshape(kv_heads, heads // kv_heads, 1, 1)
@@ -121,9 +139,16 @@ def _reference(
 
 
 def _indices(
-    batch: int, heads: int, kv_heads: int, first_query: int, queries: int, first_key: int, keys: int
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    keys: int,
+    queries: int,
+    first_head: int | Array,
+    first_query: int,
+    first_key: int,
 ) -> tuple[Array, Array, Array, Array]:
     """Index arrays that broadcast to B K G T S."""
-    head = jnp.arange(heads).reshape(kv_heads, heads // kv_heads, 1, 1)
+    head = first_head + jnp.arange(heads).reshape(kv_heads, heads // kv_heads, 1, 1)
     query = first_query + jnp.arange(queries)[:, None]
     return jnp.arange(batch).reshape(batch, 1, 1, 1, 1), head, query, first_key + jnp.arange(keys)

@@ -277,7 +277,7 @@ def test_every_kind_of_damage_is_found(tmp_path: Path) -> None:
             Checkpoints(folder.parent, read_only=True).restore(shapes_of(state_of(0)))
         assert (caught.value.step, caught.value.previous) == (3, 2)
         assert f"step 3 in {folder.parent} is damaged: {file}: {problem}" in str(caught.value)
-        assert f"the last whole one is step 2: `zoo train --resume {tmp_path} --step 2`" in str(caught.value)
+        assert f"the last whole one is step 2: `zoo train {tmp_path} --step 2`" in str(caught.value)
 
     shutil.copytree(folder, tmp_path / "intact")
     for path, damage, problem in [
@@ -437,7 +437,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(small_disk: Path) -> Non
         numbers = f"{required_bytes(BIG):,} bytes are needed and {free:,} are free there"
         assert message + numbers in str(caught.value)
         assert "the last whole checkpoint is step 1, still intact. Free space there" in str(caught.value)
-        assert f"then `zoo train --resume {small_disk}` continues" in str(caught.value)
+        assert f"then `zoo train {small_disk}` continues" in str(caught.value)
         assert checkpoints.steps() == [1]
 
 

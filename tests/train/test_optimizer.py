@@ -1,0 +1,198 @@
+"""Optimizers and schedules by name: each learns, decays what it should, and follows its formula."""
+
+import math
+from typing import Any, get_args, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flaxzoo.configs import Optimizer, Run
+from flaxzoo.layers.norm import RMSNorm
+from flaxzoo.train import mesh as meshes
+from flaxzoo.train import optimizer as optimizers
+from flaxzoo.train.step import initial_state, make_step
+from flaxzoo.zoo import LayerNorm
+from flaxzoo.zoo.parameters import describe, split
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
+NAMES = get_args(get_type_hints(Optimizer)["name"])
+RATES = {"adamw": 1e-2, "lion": 3e-3, "muon": 1e-2, "adafactor": 1e-2, "sgd": 2.0}
+
+
+def batch_of(run: Run, seed: int) -> dict[str, np.ndarray]:
+    """Rows that count upwards, from anywhere: easy to learn."""
+    start = np.random.default_rng(seed).integers(0, 300, (run.batch, 1))
+    tokens = ((start + np.arange(run.length + 1)) % 300).astype(np.int32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segments": np.ones((run.batch, run.length), np.int32),
+        "positions": np.tile(np.arange(run.length, dtype=np.int32), (run.batch, 1)),
+        "weights": np.ones((run.batch, run.length), np.float32),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_learns(tiny: Run, name: str) -> None:
+    run = tiny.replace(steps=30, optimizer=Optimizer(name=name, learning_rate=RATES[name], warmup_steps=3))
+    mesh, _ = meshes.make(run)
+    with jax.set_mesh(mesh):
+        state, step = initial_state(run, mesh), make_step(run)
+        losses = []
+        for index in range(run.steps):
+            state, metrics = step(state, meshes.place(batch_of(run, index), mesh))
+            losses.append(float(metrics["loss"]))
+    assert losses[0] == pytest.approx(math.log(300), rel=0.05)
+    assert losses[-1] < losses[0] - 0.5
+    kinds = {str(x.dtype) for x in jax.tree.leaves(state["optimizer"])}
+    assert kinds <= {"float32", "int32"}
+
+
+# Schedules.
+
+
+def rates(steps: int, **options: Any) -> list[float]:
+    rate = optimizers.schedule(Optimizer(learning_rate=0.5, final_fraction=0.1, **options), steps)
+    return [float(rate(jnp.int32(step))) for step in range(steps)]
+
+
+def test_warmup_then_constant() -> None:
+    found = rates(12, schedule="constant", warmup_steps=5)
+    assert found == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5] + [0.5] * 7)
+    assert rates(4, schedule="constant", warmup_steps=0) == pytest.approx([0.5] * 4)
+    assert rates(4, schedule="constant", warmup_steps=1) == pytest.approx([0.5] * 4)
+    assert rates(4, schedule="cosine", warmup_steps=100) == pytest.approx([0.125, 0.25, 0.375, 0.5])  # never above
+
+
+def test_linear() -> None:
+    expected = [0.25, 0.5, *(0.5 - 0.45 * step / 10 for step in range(10))]
+    assert rates(12, schedule="linear", warmup_steps=2) == pytest.approx(expected)
+
+
+def test_cosine() -> None:
+    expected = [0.25, 0.5, *(0.05 + 0.45 * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(10))]
+    assert rates(12, schedule="cosine", warmup_steps=2) == pytest.approx(expected)
+
+
+def test_warmup_stable_decay() -> None:
+    decay = [0.5 - 0.45 * step / 5 for step in range(5)]
+    found = rates(20, schedule="wsd", warmup_steps=4, decay_fraction=0.25)
+    assert found == pytest.approx([0.125, 0.25, 0.375, *[0.5] * 12, *decay])
+    # A decay longer than what is left after the warmup takes all of that.
+    found = rates(8, schedule="wsd", warmup_steps=4, decay_fraction=1.0)
+    assert found == pytest.approx([0.125, 0.25, 0.375, 0.5, *(0.5 - 0.45 * step / 4 for step in range(4))])
+
+
+# Decay and clipping.
+
+
+def everything(run: Run) -> Run:
+    """A model with every kind of parameter: biases, sinks, norms of heads, positions and a head."""
+    changes = {"bias": True, "output_bias": True, "sinks": True, "qk_norm": RMSNorm()}
+    model = run.model.replace(
+        tied=False, max_positions=32, norm=LayerNorm(), **{f"block.0.mixer.{name}": x for name, x in changes.items()}
+    )
+    return run.replace(model=model)
+
+
+MATRICES = ("embedding.table", "positions.table", "head.table", ".weight")
+
+
+def parameters_of(run: Run) -> dict[str, jax.Array]:
+    """Parameters none of which is zero."""
+    fresh = split(run.model.build(rngs=nnx.Rngs(0)))
+    return {name: x + 0.5 for name, x in fresh.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_matrices_decay_and_vectors_do_not(tiny: Run, name: str) -> None:
+    run = everything(tiny)
+    settings = Optimizer(name=name, learning_rate=0.1, weight_decay=0.2, schedule="constant", warmup_steps=0)
+    transformation = optimizers.make(settings, 10, describe(run.model.abstract()))
+    params = parameters_of(run)
+
+    @jax.jit
+    def unmoved(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The parameters after a step with no gradient."""
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return optimizers.update(transformation, zeros, transformation.init(params), params)[0]
+
+    after = unmoved(params)
+    kinds = {parameter: parameter.endswith(MATRICES) for parameter in params}
+    assert sum(kinds.values()) == 3 + 4 + 3  # three tables, attention, SwiGLU
+    assert sum(not matrix for matrix in kinds.values()) >= 4 + 1 + 2 + 4  # biases, sinks, head norms, norms
+    for parameter, matrix in kinds.items():
+        expected = params[parameter] * (1 - 0.1 * 0.2 * matrix)
+        np.testing.assert_allclose(after[parameter], expected, rtol=1e-6, err_msg=parameter)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01, 1e6])
+def test_clipping(tiny: Run, clip: float) -> None:
+    settings = Optimizer(
+        name="sgd", learning_rate=1.0, b1=0.0, weight_decay=0.0, schedule="constant", warmup_steps=0, clip=clip
+    )
+    run = tiny.replace(optimizer=settings)
+    mesh, _ = meshes.make(run)
+    with jax.set_mesh(mesh):
+        state, step = initial_state(run, mesh), make_step(run)
+        before = jax.device_get(state["params"])
+        state, metrics = step(state, meshes.place(batch_of(run, 0), mesh))
+    moved = float(optax.tree.norm(jax.tree.map(lambda a, b: a - b, jax.device_get(state["params"]), before)))
+    norm = float(metrics["gradient_norm"])
+    assert norm > 0.1  # of the gradient as it was
+    assert moved == pytest.approx(clip if clip == 0.01 else norm, rel=1e-4)
+
+
+# Muon.
+
+
+def test_muon_orthogonalises_each_layer_by_itself(tiny: Run) -> None:
+    run = everything(tiny)
+    known = describe(run.model.abstract())
+    settings = Optimizer(name="muon", learning_rate=0.1, weight_decay=0.2, schedule="constant", warmup_steps=0)
+    params = parameters_of(run)
+    keys = jax.random.split(jax.random.key(7), len(params))
+    gradients = {name: jax.random.normal(key, x.shape) for key, (name, x) in zip(keys, params.items(), strict=True)}
+    transformation = optimizers.make(settings, 10, known)
+    update = jax.jit(lambda *arguments: optimizers.update(transformation, *arguments))
+    found, state = params, transformation.init(params)
+    for _ in range(2):
+        found, state = update(gradients, state, found)
+
+    plain = optax.contrib.muon(0.1, weight_decay=0.2, consistent_rms=0.2)
+    adam = optax.adamw(0.1, b1=0.9, b2=0.95, weight_decay=0.2, nesterov=True)
+
+    @jax.jit
+    def twice_by_muon(matrix: jax.Array, gradient: jax.Array) -> jax.Array:
+        return twice(plain, matrix, gradient)
+
+    def twice(transformation: Any, x: jax.Array, gradient: jax.Array) -> jax.Array:
+        state = transformation.init(x)
+        with jax.numpy_dtype_promotion("standard"):
+            for _ in range(2):
+                change, state = transformation.update(gradient, state, x)
+                x = x + change
+        return x
+
+    hidden = 0
+    for name, what in known.items():
+        if name.startswith("stack.") and name.endswith(".weight"):
+            hidden += 1
+            rows = math.prod(what.shape[1 : 1 + what.inputs])
+            for layer in range(2):
+                matrix, gradient = (x[name][layer].reshape(rows, -1) for x in (params, gradients))
+                expected = twice_by_muon(matrix, gradient)
+                np.testing.assert_allclose(found[name][layer].reshape(rows, -1), expected, rtol=1e-4, atol=1e-5)
+            step = (found[name] - params[name])[0].reshape(rows, -1)
+            assert float(jnp.sqrt(jnp.mean(step**2))) < 2 * 2 * 0.1  # as large as those of AdamW
+        elif name.endswith("table"):
+            expected = twice(adam, params[name], gradients[name])
+            np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
+        else:
+            expected = twice(optax.adam(0.1, b1=0.9, b2=0.95, nesterov=True), params[name], gradients[name])
+            np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert hidden == 7
