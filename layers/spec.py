@@ -117,10 +117,12 @@ def _typed(value: Any, wanted: Any, where: str) -> Any:
     """`value` from JSON as the annotated type `wanted`, or a ValueError that names the field."""
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (typing.Union, types.UnionType):
-        for option in arguments[:-1]:
+        # None is for None alone: what is wrong inside "Norm | None" is told of the norm.
+        options = [option for option in arguments if (option is type(None)) == (value is None)] or [*arguments]
+        for option in options[:-1]:
             with contextlib.suppress(ValueError):
                 return _typed(value, option, where)
-        return _typed(value, arguments[-1], where)
+        return _typed(value, options[-1], where)
     if origin is typing.Literal:
         if value not in arguments:
             raise unknown(where, str(value), map(str, arguments))

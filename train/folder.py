@@ -47,7 +47,7 @@ class Folder:
             raise ValueError(f"{self.path} holds no run: it has no config.json; `zoo train NAME` makes one")
         try:
             return Run.from_dict(json.loads(self.config.read_text()))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.config} can't be read: {error}") from error
 
     def start(self, run: Run, *, fresh: bool) -> bool:

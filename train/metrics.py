@@ -2,13 +2,14 @@
 
 import json
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
+from tensorboardX.record_writer import RecordWriter
 
 FILE = "metrics.jsonl"
 
@@ -40,7 +41,9 @@ class Recorder:
         board.mkdir(exist_ok=True)
         self._lines = (folder / FILE).open("ab", buffering=0)
         # Not tensorboardX.SummaryWriter: it writes from a thread, and once the disk is full it blocks forever.
-        self._board = EventsWriter(str(board / "events"), filename_suffix=f".{start}")
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{start}"
+        self._board = RecordWriter(str(board / name))
+        self._event(0, file_version="brain.Event:2")
         self._event(start + 1, session_log=SessionLog(status=SessionLog.START))  # later steps of a killed run go
 
     def write(self, step: int, **values: float) -> None:
@@ -70,4 +73,4 @@ class Recorder:
             data = data[self._lines.write(data) :]
 
     def _event(self, step: int, **content: Any) -> None:
-        self._board.write_event(Event(wall_time=time.time(), step=step, **content))
+        self._board.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())

@@ -38,7 +38,7 @@ def build(spec):
     return jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape) + 1 if x.ndim == 1 else x, layer)
 
 
-def formula(block, placement, x):
+def formula(block, placement, x) -> jax.Array:
     def mixer(x):
         return block.mixer(x, PLACES)[0]
 
@@ -58,6 +58,8 @@ def formula(block, placement, x):
         case "parallel":
             normal = block.mixer_norm(x)
             return x + mixer(normal) + block.ffn(normal)
+        case _:
+            raise AssertionError(placement)
 
 
 def test_every_placement_is_tested():

@@ -120,6 +120,7 @@ def test_the_reported_likelihood_has_no_gradient():
 
 def largest_array(function, *arguments) -> int:
     text = jax.jit(function).lower(*arguments).compile().as_text()
+    assert text is not None
     shapes = re.findall(r"\b(?:f32|bf16|f16|s32|pred)\[([0-9,]+)\]", text)
     return max(int(np.prod([int(size) for size in shape.split(",")])) for shape in shapes)
 

@@ -1,11 +1,12 @@
 """Tiny decoders that between them use all there is."""
 
-import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from flax import nnx
 from flaxzoo.layers.block import Block
 from flaxzoo.zoo import MLP, Attention, Decoder, GatedMLP, LayerNorm, RMSNorm
 from flaxzoo.zoo.decoder import DecoderModel
+from flaxzoo.zoo.parameters import describe, merge
 
 ATTENTION = Attention(heads=4, kv_heads=2, head_dim=8)
 PLAIN = Block(mixer=ATTENTION, ffn=GatedMLP(hidden=32))
@@ -25,6 +26,7 @@ DECODERS = {
         vocab=48, dim=32, layers=6, first=(PLAIN,), block=(LOCAL, PLAIN), soft_cap=4.0, scale_embedding=True
     ),
     "pattern": Decoder(vocab=48, dim=32, layers=4, block=(LOCAL, PLAIN), soft_cap=4.0),
+    "unrolled": Decoder(vocab=48, dim=32, layers=2, first=(PLAIN,), block=(LOCAL, PLAIN)),
     "learned": Decoder(vocab=48, dim=32, layers=2, block=(LEARNED,), norm=LayerNorm(), max_positions=64),
 }
 """`mixed`: 1 first block, the pattern of 2 twice, 1 block of the incomplete last repeat."""
@@ -32,14 +34,12 @@ DECODERS = {
 
 def fresh(decoder: Decoder) -> DecoderModel:
     """The model with every parameter drawn at random, the vectors too."""
-
-    @jax.jit
-    def parameters() -> list[jax.Array]:
-        leaves = jax.tree.leaves(decoder.build(rngs=nnx.Rngs(0)))
-        keys = jax.random.split(jax.random.key(1), len(leaves))
-        return [x + 0.2 * jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
-
-    return jax.tree.unflatten(jax.tree.structure(decoder.abstract()), parameters())
+    random = np.random.default_rng(0)
+    parameters = {
+        name: jnp.asarray(random.normal(0, 0.25, known.shape) + name.endswith("scale"), jnp.float32)
+        for name, known in describe(decoder.abstract()).items()
+    }
+    return merge(decoder.abstract(), parameters)
 
 
 @pytest.fixture(scope="session")

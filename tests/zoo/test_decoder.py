@@ -113,7 +113,7 @@ def test_impossible_depths_are_refused(change, rule, decoders):
         decoders["mixed"].replace(**change)
 
 
-@pytest.mark.parametrize(("name", "remat"), [*(("pattern", policy) for policy in POLICIES), ("mixed", "full")])
+@pytest.mark.parametrize(("name", "remat"), [*(("pattern", policy) for policy in POLICIES), ("unrolled", "full")])
 def test_recomputation_changes_neither_loss_nor_gradients(name, remat, decoders, models, whole):
     found = loss_and_gradients(decoders[name], split(models[name]), BATCH, remat=remat)
     assert_same(found, whole(name), 1e-5)
@@ -128,7 +128,9 @@ def test_recomputation_stores_less(decoders, models):
         def loss(parameters):
             return jnp.sum(merge(decoder.abstract(), parameters).hidden(tokens, remat=remat)[0])
 
-        return jax.jit(jax.grad(loss)).lower(parameters).compile().memory_analysis().temp_size_in_bytes
+        analysis = jax.jit(jax.grad(loss)).lower(parameters).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
 
     assert memory("full") < memory("dots") < memory("none")
 
@@ -136,15 +138,15 @@ def test_recomputation_stores_less(decoders, models):
 def test_a_tied_head_is_the_embedding(decoders, models):
     decoder = decoders["plain"]
     parameters = split(models["plain"])
-    head = parameters.pop("head.table")
-    tied = merge(decoder.replace(tied=True).abstract(), parameters)
-    same = merge(decoder.abstract(), parameters | {"head.table": parameters["embedding.table"]})
-    np.testing.assert_array_equal(logits(tied), logits(same))
-    assert np.abs(logits(tied) - logits(models["plain"])).max() > 0.1
-    np.testing.assert_array_equal(models["plain"].output_embedding, head)
-    tied_gradient = loss_and_gradients(decoder.replace(tied=True), parameters)[1]["embedding.table"]
-    both = loss_and_gradients(decoder, parameters | {"head.table": parameters["embedding.table"]})[1]
-    np.testing.assert_allclose(tied_gradient, both["embedding.table"] + both["head.table"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(models["plain"].output_embedding, parameters.pop("head.table"))
+    table = parameters["embedding.table"]
+    loss, gradients = loss_and_gradients(decoder.replace(tied=True), parameters)
+    same, both = loss_and_gradients(decoder, parameters | {"head.table": table})
+    assert loss == pytest.approx(same, rel=1e-6)
+    np.testing.assert_allclose(
+        gradients["embedding.table"], both["embedding.table"] + both["head.table"], rtol=1e-4, atol=1e-6
+    )
+    assert np.abs(both["head.table"]).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -290,6 +292,7 @@ def test_data_parallel_forward_gathers_nothing(sizes, gathers, decoders, models)
             return cross_entropy(hidden, model.output_embedding, tokens, weights, soft_cap=decoder.soft_cap)
 
         text = jax.jit(forward).lower(parameters, tokens).compile().as_text()
+    assert text is not None
     assert ("all-gather" in text) is gathers
     assert "all-reduce" in text  # the sums
 

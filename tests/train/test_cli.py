@@ -1,0 +1,318 @@
+"""The `zoo` command: what it prints, and what it says when something is wrong: one message, no traceback."""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import pytest
+from flaxzoo import configs
+from flaxzoo.configs import Run
+from flaxzoo.train import cli, loop
+from flaxzoo.train.folder import Folder
+from rich.console import Console
+from tokenizers import Tokenizer
+
+Zoo = Callable[..., subprocess.Popen[str]]
+
+
+@dataclass
+class Said:
+    code: int
+    out: str
+    err: str
+
+
+Run_ = Callable[..., Said]
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run_:
+    """`zoo ARGUMENTS` in this process, in the test's folder."""
+
+    def run(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["zoo", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "160")
+        monkeypatch.chdir(tmp_path)
+        code = 0
+        capfd.readouterr()
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        return Said(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "words"
+    loop.train(tiny.replace(steps=30, save_every=15), folder, console=Console(quiet=True))
+    return folder
+
+
+def error_of(said: Said, code: int = 1) -> str:
+    assert said.code == code, said
+    assert said.out == ""
+    assert said.err.startswith("error: "), said.err
+    assert "Traceback" not in said.err
+    return said.err.removeprefix("error: ").removesuffix("\n")
+
+
+# What it prints.
+
+
+def test_usage(say: Run_) -> None:
+    plain, asked = say(), say("--help")
+    assert plain == asked == say("-h")
+    assert (plain.code, plain.err) == (0, "")
+    for command in [*cli.COMMANDS, "train"]:
+        assert re.search(rf"^  zoo {command}\b", plain.out, re.MULTILINE), command
+        shown = say(command, "--help")
+        assert (shown.code, shown.err) == (0, "")
+        assert f"usage: zoo {command}" in shown.out
+
+
+def test_list(say: Run_) -> None:
+    said = say("list")
+    assert (said.code, said.err) == (0, "")
+    for name in configs.MODELS | configs.RUNS:
+        assert re.search(rf"^  {name} +\d+(\.\d+)?[MG] +\S.*$", said.out, re.MULTILINE), name
+    assert re.search(r"^  gpt2 +124M +GPT-2 124M \(Language Models", said.out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [  # Hugging Face's counts; llama3_70b's and qwen's are on their model cards
+        ("gpt2", "124,439,808"),
+        ("llama3_8b", "8,030,261,248"),
+        ("llama3_70b", "70,553,706,496"),
+        ("qwen2_5_0_5b", "494,032,768"),
+    ],
+)
+def test_show_counts_parameters(say: Run_, name: str, parameters: str) -> None:
+    said = say("show", name)
+    assert (said.code, said.err) == (0, "")
+    assert f"\n{name}: {parameters} parameters, " in said.out
+
+
+def test_show(say: Run_) -> None:
+    said = say("show", "gpt2", "--length", "1024")
+    assert re.search(r"^embedding\.table +V=50257 D=768 +float32 +154 MB$", said.out, re.MULTILINE)
+    assert re.search(r"^stack\.0\.mixer\.query\.bias +L=12 N=12 H=64 +float32 +36\.9 kB$", said.out, re.MULTILINE)
+    assert "\nKV cache per token: 36.9 kB in bfloat16\n" in said.out  # 12 layers x 2 x 768 x 2 bytes
+    # 2 x (12 x 7,077,888 + 50,257 x 768) in matmuls, 12 x 4 x 512.5 x 768 in attention
+    assert "\nFLOPs per token at 1024 tokens: 266M forward, 798M training\n" in said.out
+
+
+def test_show_on_a_mesh(say: Run_) -> None:
+    said = say("show", "llama3_8b", "--mesh", "fsdp=4,tensor=8")
+    assert (said.code, said.err) == (0, "")
+    assert re.search(r"^stack\.0\.ffn\.gate\.weight +L=32 D=4096/fsdp F=14336/tensor +float32", said.out, re.MULTILINE)
+    assert "\nllama3_8b: 8,030,261,248 parameters, 32.1 GB\non each of 32 devices: 1 GB\n" in said.out
+    assert error_of(say("show", "llama3_8b", "--mesh", "tensor=16")) == (
+        "mesh axis tensor=16 does not divide K=8 of parameter stack.0.mixer.key.weight (L D K H); "
+        "tensor may be 1, 2, 4, 8"
+    )
+    assert "did you mean 'tensor'" in error_of(say("show", "llama3_8b", "--mesh", "tenser=16"))
+
+
+def test_show_and_diff_of_a_trained_run(say: Run_, trained: Path) -> None:
+    assert f"\n{trained}: 28,192 parameters, " in say("show", trained).out
+    said = say("diff", trained, "shakespeare")
+    assert re.search(r"^steps +30 +500 *$", said.out, re.MULTILINE)
+
+
+def test_diff(say: Run_) -> None:
+    said = say("diff", "llama3_8b", "llama3_70b")
+    settings = [line.split()[0] for line in said.out.splitlines()[1:]]
+    assert settings == ["dim", "layers", "block.0.mixer.heads", "block.0.ffn.hidden"]
+    assert say("diff", "gpt2", "gpt2").out == "gpt2 and gpt2 are the same\n"
+    of_model = say("diff", "small", "bench_cpu")
+    assert of_model.out == "small and bench_cpu are the same\n"
+
+
+def test_train_help(say: Run_) -> None:
+    assert "shakespeare" in say("train").out
+    said = say("train", "shakespeare", "--help")
+    assert (said.code, said.err) == (0, "")
+    for flag in (
+        "--steps",
+        "--data.source",
+        "--model.dim",
+        "--optimizer.learning-rate",
+        "--fresh",
+        "--step ",
+        "--name",
+    ):
+        assert flag in said.out, flag
+    assert "(default: 500)" in said.out
+
+
+# Training and writing.
+
+
+def test_train_and_generate(say: Run_, text: Path, tmp_path: Path) -> None:
+    sizes = "--model.vocab 300 --model.dim 32 --model.layers 1 --batch 4 --length 16 --steps 2 --mesh fsdp=1"
+    said = say("train", "shakespeare", "--data.source", text, "--name", "mine", *sizes.split())
+    assert (said.code, said.err) == (0, "")
+    assert "\nTry next:\n  zoo generate runs/mine --prompt ROMEO.\n" in said.out
+    run = Folder(tmp_path / "runs" / "mine").run()
+    assert (run.data.source, run.steps, run.model.dim) == ((str(text),), 2, 32)
+    again = say("train", "runs/mine")
+    assert (again.code, again.err) == (0, "")
+    assert "resumed from the checkpoint of step 2" in again.out
+    refused = say("train", "runs/mine", "--optimizer.learning-rate", "0.5")
+    assert "started with other settings:\n  optimizer.learning_rate: 0.003 there, 0.5 now\nchoose" in refused.err
+    assert refused.code == 1
+
+
+def test_generate(say: Run_, trained: Path) -> None:
+    greedy = ["generate", trained, "--prompt", "the cat", "--temperature", "0", "--max-tokens", "12"]
+    first, again = say(*greedy), say(*greedy, "--seed", "5")
+    assert (first.code, first.err) == (0, "")
+    assert first.out == again.out
+    assert first.out.startswith("the cat")
+    assert len(first.out) > len("the cat") + 6
+    drawn = ["generate", trained, "--prompt", "the cat", "--max-tokens", "20", "--samples", "2"]
+    one, same, other = say(*drawn), say(*drawn), say(*drawn, "--seed", "1")
+    assert one.out == same.out != other.out
+    assert one.out.count("the cat") >= 2
+    assert say(*greedy, "--step", "15").out != first.out
+    split = say(*greedy, "--mesh", "fsdp=2,tensor=2")
+    assert (split.code, split.out) == (0, first.out)
+
+
+# What is wrong, said in one message.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("trian", "unknown command 'trian'; did you mean 'train'? Known: diff, generate, list, show, train"),
+        ("show gtp2", "unknown model or run 'gtp2'; did you mean 'gpt2'?"),
+        ("diff gpt2 gpt3", "unknown model or run 'gpt3'; did you mean 'gpt2'?"),
+        ("train shakespear", "unknown run 'shakespear'; did you mean 'shakespeare'? Known: bench_cpu, shakespeare"),
+        ("train gpt2", "'gpt2' is a model, not a run; runs are: "),
+        ("train shakespeare --mesh data=3", "the mesh splits the batch 3 ways (data x fsdp), which does not divide 16"),
+        (
+            "train shakespeare --mesh tensor=4",
+            "mesh axis tensor=4 does not divide N=6 of parameter stack.0.mixer.query",
+        ),
+        ("train shakespeare --mesh fsdp=16", "mesh fsdp=16 needs 16 devices, there are 8; lower a size"),
+        ("train shakespeare --mesh fdsp=2", "unknown mesh axis 'fdsp'; did you mean 'fsdp'"),
+        ("train shakespeare --mesh 2x2", "a mesh is written 'fsdp=4,tensor=2': each axis once, with a size; got '2x2'"),
+        ("train shakespeare --data.source no.txt", "no file, folder or glob matches 'no.txt' (searched from "),
+        ("train shakespeare --data.source shakespare", "did you mean 'shakespeare'?"),
+        ("train shakespeare --data.source empty.txt", "empty.txt must hold some text to train on, got none; is it"),
+        ("train shakespeare --data.tokenizer no.json", "cannot read the tokenizer no.json: "),
+        ("train shakespeare --model.vocab 200", "a byte-level vocabulary must be at least 257"),
+        ("train shakespeare --step 7", "shakespeare has no checkpoint of step 7, nor any other; leave out --step"),
+        ("generate runs/none", "runs/none holds no run: it has no config.json; `zoo train NAME` makes one"),
+        ("generate shakespeare", "shakespeare holds no run: it has no config.json; `zoo train NAME` makes one"),
+    ],
+)
+def test_mistakes(say: Run_, tmp_path: Path, arguments: str, message: str) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    error = error_of(say(*arguments.split()))
+    assert message in error
+    assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train shakespeare --stpes 5", "--steps"),
+        ("train shakespeare --steps many", "invalid int"),
+        ("train shakespeare --optimizer.name adam", "adamw"),
+        ("train shakespeare --dtype float16", "bfloat16"),
+        ("show", "required"),
+        ("generate", "required"),
+        ("list now", "now"),
+    ],
+)
+def test_flags_that_are_none(say: Run_, arguments: str, message: str) -> None:
+    said = say(*arguments.split())
+    assert said.code == 2
+    assert "Traceback" not in said.err
+    assert message in said.err
+
+
+def test_settings_that_do_not_fit_each_other(say: Run_) -> None:
+    said = say("train", "shakespeare", "--accumulate", "3")
+    assert said.code in (1, 2)
+    assert "Traceback" not in said.err
+    assert "batch must be a multiple of accumulate, got batch=16, accumulate=3" in re.sub(
+        r"\s*│?\n│?\s*", " ", said.err
+    )
+
+
+def test_a_run_by_a_name_close_to_it(say: Run_, trained: Path) -> None:
+    assert error_of(say("generate", trained.with_name("wrods"))) == (
+        f"unknown run in {trained.parent} 'wrods'; did you mean 'words'? Known: words"
+    )
+    assert "checkpoints of the steps [15, 30], but none of step 16" in error_of(say("generate", trained, "--step", 16))
+    assert error_of(say("generate", trained, "--mesh", "fsdp=16")).startswith("mesh fsdp=16 needs 16 devices")
+    assert error_of(say("generate", trained, "--temperature", "-1")).startswith("generation needs prompts, temperature")
+
+
+def test_a_run_without_a_checkpoint(say: Run_, tiny: Run, tmp_path: Path) -> None:
+    Folder(tmp_path / "new").start(tiny, fresh=False)
+    assert error_of(say("generate", "new")) == (
+        "there is no whole checkpoint in new/checkpoints, so there is nothing to restore"
+    )
+
+
+def test_a_tokenizer_of_another_vocabulary(say: Run_, trained: Path, text: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "tokenizer.json", tmp_path / "other.json")
+    size = Tokenizer.from_file(str(tmp_path / "other.json")).get_vocab_size()
+    flags = ["--data.source", text, "--data.tokenizer", "other.json", "--model.dim", "24", "--steps", "1"]
+    assert error_of(say("train", "shakespeare", *flags, "--model.vocab", size - 1)) == (
+        f"the tokenizer's vocabulary must fit the model's, got {size} ids in other.json and a model of {size - 1}; "
+        f"set --model.vocab {size}"
+    )
+    fixed = say("train", "shakespeare", *flags, "--model.vocab", size, "--batch", 2, "--length", 16)
+    assert (fixed.code, fixed.err) == (0, "")
+
+
+def test_runs_that_is_a_file(say: Run_, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    error = error_of(say("train", "shakespeare", "--runs", "file"))
+    assert error.startswith("cannot write file/shakespeare: NotADirectoryError: Not a directory; ")
+    assert "choose another --runs folder" in error
+
+
+def test_a_traceback_where_it_is_asked_for(zoo: Zoo) -> None:
+    for arguments, traced in ((["show", "nothing"], False), (["show", "nothing", "--traceback"], True)):
+        process = zoo(*arguments)
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, out) == (1, "")
+        assert ("Traceback (most recent call last)" in err) == traced
+        assert "unknown model or run 'nothing'" in err
+
+
+def test_an_error_of_ours_is_named(say: Run_, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("what was that")
+
+    monkeypatch.setattr(cli, "dispatch", fail)
+    assert error_of(say("list")) == "RuntimeError: what was that\n(--traceback shows where)"
+
+
+def test_a_reader_that_leaves(zoo: Zoo) -> None:
+    process = zoo("train", "--help")
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    _, err = process.communicate(timeout=120)
+    assert "Traceback" not in err
+
+
+def test_no_devices_are_touched_to_look(say: Run_, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "devices", lambda *_: pytest.fail("looked for devices"))
+    assert say("show", "llama3_70b", "--mesh", "fsdp=64,tensor=8").code == 0

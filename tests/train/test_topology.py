@@ -1,0 +1,49 @@
+"""The training step, compiled by the compiler of real TPUs: no TPU is needed."""
+
+import math
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flaxzoo.configs import Run
+from flaxzoo.train import mesh as meshes
+from flaxzoo.train.step import abstract_state, make_step
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+
+pytestmark = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is for Linux on x86-64 alone")
+
+
+def compiled(run: Run, topology: str) -> tuple[jax.stages.Compiled, int]:
+    """The step, and the bytes of state on a device."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh, line = meshes.make(run, list(devices))
+    assert line == f"{run.mesh} on {len(devices)} x TPU v5 lite"
+    with jax.set_mesh(mesh):
+        state = abstract_state(run, mesh)
+        place = NamedSharding(mesh, meshes.batch_partition(mesh))
+        kinds = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {"weights": jnp.float32}
+        batch = {
+            name: jax.ShapeDtypeStruct((run.batch, run.length), kind, sharding=place) for name, kind in kinds.items()
+        }
+        program = make_step(run).trace(state, batch).lower().compile()
+    numbers = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in state["params"].values())
+    return program, 3 * 4 * numbers  # parameters and two moments, float32
+
+
+@pytest.mark.parametrize(("topology", "mesh"), [("v5e:1x1", "fsdp=1"), ("v5e:2x2", "fsdp=2,tensor=2")])
+def test_compiles_for_tpus(tiny: Run, topology: str, mesh: str) -> None:
+    model = tiny.model.replace(vocab=512, dim=128, **{"block.0.mixer.head_dim": 64, "block.0.ffn.hidden": 256})
+    run = tiny.replace(model=model, length=128, mesh=mesh, dtype="bfloat16", remat="dots")
+    program, state_bytes = compiled(run, topology)
+    memory = program.memory_analysis()
+    assert memory is not None
+    print(topology, memory)
+    # All of the state goes in, in tiles that are not all full, and comes out in the same place.
+    assert state_bytes <= memory.argument_size_in_bytes < 1.6 * state_bytes
+    assert memory.alias_size_in_bytes >= state_bytes
+    assert memory.temp_size_in_bytes < 16 * 2**20  # nowhere near B x T x V or B x N x T x T of every layer at once
+    text = program.as_text()
+    assert text is not None
+    assert ("all-gather" in text) == (mesh != "fsdp=1")  # of parameters, over fsdp
