@@ -4,7 +4,9 @@ import contextlib
 import functools
 import math
 import signal
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,6 +147,8 @@ class Job:
     board: Board
     last: dict[str, float] = field(default_factory=dict)
     saved: int = 0
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+    """Seconds of the latest steps."""
     opened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @functools.cached_property
@@ -249,14 +253,16 @@ class Job:
                 f"{values['loss']}, gradient norm {values['gradient_norm']}); none of them changed the model; "
                 + self._calmer()
             )
-        speed = self.run.batch * self.run.length / seconds
+        self.recent.append(seconds)
+        pace = statistics.median(self.recent)
+        speed = self.run.batch * self.run.length / pace
         facts = {"loss": f"{values['loss']:.3f}", "tokens/s": amount(speed)}
         device = self.mesh.devices.flat[0]
         peak = hardware.peak_flops(device)
         if peak:
             facts["MFU"] = f"{3 * self.run.model.flops(self.run.length) * speed / peak / self.mesh.size:.1%}"
         facts["memory"] = amount(hardware.memory_bytes(device), "B")
-        facts["left"] = duration((self.run.steps - step) * seconds)
+        facts["left"] = duration((self.run.steps - step) * pace)
         if values["skipped"]:
             facts["skipped"] = f"{values['skipped']:.0f}"
         self.board.update(step, facts)

@@ -118,7 +118,7 @@ def test_a_run_has_a_model():
             ({name: 0}, f"{name} must be at least 1, got 0")
             for name in ("steps", "length", "keep_last", "max_bad_steps")
         ),
-        ({"optimzer": Optimizer()}, "unknown field of Run 'optimzer'; did you mean 'optimizer'"),
+        ({"optimizerz": Optimizer()}, "unknown field of Run 'optimizerz'; did you mean 'optimizer'"),
         ({"optimizer.learning_rat": 1.0}, "unknown field of Optimizer 'learning_rat'; did you mean 'learning_rate'"),
     ],
 )

@@ -158,9 +158,8 @@ def test_equals_jax(name, implementation):
     assert_close(in_float32(name)[implementation], in_float32(name)["jax"])
 
 
-@pytest.mark.parametrize("name", ["window", "everything"])
-def test_bfloat16_errs_no_more_than_twice_the_plain_definition(name):
-    case = CASES[name]
+def test_bfloat16_errs_no_more_than_twice_the_plain_definition():
+    case = CASES["everything"]
     rounded = case.inputs(jnp.bfloat16)
     exact = outcomes({n: x.astype(jnp.float32) for n, x in rounded.items()}, plain=lambda **x: plain(case, **x))[
         "plain"

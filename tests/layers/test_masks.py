@@ -101,7 +101,6 @@ def test_key_range_never_excludes_a_visible_key(case, one, other):
     assert all(low <= key < high for key in seen)
 
 
-@settings(max_examples=15)
 @given(MASKS)
 def test_attend_gives_the_mean_of_visible_values(case):
     mask, sees = case

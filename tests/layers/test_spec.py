@@ -68,7 +68,10 @@ def test_what_is_left_out_has_its_default():
     [
         ({"kind": "Iner"}, "unknown kind of spec 'Iner'; did you mean 'Inner'"),
         ({}, "unknown kind of spec ''"),
-        ({"kind": "Inner", "numbr": 1}, "unknown field of Inner 'numbr'; did you mean 'number'? Known: number, share"),
+        (
+            {"kind": "Inner", "numberz": 1},
+            "unknown field of Inner 'numberz'; did you mean 'number'? Known: number, share",
+        ),
         ({"kind": "Inner", "number": "1"}, "Inner.number must be int, got '1'"),
         ({"kind": "Inner", "number": 1.0}, "Inner.number must be int, got 1.0"),
         ({"kind": "Inner", "number": True}, "Inner.number must be int, got True"),

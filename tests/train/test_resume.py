@@ -3,9 +3,11 @@
 import json
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +19,8 @@ import pytest
 from flaxzoo.configs import Run
 from flaxzoo.train import loop, metrics
 from flaxzoo.train import mesh as meshes
-from flaxzoo.train.checkpoint import Checkpoints
-from flaxzoo.train.folder import Folder
+from flaxzoo.train.checkpoint import Checkpoints, DamagedCheckpoint
+from flaxzoo.train.folder import Folder, load
 from flaxzoo.train.step import abstract_state
 from rich.console import Console
 
@@ -159,9 +161,18 @@ def test_a_profile_ends_and_begins_with_a_run(tiny: Run, tmp_path: Path, monkeyp
 # By real processes and real kills.
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def killable(tiny: Run) -> Run:
-    return tiny.replace(steps=120, save_every=5, eval_every=20, ema=0.9)
+    return tiny.replace(steps=60, save_every=10, eval_every=20, ema=0.9)
+
+
+@pytest.fixture(scope="module")
+def whole(killable: Run, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That run without an interruption."""
+    folder = made(killable, tmp_path_factory.mktemp("runs") / "whole")
+    command = [sys.executable, "-c", "from flaxzoo.train.cli import main; main()", "train", str(folder)]
+    subprocess.run(command, env=environment, check=True, timeout=240, capture_output=True)
+    return folder
 
 
 def outcome(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str, str]:
@@ -233,46 +244,46 @@ def kill_often(run: Run, folder: Path, zoo: Zoo, moments: list[str], seed: int) 
     assert halves, "no kill fell into a save"
 
 
-def compare_with_whole(run: Run, folder: Path, zoo: Zoo, moments: list[str]) -> None:
-    seed = int(time.time())
-    kill_often(run, folder / "killed", zoo, moments, seed)
-    process = zoo("train", made(run, folder / "whole"))
-    assert outcome(process)[0] == 0
-    assert_as_one(run, folder / "killed", folder / "whole")
-
-
-def test_kills(killable: Run, tmp_path: Path, zoo: Zoo) -> None:
-    compare_with_whole(killable, tmp_path, zoo, ["step", "save", "save"])
+def test_kills(killable: Run, whole: Path, tmp_path: Path, zoo: Zoo) -> None:
+    kill_often(killable, tmp_path / "killed", zoo, ["step", "save", "save"], seed=int(time.time()))
+    assert_as_one(killable, tmp_path / "killed", whole)
 
 
 @pytest.mark.slow
 def test_many_kills(killable: Run, tmp_path: Path, zoo: Zoo) -> None:
-    run = killable.replace(steps=1500, save_every=3, eval_every=50)
-    compare_with_whole(run, tmp_path, zoo, [*["start", "step", "save", "save"] * 6, "step"])
+    run = killable.replace(steps=1200, save_every=4, eval_every=50)
+    moments = [*["start", "step", "save", "save"] * 6, "step"]
+    kill_often(run, tmp_path / "killed", zoo, moments, seed=int(time.time()))
+    assert outcome(zoo("train", made(run.replace(save_every=0), tmp_path / "whole")))[0] == 0
+    assert_as_one(run, tmp_path / "killed", tmp_path / "whole")
 
 
 # Signals that ask.
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_stops(killable: Run, tmp_path: Path, zoo: Zoo, number: signal.Signals, code: int) -> None:
-    run = killable.replace(steps=150, save_every=0, eval_every=0)
+def test_signals_save_and_stop(killable: Run, whole: Path, tmp_path: Path, zoo: Zoo) -> None:
+    """Ctrl-C, then SIGTERM, then the command of the message: as if nothing had been."""
+    run = killable.replace(save_every=0)
     folder = made(run, tmp_path / "run")
-    process = zoo("train", folder)
-    until(lambda: lines(folder) > 3, process)
-    process.send_signal(number)
-    status, _, errors = outcome(process)
-    steps = whole_steps(folder)
-    assert (status, len(steps)) == (code, 1), errors
-    assert errors == f"{number.name}: stopped and saved at step {steps[0]}; `zoo train {folder}` goes on from there\n"
-    assert [step for step, _ in losses(folder)] == list(range(1, steps[0] + 1))
-    if number == signal.SIGTERM:  # the command in the message
+    command = ["train", str(folder)]
+    before = 0
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = zoo(*command)
+        until(lambda before=before: lines(folder) > before + 5, process)
+        process.send_signal(number)
+        status, shown, errors = outcome(process)
+        step = whole_steps(folder)[-1]
+        assert before < step < run.steps
+        assert status == code
+        assert errors == f"{number.name}: stopped and saved at step {step}; `zoo train {folder}` goes on from there\n"
+        assert (f"resumed from the checkpoint of step {before}\n" in shown) == bool(before)
+        assert [step for step, _ in losses(folder)] == list(range(1, step + 1))
         command = re.findall("`zoo (.*)`", errors)[0].split()
-        status, shown, errors = outcome(zoo(*command))
-        assert (status, errors) == (0, "")
-        assert f"resumed from the checkpoint of step {steps[0]}\n" in shown
-        loop.train(run, tmp_path / "whole", console=quiet())
-        np.testing.assert_allclose(losses(folder), losses(tmp_path / "whole"), rtol=1e-5)
+        before = step
+    status, shown, errors = outcome(zoo(*command))
+    assert (status, errors) == (0, "")
+    assert f"resumed from the checkpoint of step {before}\n" in shown
+    assert_as_one(run, folder, whole)
 
 
 # Damage and full disks.
@@ -282,7 +293,7 @@ def test_a_damaged_checkpoint(tiny: Run, tmp_path: Path, zoo: Zoo) -> None:
     run = tiny.replace(save_every=4, keep_last=3)
     folder = tmp_path / "my run"
     loop.train(run, folder, console=quiet())
-    shutil.copytree(folder, tmp_path / "whole")
+    before = losses(folder)
     assert whole_steps(folder) == [4, 8, 10]
     files = [path for path in (folder / "checkpoints" / "10" / "state" / "params").rglob("*") if path.is_file()]
     file = max(files, key=lambda path: path.stat().st_size)
@@ -290,18 +301,19 @@ def test_a_damaged_checkpoint(tiny: Run, tmp_path: Path, zoo: Zoo) -> None:
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     named = file.relative_to(folder / "checkpoints" / "10")
-    for arguments in (("train", folder), ("generate", folder)):
-        status, _, errors = outcome(zoo(*arguments))
-        assert status == 1
-        assert errors.startswith(f"error: the checkpoint of step 10 in {folder}/checkpoints is damaged: {named}: ")
-        assert errors.endswith(
-            f"; the last whole one is step 8: `zoo train '{folder}' --step 8` continues from it\n"
-        ), errors
-    status, shown, errors = outcome(zoo("train", folder, "--step", "8"))
+    status, _, errors = outcome(zoo("train", folder))
+    assert status == 1
+    assert errors.startswith(f"error: the checkpoint of step 10 in {folder}/checkpoints is damaged: {named}: ")
+    offer = f"`zoo train '{folder}' --step 8`"
+    assert errors.endswith(f"; the last whole one is step 8: {offer} continues from it\n"), errors
+    with pytest.raises(DamagedCheckpoint, match="step 10 .* is damaged"):
+        load(folder)
+    status, shown, errors = outcome(zoo(*shlex.split(offer.strip("`"))[1:]))
     assert (status, errors) == (0, "")
     assert "resumed from the checkpoint of step 8\n" in shown
     assert whole_steps(folder) == [4, 8, 10]
-    np.testing.assert_allclose(losses(folder), losses(tmp_path / "whole"), rtol=1e-5)
+    np.testing.assert_allclose(losses(folder), before, rtol=1e-5)
+    load(folder)
 
 
 @pytest.fixture
