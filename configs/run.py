@@ -1,5 +1,6 @@
 """A run as a value: what is trained, on what, how long. `flaxzoo.train` carries it out."""
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -26,6 +27,17 @@ class Data(Spec):
     """Path of a tokenizer.json; empty: a byte-level BPE of the model's vocabulary is trained on the text and cached."""
 
 
+UNUSED = {
+    "lion": ("eps",),
+    "adafactor": ("b1", "b2", "eps"),
+    "sgd": ("b2", "eps"),
+    "cosine": ("decay_fraction",),
+    "linear": ("decay_fraction",),
+    "constant": ("decay_fraction", "final_fraction"),
+}
+"""Fields that an optimizer or a schedule has no use for, and refuses."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Optimizer(Spec):
     """An optax optimizer by name, with its schedule."""
@@ -46,6 +58,13 @@ class Optimizer(Spec):
     eps: float = 1e-8
     clip: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
+
+    def __post_init__(self) -> None:
+        for field_ in dataclasses.fields(self):
+            unused = field_.name in UNUSED.get(self.name, ()) or field_.name in UNUSED.get(self.schedule, ())
+            if unused and getattr(self, field_.name) != field_.default:
+                kind = self.name if field_.name in UNUSED.get(self.name, ()) else f"the {self.schedule} schedule"
+                raise ValueError(f"{kind} has no use for {field_.name}, got {getattr(self, field_.name)}; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +118,11 @@ class Run(Spec):
         for name in ("eval_every", "sample_every", "save_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if 0 < self.model.max_positions < self.length:
+            raise ValueError(
+                f"a sequence must fit the model's table of positions, got length={self.length}, "
+                f"model.max_positions={self.model.max_positions}"
+            )
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is a decay, at least 0 (none is kept) and below 1, got {self.ema}")
         if self.profile and (not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.profile) or not self.profiled):

@@ -44,7 +44,7 @@ def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
             cli.main()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-        return Said(code, *capfd.readouterr())
+        return Said(code, *map(str, capfd.readouterr()))
 
     return run
 
@@ -158,7 +158,7 @@ def test_train_help(say: Command) -> None:
 
 
 def test_train_and_generate(say: Command, text: Path, tmp_path: Path) -> None:
-    sizes = "--model.vocab 300 --model.dim 32 --model.layers 1 --batch 4 --length 16 --steps 2 --mesh fsdp=1"
+    sizes = "--model.vocab 300 --model.dim 32 --model.layers 1 --batch 4 --length 16 --steps 2 --sample-every 0 --mesh fsdp=1"
     said = say("train", "shakespeare", "--data.source", text, "--name", "mine", *sizes.split())
     assert (said.code, said.err) == (0, "")
     assert "\nTry next:\n  zoo generate runs/mine --prompt ROMEO.\n" in said.out
@@ -196,7 +196,7 @@ def test_generate(say: Command, trained: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("trian", "unknown command 'trian'; did you mean 'train'? Known: diff, generate, list, show, train"),
+        ("trainn", "unknown command 'trainn'; did you mean 'train'? Known: diff, generate, list, show, train"),
         ("show gtp2", "unknown model or run 'gtp2'; did you mean 'gpt2'?"),
         ("diff gpt2 gpt3", "unknown model or run 'gpt3'; did you mean 'gpt2'?"),
         ("train shakespear", "unknown run 'shakespear'; did you mean 'shakespeare'? Known: bench_cpu, shakespeare"),
@@ -273,20 +273,8 @@ def test_a_run_without_a_checkpoint(say: Command, tiny: Run, tmp_path: Path) -> 
 def test_a_tokenizer_of_another_vocabulary(say: Command, trained: Path, text: Path, tmp_path: Path) -> None:
     shutil.copy(trained / "tokenizer.json", tmp_path / "other.json")
     size = Tokenizer.from_file(str(tmp_path / "other.json")).get_vocab_size()
-    flags = [
-        "--data.source",
-        text,
-        "--data.tokenizer",
-        "other.json",
-        "--model.dim",
-        "24",
-        "--steps",
-        "1",
-        "--sample-every",
-        0,
-        "--model.layers",
-        1,
-    ]
+    sizes = ["--model.dim", 24, "--model.layers", 1, "--steps", 1, "--sample-every", 0]
+    flags = [*sizes, "--data.source", text, "--data.tokenizer", "other.json"]
     assert error_of(say("train", "shakespeare", *flags, "--model.vocab", size - 1)) == (
         f"the tokenizer's vocabulary must fit the model's, got {size} ids in other.json and a model of {size - 1}; "
         f"set --model.vocab {size}"

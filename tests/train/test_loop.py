@@ -1,5 +1,6 @@
 """The training loop: what a run leaves in its folder, and how it ends when it can't go on."""
 
+import importlib.util
 import io
 import json
 import math
@@ -172,7 +173,7 @@ def test_without_matplotlib(
     run, folder, _, _ = done
     facts = report.summary(folder) | {"heldout_bytes": 1, "parameters": 1, "devices": "", "data": ""}
     (tmp_path / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes())
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     page = report.write(tmp_path, run, facts | {"tokens_per_second": 1.0}).read_text()
     assert "No picture was drawn: matplotlib is not installed (`pip install 'flaxzoo[viz]'`)." in page
     assert not (tmp_path / "loss.png").exists()

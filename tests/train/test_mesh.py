@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flaxzoo.configs import Optimizer, Run
+from flaxzoo.configs import Run
 from flaxzoo.train import mesh as meshes
 from flaxzoo.train.step import abstract_state, initial_state, make_evaluation, make_step
 from jax.sharding import NamedSharding, PartitionSpec
@@ -90,7 +90,7 @@ def test_the_abstract_state_is_that_of_the_real_one(tiny: Run, name: str) -> Non
         assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype), path
         assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim), path
     table = real["params"]["embedding.table"]
-    assert table.sharding.spec == PartitionSpec("tensor", "fsdp")
+    assert jax.typeof(table).sharding.spec == PartitionSpec("tensor", "fsdp")
     assert {shard.data.shape for shard in table.addressable_shards} == {(150, 64)}
     # Of what there is a number for each parameter, each device holds a quarter, but for vectors.
     kept = [x for x in jax.tree.leaves((real["params"], real["optimizer"], real["ema"])) if x.size > 1000]
@@ -144,7 +144,7 @@ def trained(run: Run, steps: int = 3) -> tuple[list[float], dict[str, np.ndarray
 
 MESHES = ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2"]
 OPTIMIZERS = ["adamw", "muon", "lion", "adafactor", "sgd"]
-QUICK = [("adamw", "data=8"), ("adamw", "fsdp=8"), ("muon", "data=2,fsdp=2,tensor=2")]
+QUICK = [("adamw", "fsdp=8"), ("muon", "data=2,fsdp=2,tensor=2")]
 ALL = [(name, mesh) for name in OPTIMIZERS for mesh in MESHES]
 
 
@@ -153,7 +153,7 @@ ALL = [(name, mesh) for name in OPTIMIZERS for mesh in MESHES]
 )
 def test_eight_devices_are_as_one(tiny: Run, name: str, mesh: str) -> None:
     rate = {"lion": 1e-3, "sgd": 0.1}.get(name, 1e-2)
-    run = tiny.replace(batch=16, optimizer=Optimizer(name=name, learning_rate=rate, warmup_steps=2))
+    run = tiny.replace(batch=16, optimizer=tiny.optimizer.replace(name=name, learning_rate=rate))
     if name == "muon":
         run = run.replace(accumulate=2, z_loss=1e-3)  # as a user would
     losses, parameters, likelihood = trained(run)

@@ -38,7 +38,7 @@ def batch_of(run: Run, seed: int) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_learns(tiny: Run, name: str) -> None:
-    run = tiny.replace(steps=30, optimizer=Optimizer(name=name, learning_rate=RATES[name], warmup_steps=3))
+    run = tiny.replace(steps=30, optimizer=tiny.optimizer.replace(name=name, learning_rate=RATES[name]))
     mesh, _ = meshes.make(run)
     with jax.set_mesh(mesh):
         state, step = initial_state(run, mesh), make_step(run)
@@ -57,7 +57,7 @@ def test_each_learns(tiny: Run, name: str) -> None:
 
 def rates(steps: int, **options: Any) -> list[float]:
     rate = optimizers.schedule(Optimizer(learning_rate=0.5, final_fraction=0.1, **options), steps)
-    return [float(rate(jnp.int32(step))) for step in range(steps)]
+    return [float(jnp.asarray(rate(jnp.int32(step)))) for step in range(steps)]
 
 
 def test_warmup_then_constant() -> None:
@@ -111,7 +111,8 @@ def parameters_of(run: Run) -> dict[str, jax.Array]:
 @pytest.mark.parametrize("name", NAMES)
 def test_matrices_decay_and_vectors_do_not(tiny: Run, name: str) -> None:
     run = everything(tiny)
-    settings = Optimizer(name=name, learning_rate=0.1, weight_decay=0.2, schedule="constant", warmup_steps=0)
+    changes = {"learning_rate": 0.1, "weight_decay": 0.2, "schedule": "constant", "warmup_steps": 0}
+    settings = run.optimizer.replace(name=name, **changes)
     transformation = optimizers.make(settings, 10, describe(run.model.abstract()))
     params = parameters_of(run)
 

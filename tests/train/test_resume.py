@@ -119,8 +119,9 @@ def test_layout_may_change(tiny: Run, tmp_path: Path, monkeypatch: pytest.Monkey
     assert found[5:] != expected[5:]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert result.step == 10
-    for name, array in state(run, tmp_path / "whole").items():
-        np.testing.assert_allclose(state(other, tmp_path / "run")[name], array, rtol=2e-3, atol=2e-4, err_msg=name)
+    ended, wanted = state(other, tmp_path / "run"), state(run, tmp_path / "whole")
+    for name, array in wanted.items():
+        np.testing.assert_allclose(ended[name], array, rtol=2e-3, atol=2e-4, err_msg=name)
 
 
 def test_going_on_from_an_earlier_step(tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

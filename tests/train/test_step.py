@@ -29,7 +29,9 @@ def documents(*lengths: int, seed: int = 0) -> list[np.ndarray]:
 
 def rows(packed: list[list[np.ndarray]], width: int, *, left: bool = False) -> Batch:
     """Each list of documents in a row, padded to `width` on the right or on the left."""
-    batch = {name: np.zeros((len(packed), width), np.int32) for name in ("tokens", "targets", "segments", "positions")}
+    batch: Batch = {
+        name: np.zeros((len(packed), width), np.int32) for name in ("tokens", "targets", "segments", "positions")
+    }
     batch["weights"] = np.zeros((len(packed), width), np.float32)
     for row, texts in enumerate(packed):
         start = width - sum(len(text) - 1 for text in texts) if left else 0

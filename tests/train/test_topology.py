@@ -2,11 +2,13 @@
 
 import math
 from importlib.util import find_spec
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flaxzoo.configs import Run
+from flaxzoo.layers.sharding import batch_partition
 from flaxzoo.train import mesh as meshes
 from flaxzoo.train.step import abstract_state, make_step
 from jax.experimental import topologies
@@ -22,12 +24,13 @@ def compiled(run: Run, topology: str) -> tuple[jax.stages.Compiled, int]:
     assert line == f"{run.mesh} on {len(devices)} x TPU v5 lite"
     with jax.set_mesh(mesh):
         state = abstract_state(run, mesh)
-        place = NamedSharding(mesh, meshes.batch_partition(mesh))
+        place = NamedSharding(mesh, batch_partition(mesh))
         kinds = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {"weights": jnp.float32}
         batch = {
             name: jax.ShapeDtypeStruct((run.batch, run.length), kind, sharding=place) for name, kind in kinds.items()
         }
-        program = make_step(run).trace(state, batch).lower().compile()
+        step: Any = make_step(run)
+        program = step.trace(state, batch).lower().compile()
     numbers = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in state["params"].values())
     return program, 3 * 4 * numbers  # parameters and two moments, float32
 
