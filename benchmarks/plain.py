@@ -1,7 +1,8 @@
 """The training step that one writes without a library: what `benchmarks/train.py` compares ours with.
 
 Plain JAX and optax: parameters in a dict, stacked layers scanned, causal attention, all logits, one jit with donated
-state. It has no documents, meshes, mixed precision, or guard against non-finite steps.
+state. It has no documents, meshes, mixed precision, or guard against non-finite steps. On a CPU,
+`jax.nn.dot_product_attention` was 1 % faster here than its einsum definition, whether heads stood before or after time.
 """
 
 import jax
@@ -47,15 +48,6 @@ def rotate(x, cos, sin):
     return jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1)
 
 
-def attend(q, k, v):
-    batch, length, heads, size = q.shape
-    q = q.reshape(batch, length, k.shape[2], -1, size)
-    logits = jnp.einsum("btkgh,bskh->bkgts", q, k) / np.sqrt(size).astype(np.float32)
-    logits = jnp.where(jnp.tril(jnp.ones((length, length), bool)), logits, -jnp.inf)
-    mixed = jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(logits), v)
-    return mixed.reshape(batch, length, heads, size)
-
-
 def forward(params, tokens):
     """Logits, B T V."""
     head_dim = params["layers"]["query"].shape[-1]
@@ -65,7 +57,7 @@ def forward(params, tokens):
     def layer(x, p):
         y = rms_norm(x, p["attention_norm"])
         q, k, v = (jnp.einsum("btd,dnh->btnh", y, p[name]) for name in ("query", "key", "value"))
-        mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        mixed = jax.nn.dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
         x = x + jnp.einsum("btnh,nhd->btd", mixed, p["output"])
         y = rms_norm(x, p["mlp_norm"])
         return x + (jax.nn.silu(y @ p["gate"]) * (y @ p["up"])) @ p["down"], None

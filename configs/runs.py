@@ -10,16 +10,16 @@ def shakespeare() -> Run:
     zoo train shakespeare
     """
     return Run(
-        model=models.small(vocab=2048, dim=192, layers=4, heads=6, kv_heads=2, hidden=512, tied=True),
+        model=models.small(vocab=4096, dim=192, layers=4, heads=6, kv_heads=2, hidden=512, tied=True),
         data=Data(source=("shakespeare",)),
-        optimizer=Optimizer(learning_rate=3e-3, warmup_steps=40),
-        steps=500,
+        optimizer=Optimizer(name="muon", learning_rate=2e-2, warmup_steps=20, final_fraction=0.02),
+        steps=360,
         batch=16,
-        length=256,
-        eval_every=125,
-        sample_every=125,
-        save_every=125,
-        prompt="\nROMEO.\n",
+        length=128,
+        eval_every=90,
+        sample_every=90,
+        save_every=90,
+        prompt="ROMEO.\n",
     )
 
 

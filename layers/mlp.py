@@ -66,7 +66,7 @@ class MLPLayer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The layer's output, in the dtype of `x`."""
-        return self.down(ACTIVATIONS[self.spec.activation](self.up(x)))
+        return self.down(_activate(self.spec.activation, self.up(x)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,4 +98,11 @@ class GatedMLPLayer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The layer's output, in the dtype of `x`."""
-        return self.down(ACTIVATIONS[self.spec.activation](self.gate(x)) * self.up(x))
+        return self.down(_activate(self.spec.activation, self.gate(x), self.up(x)))
+
+
+@partial(jax.checkpoint, static_argnums=0)
+def _activate(name: Activation, x: Array, factor: Array | None = None) -> Array:
+    """act(x) * factor, recomputed in the backward pass: that costs less than storing what is between."""
+    y = ACTIVATIONS[name](x)
+    return y if factor is None else y * factor

@@ -2,6 +2,7 @@
 
 import abc
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -44,10 +45,8 @@ class RMSNormLayer(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """`x` normalised, in its dtype."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.spec.eps)
         scale = self.scale[...] + 1.0 if self.spec.zero_centered else self.scale[...]
-        return (wide * scale).astype(x.dtype)
+        return _normalise(x, scale, None, self.spec.eps, False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,15 @@ class LayerNormLayer(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """`x` normalised, in its dtype."""
-        wide = x.astype(jnp.float32)
+        bias = None if self.bias is None else self.bias[...]
+        return _normalise(x, self.scale[...], bias, self.spec.eps, True)
+
+
+@partial(jax.checkpoint, static_argnums=(3, 4))
+def _normalise(x: Array, scale: Array, bias: Array | None, eps: float, centre: bool) -> Array:
+    """Recomputed in the backward pass, which so stores `x` in its own dtype, and nothing in float32."""
+    wide = x.astype(jnp.float32)
+    if centre:
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.spec.eps) * self.scale[...]
-        return (wide if self.bias is None else wide + self.bias[...]).astype(x.dtype)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps) * scale
+    return (wide if bias is None else wide + bias).astype(x.dtype)

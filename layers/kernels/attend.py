@@ -92,7 +92,7 @@ def _portable(
 ) -> Array:
     """The plain definition on one block of queries after another, each with the range of keys it can see."""
     queries, keys = q.shape[1], k.shape[1]
-    size = max(128, -(-queries // BLOCKS))
+    size = max(512, -(-queries // BLOCKS))
     outputs = []
     for first in range(0, queries, size):
         last = min(first + size, queries) - 1
@@ -121,8 +121,10 @@ def _reference(
 ) -> Array:
     """The plain definition; holds all T x S logits. The first indices say where q and k were cut out."""
     (batch, queries, heads, size), (keys, kv_heads) = q.shape, k.shape[1:3]
-    group = q.reshape(batch, queries, kv_heads, heads // kv_heads, size)
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", group, k, preferred_element_type=jnp.float32) * scale
+    # The small arrays are transposed here, so that no product needs to transpose one of size T x S.
+    group = jnp.einsum("BTKGH->BKGTH", q.reshape(batch, queries, kv_heads, heads // kv_heads, size))
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    logits = _scores(group, k) * scale
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     visible = mask.visible(*_indices(batch, heads, kv_heads, keys, queries, first_head, first_query, first_key))
@@ -133,9 +135,29 @@ def _reference(
     highest = jax.lax.stop_gradient(jnp.where(highest == -jnp.inf, 0.0, highest))
     weights = jnp.exp(logits - highest)
     total = jnp.sum(weights, axis=-1, keepdims=True) + (0.0 if sink is None else jnp.exp(sink - highest))
-    weights = weights / jnp.where(total == 0.0, 1.0, total)
-    mixed = jnp.einsum("BKGTS,BSKV->BTKGV", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return mixed.reshape(batch, queries, heads, v.shape[-1]).astype(q.dtype)
+    mixed = jnp.einsum("BKGTS,BKSV->BKGTV", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    mixed = (mixed / jnp.where(total == 0.0, 1.0, total)).astype(q.dtype)
+    return jnp.einsum("BKGTV->BTKGV", mixed).reshape(batch, queries, heads, v.shape[-1])
+
+
+@jax.custom_vjp
+def _scores(q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"]) -> Float[Array, "B K G T S"]:
+    """Products q k^T, float32. The gradient that JAX would derive transposes an array of size T x S in memory."""
+    return jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
+
+
+def _scores_forward(q: Array, k: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _scores(q, k), (q, k)
+
+
+def _scores_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    q, k = saved
+    g = g.astype(q.dtype)
+    k_grad = jnp.einsum("BKGTH,BKGTS->BKHS", q, g)
+    return jnp.einsum("BKGTS,BKSH->BKGTH", g, k), jnp.swapaxes(k_grad, 2, 3)
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
 
 
 def _indices(
