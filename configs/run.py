@@ -50,7 +50,7 @@ class Optimizer(Spec):
     decay_fraction: float = 0.2
     """Share of the steps in which 'wsd' decays."""
     final_fraction: float = 0.1
-    """The learning rate at the last step over the highest one."""
+    """What is left of the highest learning rate when all steps are done."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; norms, biases and other vectors have none."""
     b1: float = 0.9

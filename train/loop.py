@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import math
-import signal
 import statistics
 import time
 from collections import deque
@@ -28,6 +27,7 @@ from .data.cache import CacheError, cache_folder
 from .folder import Folder
 from .metrics import Recorder
 from .progress import Board, amount, duration
+from .signals import Signals
 from .step import State, abstract_state, all_finite, best_parameters, initial_state, make_evaluation, make_step
 from .step_folders import cause, command, free
 
@@ -203,7 +203,7 @@ class Job:
                 self._loop(start, signals)
         return self._finish()
 
-    def _loop(self, start: int, signals: "Signals") -> None:
+    def _loop(self, start: int, signals: Signals) -> None:
         run = self.run
         step_function = make_step(run)
         began, pending = time.perf_counter(), None
@@ -319,25 +319,3 @@ class Job:
         score = "no text was held out" if bits is None else f"held-out {bits:.4f} bits per byte"
         self.board.say(f"{score} after {facts['step']} steps; report in {page}")
         return Result(self.folder.path, facts["step"], facts["loss"], bits, facts["tokens_per_second"])
-
-
-class Signals:
-    """Catches SIGTERM and SIGINT, to be asked for between steps; a second Ctrl-C interrupts at once."""
-
-    def __init__(self) -> None:
-        self.caught = ""
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._catch)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _catch(self, number: int, frame: Any) -> None:
-        if self.caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.caught = signal.Signals(number).name

@@ -66,9 +66,10 @@ def make(optimizer: Optimizer, steps: int, parameters: Descriptions) -> optax.Gr
 
 
 def _muon(optimizer: Optimizer, rate: optax.Schedule, parameters: Descriptions) -> optax.GradientTransformation:
-    """Muon (kellerjordan.github.io/posts/muon) on hidden matrices, AdamW on embeddings, head and vectors.
+    """Muon (kellerjordan.github.io/posts/muon) on hidden matrices; embeddings, head and vectors by AdamW.
 
-    Updates are scaled to the root mean square of AdamW's (2502.16982, section 2.2), so one learning rate serves both.
+    Both have Nesterov momentum, as optax combines them. Updates are scaled to the root mean square of AdamW's
+    (2502.16982, section 2.2), so one learning rate serves both.
     """
     dimensions: dict[str, Any] = {}
     for name, known in parameters.items():

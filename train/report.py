@@ -59,7 +59,7 @@ def _draw_heldout(left: Any, heldout: list[tuple[int, float]]) -> None:
     right.set_ylabel("held-out bits per byte", color="#c2541b")
     right.spines[["top", "left"]].set_visible(False)
     step, bits = heldout[-1]
-    right.annotate(f"{bits:.3f}", (step, bits), textcoords="offset points", xytext=(0, 9), ha="right", color="#c2541b")
+    right.annotate(f"{bits:.3f}", (step, bits), textcoords="offset points", xytext=(0, 12), ha="right", color="#c2541b")
 
 
 def _smooth(values: tuple[float, ...]) -> np.ndarray:
