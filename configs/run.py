@@ -60,11 +60,20 @@ class Optimizer(Spec):
     """Largest global norm of the gradient; 0: no clipping."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("learning_rate", "warmup_steps", "final_fraction", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction is a share of the steps, from 0 to 1, got {self.decay_fraction}")
         for field_ in dataclasses.fields(self):
             unused = field_.name in UNUSED.get(self.name, ()) or field_.name in UNUSED.get(self.schedule, ())
             if unused and getattr(self, field_.name) != field_.default:
                 kind = self.name if field_.name in UNUSED.get(self.name, ()) else f"the {self.schedule} schedule"
-                raise ValueError(f"{kind} has no use for {field_.name}, got {getattr(self, field_.name)}; leave it out")
+                raise ValueError(
+                    f"{kind} has no use for {field_.name}, "
+                    f"got {getattr(self, field_.name)}; leave it at its default {field_.default}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +117,7 @@ class Run(Spec):
     """Steps to trace with the JAX profiler, e.g. '10:13'; empty: none."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.batch % self.accumulate:
             raise ValueError(
                 f"the batch must be a multiple of accumulate, got batch={self.batch}, accumulate={self.accumulate}"
@@ -123,12 +133,16 @@ class Run(Spec):
                 f"a sequence must fit the model's table of positions, got length={self.length}, "
                 f"model.max_positions={self.model.max_positions}"
             )
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss must be at least 0, got {self.z_loss}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is a decay, at least 0 (none is kept) and below 1, got {self.ema}")
         if self.profile and (not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.profile) or not self.profiled):
             raise ValueError(
                 f"profile names the first and the last step to trace, like '10:13', from 1 on, got {self.profile!r}"
             )
+        if self.profiled and self.profiled[-1] > self.steps:
+            raise ValueError(f"profile {self.profile!r} ends after the last step, {self.steps}")
 
     @property
     def profiled(self) -> range:

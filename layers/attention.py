@@ -41,6 +41,7 @@ class Attention(Mixer):
     """Of the logits; 1 / sqrt(H) if not given."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("heads", "kv_heads", "head_dim", "window"):
             count = getattr(self, name)
             if count is not None and count < 1:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from .sharding import einsum, gather, parameter, spec_of, split_as
@@ -33,7 +34,8 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         """Maps the last axes of `x`, in the dtype of `x`."""
         inputs, outputs = (side.strip() for side in self.axes.split("->"))
-        y = _product(inputs, outputs, x, gather(self.weight[...], x.dtype))
+        # By this name a remat policy keeps y: it sees no matmul inside a function that has a gradient of its own.
+        y = checkpoint_name(_product(inputs, outputs, x, gather(self.weight[...], x.dtype)), "product")
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

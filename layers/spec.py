@@ -34,6 +34,12 @@ class Spec(abc.ABC):
             raise TypeError(f"two specs are named {cls.__name__}: {known.__module__} and {cls.__module__}")
         Spec._kinds[cls.__name__] = cls
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where a field that has a few names for values has another."""
+        for name, wanted in typing.get_type_hints(type(self)).items():
+            if typing.get_origin(wanted) is typing.Literal:
+                _typed(getattr(self, name), wanted, f"{type(self).__name__}.{name}")
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; a dotted name (`"model.dim"`, as a dict key) reaches inside."""
         names = {field.name for field in dataclasses.fields(self)}

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import tyro
 from rich.console import Console
 from rich.text import Text
@@ -18,6 +17,7 @@ from .. import configs, zoo
 from ..configs.run import Run
 from ..layers.spec import unknown
 from . import hardware, loop, show
+from .data import separator
 from .folder import Folder, load
 
 RUNS = Path("runs")
@@ -93,16 +93,16 @@ def generate(
         mesh: axes and sizes to place the model on, e.g. 'tensor=4'.
     """
     model, tokenizer = load(source, step=step, mesh=mesh)
-    with jax.set_mesh(jax.tree.leaves(model)[0].sharding.mesh):
-        texts = zoo.generate(
-            model,
-            tokenizer,
-            [prompt] * samples,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            seed=seed,
-        )
+    texts = zoo.generate(
+        model,
+        tokenizer,
+        [prompt] * samples,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        stop=(str(tokenizer.id_to_token(separator(tokenizer))),),
+        seed=seed,
+    )
     console = Console()
     for text in texts:
         console.print(Text(prompt.lstrip("\n"), style="bold") + Text(f"{text}\n", style="not bold"), soft_wrap=True)
@@ -144,7 +144,7 @@ def main() -> None:
         dispatch(arguments)
     except loop.Interrupted as stop:
         print(stop, file=sys.stderr)
-        sys.exit(143 if str(stop).startswith("SIGTERM") else 130)
+        sys.exit(143 if stop.signal_name == "SIGTERM" else 130)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

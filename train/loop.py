@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxlib._jax import Device
 from rich.console import Console
@@ -36,6 +37,7 @@ class Interrupted(Exception):
     """A signal ended the run, after its state was saved."""
 
     def __init__(self, signal_name: str, step: int, folder: Path):
+        self.signal_name = signal_name
         super().__init__(f"{signal_name}: stopped and saved at step {step}; {command(folder)} goes on from there")
 
 
@@ -78,6 +80,10 @@ def train(
         OSError: where something can't be written.
         Interrupted: after SIGTERM or Ctrl-C, when the state is saved.
     """
+    if fresh and step is not None:
+        raise ValueError(f"fresh starts anew and step={step} goes on from a checkpoint: leave out one of them")
+    if jax.process_count() > 1:
+        raise NotImplementedError(f"training runs in one process, over all of its devices; got {jax.process_count()}")
     place = Folder(Path(folder))
     mesh, devices_line = meshes.make(run, devices)
     with _explained(place.path):
@@ -164,7 +170,6 @@ class Job:
             console.print(text, soft_wrap=True, highlight=False)
 
         batches = _load_data(run, console)
-        folder.write_tokenizer(batches.tokenizer)
         size = sum(known.size for known in describe(run.model.abstract()).values())
         say(f"model   {amount(size)} parameters, {amount(3 * run.model.flops(run.length), 'FLOP')} a trained token")
         say(f"data    {batches.describe()}")
@@ -184,6 +189,7 @@ class Job:
             else:
                 check_space(folder.checkpoints, shapes, run.keep_last + 2)
                 state = initial_state(run, mesh)
+                folder.write_tokenizer(batches.tokenizer)
             recorder = opened.enter_context(contextlib.closing(Recorder(folder.path, start)))
             board = Board(run.steps, start, console)
             job = cls(run, folder, mesh, devices, state, batches, iterator, checkpoints, recorder, board)
@@ -214,19 +220,20 @@ class Job:
                 began = time.perf_counter()
             pending = (step, metrics)
             due = [every and step % every == 0 for every in (run.eval_every, run.sample_every, run.save_every)]
-            end = step == run.steps
-            if any(due) or end or signals.caught:
+            end, caught = step == run.steps, signals.caught
+            if any(due) or end or caught:
                 self._record(*pending, began)
                 pending = None
                 if due[0] or end:
                     self._evaluate(step)
                 if due[1] or (end and run.sample_every):
                     self._sample(step)
-                if due[2] or end or signals.caught:
+                if due[2] or end or caught:
                     self._save(step)
-                if signals.caught and not end:
+                if end or caught:
                     self.checkpoints.wait()
-                    raise Interrupted(signals.caught, step, self.folder.path)
+                if caught and not end:
+                    raise Interrupted(caught, step, self.folder.path)
                 began = time.perf_counter()
 
     def _profiled(self, start: int) -> Iterator[tuple[int, Any]]:
@@ -289,8 +296,20 @@ class Job:
         run = self.run
         model = merge(run.model.abstract(), best_parameters(self.state))
         key = jax.random.fold_in(self.state["rng"], step)
-        tokens = min(120, run.length)
-        text = zoo.generate(model, self.batches.tokenizer, [run.prompt], max_tokens=tokens, key=key)[0]
+        tokenizer = self.batches.tokenizer
+        room = run.model.max_positions - len(tokenizer.encode(run.prompt).ids) if run.model.max_positions else 120
+        if room < 1:
+            self.board.say(f"no sample: the prompt fills all {run.model.max_positions} positions of the model")
+            return
+        text = zoo.generate(
+            model,
+            tokenizer,
+            [run.prompt],
+            max_tokens=min(120, room),
+            stop=(str(tokenizer.id_to_token(self.batches.separator)),),
+            key=key,
+            dtype=jnp.dtype(run.dtype),
+        )[0]
         self.recorder.write_text(step, run.prompt + text)
         self.board.sample(step, run.prompt, text)
 

@@ -64,7 +64,11 @@ def check(run: Run, mesh: Mesh) -> None:
             f"the mesh splits the batch {shards} ways (data x fsdp), which does not divide {rows} sequences (batch "
             f"{run.batch} / accumulate {run.accumulate}); it may be split {', '.join(map(str, fits))} ways"
         )
-    partitions(describe(run.model.abstract()), mesh)
+    specs = partitions(describe(run.model.abstract()), mesh)
+    used = {*BATCH, *(axis for spec in specs.values() for axis in spec)}
+    for axis in mesh.axis_names:
+        if axis not in used and mesh.shape[axis] > 1:
+            raise ValueError(f"mesh axis {axis}={mesh.shape[axis]} would split nothing of this model; leave it out")
 
 
 def place(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

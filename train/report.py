@@ -20,6 +20,8 @@ def summary(folder: Path) -> dict[str, Any]:
     steps = [record for record in records if "loss" in record]
     scores = [record["heldout_bits_per_byte"] for record in records if "heldout_bits_per_byte" in record]
     seconds = [record["seconds"] for record in steps]
+    if not steps:
+        raise ValueError(f"{folder / metrics.FILE} holds no training step: there is nothing to report on")
     return steps[-1] | {
         "heldout_bits_per_byte": scores[-1] if scores else None,
         "seconds": sum(seconds),

@@ -124,7 +124,8 @@ def make_evaluation(run: Run) -> Callable[[Parameters, Batch], Float[Array, ""]]
     abstract = run.model.abstract()
 
     def evaluate(params: Parameters, batch: Batch) -> Float[Array, ""]:
-        return _sums(run, merge(abstract, params), batch)[1]
+        nll = jax.lax.map(lambda micro: _sums(run, merge(abstract, params), micro)[1], _micro_batches(run, batch))
+        return jnp.sum(nll)
 
     return jax.jit(evaluate)
 
@@ -174,11 +175,15 @@ def _gradients(
         (loss, nll), gradients = loss_of(params, micro)
         return jax.tree.map(jnp.add, total, (loss, nll, gradients)), None
 
-    # Row i goes to micro-batch i mod A: each holds rows of every device, and no row moves.
-    micros = {name: jnp.moveaxis(x.reshape(-1, run.accumulate, *x.shape[1:]), 1, 0) for name, x in batch.items()}
     zero = jnp.zeros(())
-    total, _ = jax.lax.scan(add, (zero, zero, jax.tree.map(jnp.zeros_like, params)), micros)
+    start = (zero, zero, jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, start, _micro_batches(run, batch))
     return total
+
+
+def _micro_batches(run: Run, batch: Batch) -> Batch:
+    """B ... as A B/A ...: row i goes to micro-batch i mod A, so that each holds rows of every device and none moves."""
+    return {name: jnp.moveaxis(x.reshape(-1, run.accumulate, *x.shape[1:]), 1, 0) for name, x in batch.items()}
 
 
 def _average(decay: float, ema: Parameters, params: Parameters) -> Parameters:

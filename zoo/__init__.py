@@ -1,4 +1,4 @@
-"""Language models as values, their weights in and out, and generation."""
+"""Language models as values, and generation."""
 
 from ..layers.attention import Attention as Attention
 from ..layers.block import Block as Block

@@ -19,8 +19,13 @@ from ..layers.spec import Spec
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names("product", "scores")
+    ),
+    "dots_no_batch": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("product"),
+    ),
 }
 """What the backward pass of a block keeps, by name; "none" recomputes nothing."""
 
@@ -53,6 +58,7 @@ class Decoder(Spec):
     """Logits become cap tanh(logits / cap) (Gemma 2)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.block or self.layers < len(self.first):
             raise ValueError(
                 f"a decoder needs a block pattern and at least as many layers as first blocks, got "
@@ -178,7 +184,7 @@ class DecoderModel(nnx.Module):
     ) -> tuple[Array, list[Any]]:
         after = []
         for block, cache in zip(blocks, caches, strict=True):
-            x, cache = _checkpointed(_apply, remat)(block, x, places, cache)
+            x, cache = _checkpointed(_apply, remat, scanned=False)(block, x, places, cache)
             after.append(cache)
         return x, after
 
@@ -196,7 +202,7 @@ class DecoderModel(nnx.Module):
                 after.append(cache)
             return x, after if caches is not None else None
 
-        return jax.lax.scan(_checkpointed(repeat, remat), x, (self.stack, caches))
+        return jax.lax.scan(_checkpointed(repeat, remat, scanned=True), x, (self.stack, caches))
 
 
 def _check_positions(length: int, limit: int) -> None:
@@ -214,5 +220,6 @@ def _apply(block: Any, x: Array, places: Places, cache: Cache | None) -> tuple[A
     return block(x, places, cache)
 
 
-def _checkpointed(function: Any, remat: Remat) -> Any:
-    return function if remat == "none" else jax.checkpoint(function, policy=POLICIES[remat], prevent_cse=False)
+def _checkpointed(function: Any, remat: Remat, *, scanned: bool) -> Any:
+    """Outside a scan, XLA would find what is computed twice, and store it after all, if it were not prevented."""
+    return function if remat == "none" else jax.checkpoint(function, policy=POLICIES[remat], prevent_cse=not scanned)

@@ -1,17 +1,19 @@
 """Text from a model: prefill and decode inside one jitted function."""
 
+import contextlib
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 from tokenizers import Tokenizer
 
 from ..layers.mixer import Places
 from ..layers.sharding import whole
-from .decoder import Caches, DecoderModel
+from .decoder import Caches, DecoderModel, plain_places
 
 
 def generate(
@@ -53,7 +55,7 @@ def generate(
             f"generation needs prompts, temperature >= 0, max_tokens >= 1 and top_k >= 0, got {len(prompts)} prompts, "
             f"temperature={temperature}, max_tokens={max_tokens}, top_k={top_k}"
         )
-    ends = [token for token in map(tokenizer.token_to_id, stop) if token is not None]
+    ends = [_id(tokenizer, token) for token in stop]
     rows = [tokenizer.encode(prompt, add_special_tokens=False).ids or ends[:1] for prompt in prompts]
     if not all(rows):
         raise ValueError(f"an empty prompt needs a token to start from, and the tokenizer has none of {stop}")
@@ -65,12 +67,27 @@ def generate(
     tokens = np.zeros((len(rows), width), np.int32)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids
-    lengths = jnp.asarray([len(ids) for ids in rows], jnp.int32)
-    keys = jax.random.split(jax.random.key(seed) if key is None else key, len(rows))
     top_k = min(top_k, model.spec.vocab)
-    scale = jnp.asarray(temperature, jnp.float32)
-    ids = np.asarray(_continue(model, jnp.asarray(tokens), lengths, keys, scale, max_tokens, top_k, dtype))
+    with _mesh_of(model):
+        lengths = jnp.asarray([len(ids) for ids in rows], jnp.int32)
+        keys = jax.random.split(jax.random.key(seed) if key is None else key, len(rows))
+        scale = jnp.asarray(temperature, jnp.float32)
+        ids = np.asarray(_continue(model, jnp.asarray(tokens), lengths, keys, scale, max_tokens, top_k, dtype))
     return [tokenizer.decode(_until(row.tolist(), ends), skip_special_tokens=False) for row in ids]
+
+
+def _id(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise ValueError(f"stop names special tokens of the tokenizer, and it has no {token!r}")
+    return found
+
+
+def _mesh_of(model: DecoderModel) -> contextlib.AbstractContextManager[Any]:
+    """The mesh the parameters live on, to compute on."""
+    sharding = jax.tree.leaves(model)[0].sharding
+    mesh = getattr(sharding, "mesh", None)
+    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext()
 
 
 def _until(ids: list[int], ends: list[int]) -> list[int]:
@@ -94,7 +111,10 @@ def _continue(
     """
     batch, width = tokens.shape
     caches = model.spec.cache(batch, width + count, dtype)
-    hidden, caches = model.hidden(tokens, None, caches, dtype=dtype)
+    places = plain_places(tokens)
+    # Padding stands at its row's last place: scalings of RoPE that look at the largest position do not see it.
+    places = Places(positions=jnp.minimum(places.positions, lengths[:, None] - 1), segments=places.segments)
+    hidden, caches = model.hidden(tokens, places, caches, dtype=dtype)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     token = _draw(model.logits(last)[:, 0], keys, 0, temperature, top_k)
 

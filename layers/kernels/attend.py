@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from ..masks import Causal, Mask
@@ -40,7 +41,8 @@ def attend(
         sinks: a learned logit per head that takes part in the softmax and has no value (2309.17453; gpt-oss).
         scale: of the logits; 1 / sqrt(H) by default.
         implementation: "reference" is the plain definition; "portable" goes block by block over the queries, leaves out
-            keys that the mask is known to hide, and recomputes in the backward pass what it would otherwise store.
+            keys that the mask is known to hide, and recomputes in the backward pass what it would otherwise store. It
+            holds the float32 logits of max(512, T / 8) queries at a time: B x N x max(512, T / 8) x S x 4 bytes.
 
     Raises:
         ValueError: where shapes do not fit or the implementation is unknown.
@@ -50,7 +52,7 @@ def attend(
         raise ValueError(f"query heads must be a multiple of key/value heads, got N={heads}, K={kv_heads}")
     if k.shape != (batch, keys, kv_heads, size) or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"q, k, v must be B T N H, B S K H, B S K Hv, got {q.shape}, {k.shape}, {v.shape}")
-    mask = Causal() if mask is None else mask
+    mask = Causal() if mask is None else jax.tree.map(lambda x: x if isinstance(x, int) else jnp.asarray(x), mask)
     scale = 1 / math.sqrt(size) if scale is None else scale
     functions = {"reference": _reference, "portable": _portable}
     if implementation is not None and implementation not in functions:
@@ -124,7 +126,7 @@ def _reference(
     # The small arrays are transposed here, so that no product needs to transpose one of size T x S.
     group = jnp.einsum("BTKGH->BKGTH", q.reshape(batch, queries, kv_heads, heads // kv_heads, size))
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    logits = _scores(group, k) * scale
+    logits = checkpoint_name(_scores(group, k), "scores") * scale
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     visible = mask.visible(*_indices(batch, heads, kv_heads, keys, queries, first_head, first_query, first_key))

@@ -226,3 +226,18 @@ def test_an_optimizer_refuses_what_it_has_no_use_for(name):
                 base.replace(**changes)
         else:
             assert not np.array_equal(trained(base.replace(**changes)), plain)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: configs.Optimizer(name="adam"), "did you mean 'adamw'"),  # pyright: ignore[reportArgumentType]
+        (lambda: configs.Optimizer(clip=-1.0), "clip must be at least 0, got -1.0"),
+        (lambda: configs.get_run("shakespeare").replace(dtype="float16"), "unknown Run.dtype 'float16'"),
+        (lambda: configs.get_run("shakespeare").replace(profile="10:9999"), "ends after the last step"),
+        (lambda: configs.get_model("gpt2").block[0].replace(placement="prenorm"), "did you mean 'pre'"),
+    ],
+)
+def test_values_made_in_python_are_checked_too(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -252,3 +252,15 @@ def test_unknown_implementation_names_what_is_close():
     x = jnp.zeros((1, 2, 2, 8))
     with pytest.raises(Exception, match="portable"):
         attend(x, x, x, implementation="portible")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_numpy_mask_is_split_like_any_other():
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 8, 2, 16)) for i in range(3))
+    ids: Any = np.array([[1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 2, 2]], np.int32)
+    want = attend(q, k, v, mask=Causal() & Documents(ids, ids))
+    with jax.set_mesh(jax.make_mesh((2,), ("data",))):
+        q, k, v = (jax.device_put(x, P("data")) for x in (q, k, v))
+        with pytest.raises(ValueError, match="split over the mesh like the queries' batch"):
+            attend(q, k, v, mask=Causal() & Documents(ids, ids))
+        placed = jax.device_put(ids, P("data"))
+        np.testing.assert_allclose(attend(q, k, v, mask=Causal() & Documents(placed, placed)), want, atol=1e-6)

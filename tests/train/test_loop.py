@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flaxzoo import zoo
 from flaxzoo.configs import Run
 from flaxzoo.train import loop, metrics, report
 from flaxzoo.train import mesh as meshes
 from flaxzoo.train.checkpoint import Checkpoints
 from flaxzoo.train.data import load as load_data
 from flaxzoo.train.folder import Folder, load
-from flaxzoo.train.step import abstract_state
+from flaxzoo.train.step import abstract_state, initial_state, make_evaluation
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
@@ -338,3 +339,47 @@ def test_compiled_programs_are_kept_where_the_user_says(
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         compilation_cache.reset_cache()
+
+
+def test_a_refused_resume_leaves_the_tokenizer_alone(tiny: Run, tmp_path: Path):
+    source = tmp_path / "book.txt"
+    source.write_text("a small book of few words\n" * 300)
+    run = tiny.replace(steps=2, **{"data.source": (str(source),)})
+    loop.train(run, tmp_path / "run", console=Console(file=io.StringIO()))
+    before = (tmp_path / "run/tokenizer.json").read_bytes()
+    source.write_text("quite another text, that makes another tokenizer\n" * 300)
+    with pytest.raises(ValueError, match="must be as they were|changed"):
+        loop.train(run, tmp_path / "run", console=Console(file=io.StringIO()))
+    assert (tmp_path / "run/tokenizer.json").read_bytes() == before
+
+
+def test_fresh_and_step_exclude_each_other(tiny: Run, tmp_path: Path):
+    loop.train(tiny.replace(steps=2), tmp_path / "run", console=Console(file=io.StringIO()))
+    with pytest.raises(ValueError, match="leave out one of them"):
+        loop.train(tiny.replace(steps=2), tmp_path / "run", fresh=True, step=2)
+    assert Checkpoints(tmp_path / "run/checkpoints", read_only=True).steps() == [2]
+
+
+def test_a_loaded_model_generates_on_its_mesh(tiny: Run, tmp_path: Path):
+    loop.train(tiny.replace(steps=2), tmp_path / "run", console=Console(file=io.StringIO()))
+    texts = []
+    for mesh in ("", "fsdp=2,tensor=2"):
+        model, tokenizer = load(tmp_path / "run", mesh=mesh)
+        texts.append(zoo.generate(model, tokenizer, ["the cat"], max_tokens=8, temperature=0.0))
+    assert texts[0] == texts[1]
+
+
+def test_evaluation_goes_by_micro_batches(tiny: Run):
+    mesh, _ = meshes.make(tiny)
+    with jax.set_mesh(mesh):
+        state = initial_state(tiny, mesh)
+        tokens = np.arange(tiny.batch * tiny.length, dtype=np.int32).reshape(tiny.batch, -1) % 300
+        batch = dict.fromkeys(("tokens", "targets"), tokens) | {
+            "segments": np.ones_like(tokens),
+            "positions": np.tile(np.arange(tiny.length, dtype=np.int32), (tiny.batch, 1)),
+            "weights": np.ones(tokens.shape, np.float32),
+        }
+        placed = meshes.place(batch, mesh)
+        whole = make_evaluation(tiny)(state["params"], placed)
+        parts = make_evaluation(tiny.replace(accumulate=4))(state["params"], placed)
+    np.testing.assert_allclose(parts, whole, rtol=1e-6)
