@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is f
 
 def compiled(run: Run, topology: str) -> tuple[jax.stages.Compiled, int]:
     """The step, and the bytes of state on a device."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    host = (1, 1, 1) if topology.endswith("1x1") else (2, 2, 1)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, chips_per_host_bounds=host).devices
     mesh, line = meshes.make(run, list(devices))
     assert line == f"{run.mesh} on {len(devices)} x TPU v5 lite"
     with jax.set_mesh(mesh):
