@@ -47,6 +47,7 @@ class Optimizer(Spec):
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """After the warmup: cosine, linear, constant, or warmup-stable-decay, whose end falls linearly."""
     warmup_steps: int = 100
+    """Steps in which the learning rate rises linearly; a run that is shorter ends before the top."""
     decay_fraction: float = 0.2
     """Share of the steps in which 'wsd' decays."""
     final_fraction: float = 0.1
@@ -99,7 +100,7 @@ class Run(Spec):
     z_loss: float = 0.0
     """Weight of the squared log-partition (PaLM, 2204.02311, section 5)."""
     ema: float = 0.0
-    """Decay of an exponential moving average of the parameters; 0: none is kept."""
+    """Decay of an exponential moving average of the parameters, at most (1 + t) / (10 + t) in step t; 0: none."""
     max_bad_steps: int = 5
     """Steps in a row with a non-finite loss or gradient, each skipped, before the run stops."""
     seed: int = 0

@@ -17,16 +17,14 @@ from .sharding import einsum, gather, parameter, spec_of, split_as
 class Linear(nnx.Module):
     """y = x W + b between named axes: `Linear("D -> N H", {"D": 64, "N": 4, "H": 16}, ...)` maps B T D to B T N H.
 
-    W starts normal with standard deviation `std` (default 1 / sqrt of the input size), b at zero.
+    W starts normal with standard deviation 1 / sqrt of the input size, b at zero.
     """
 
-    def __init__(
-        self, axes: str, sizes: Mapping[str, int], *, rngs: nnx.Rngs, bias: bool = False, std: float | None = None
-    ):
+    def __init__(self, axes: str, sizes: Mapping[str, int], *, rngs: nnx.Rngs, bias: bool = False):
         inputs, outputs = (side.split() for side in axes.split("->"))
         fan_in = math.prod(sizes[letter] for letter in inputs)
         shape = tuple(sizes[letter] for letter in inputs + outputs)
-        value = jax.random.normal(rngs.params(), shape, jnp.float32) * (std or 1 / math.sqrt(fan_in))
+        value = jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(fan_in)
         self.axes = axes
         self.weight = parameter(" ".join(inputs + outputs), value, inputs=len(inputs))
         self.bias = parameter(" ".join(outputs), jnp.zeros(shape[len(inputs) :])) if bias else None

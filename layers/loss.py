@@ -9,6 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from .sharding import einsum, gather, shards, spec_of, zeros
 
+LOGITS_BYTES = 2**28
+"""Float32 logits that exist at a time unless told otherwise: 523 tokens of a vocabulary of 128,256."""
+
 
 def cross_entropy(
     hidden: Float[Array, "B T D"],
@@ -18,7 +21,7 @@ def cross_entropy(
     *,
     soft_cap: float | None = None,
     z_loss: float = 0.0,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted sums over all tokens of the training loss and of the plain negative log-likelihood, in nats.
 
@@ -30,18 +33,20 @@ def cross_entropy(
         hidden: final hidden states; the matmuls run in their dtype, everything else in float32.
         head: the output embedding.
         targets: the next token of each position.
-        weights: 0 masks a position out.
+        weights: 0 masks a position out. They are given, not learned: they get no gradient.
         soft_cap: logits become cap tanh(logits / cap).
         z_loss: weight of the squared log-partition.
-        chunk: tokens whose logits exist at a time.
+        chunk: tokens whose logits exist at a time (one of each row at least); as many as fit 256 MiB if not given.
     """
     batch, length = targets.shape
+    chunk = max(1, LOGITS_BYTES // (4 * head.shape[0])) if chunk is None else chunk
     rows = -(-batch // shards(targets, 0))
     parts = max(1, -(-rows * length // chunk))
     size = -(-length // parts)
-    padding = ((0, 0), (0, -length % size))
-    hidden = jnp.pad(hidden, (*padding, (0, 0)))
-    targets, weights = jnp.pad(targets, padding), jnp.pad(weights, padding)
+    if length % size:
+        padding = ((0, 0), (0, -length % size))
+        hidden = jnp.pad(hidden, (*padding, (0, 0)))
+        targets, weights = jnp.pad(targets, padding), jnp.pad(weights, padding)
     return _sums(hidden, gather(head, hidden.dtype), targets, weights, soft_cap, z_loss, size)
 
 

@@ -1,5 +1,6 @@
 """The folder of a run: its config, tokenizer, metrics, checkpoints and report."""
 
+import contextlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -50,12 +51,12 @@ class Folder:
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.config} can't be read: {error}") from error
 
-    def start(self, run: Run, *, fresh: bool) -> bool:
-        """Makes the folder ready for `run`; true where it already holds a part of it, to go on from.
+    def open(self, run: Run, *, fresh: bool) -> Checkpoints:
+        """Makes the folder ready for `run` and opens its checkpoints: no other job writes here until they are closed.
 
         A run that has no checkpoint yet has nothing to go on from, so another may take its place: a mistake in the
-        first command is corrected by the second. Raises ValueError where the folder holds another run, and names what
-        differs.
+        first command is corrected by the second. `fresh` deletes what is there. Raises ValueError where the folder
+        holds another run, and names what differs; SaveFailed where another job writes to it.
         """
         if fresh and self.config.is_file():
             away = self.path.with_name(f"{self.path.name}.deleted")  # killed meanwhile, none of it is taken for a run
@@ -63,16 +64,20 @@ class Folder:
             with Checkpoints(self.checkpoints):  # of a job that is running, nothing is deleted
                 self.path.rename(away)
             shutil.rmtree(away)
-        if not self.config.is_file():
-            if self.path.is_dir() and any(path != _aside(self.config) for path in self.path.iterdir()):
+        if not self.config.is_file() and self.path.is_dir():
+            ours = set() if step_folders.steps(self.checkpoints) else {_aside(self.config), self.checkpoints}
+            if set(self.path.iterdir()) - ours:
                 raise ValueError(f"{self.path} holds other files than a run's; choose another --name")
-            self.path.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as opened:
+            checkpoints = opened.enter_context(Checkpoints(self.checkpoints, keep_last=run.keep_last))
+            if checkpoints.steps():
+                self._check_same(run)
             self.write(run)
-            return False
-        if not step_folders.steps(self.checkpoints):
-            with Checkpoints(self.checkpoints):  # nor is a running job's config replaced
-                self.write(run)
-            return False
+            opened.pop_all()
+        return checkpoints
+
+    def _check_same(self, run: Run) -> None:
+        """Raises ValueError where `run` would learn something else than the one that is here."""
         before, now = self.run().flat(), run.flat()
         changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
         fixed = sorted(name for name in changed if name not in LAYOUT)
@@ -82,8 +87,6 @@ class Folder:
                 f"{self.path} was started with other settings:{lines}\n"
                 "choose another --name, or --fresh to delete it and start anew"
             )
-        self.write(run)
-        return True
 
     def write(self, run: Run) -> None:
         """Writes the config, whole or not at all."""

@@ -86,13 +86,13 @@ def train(
         raise NotImplementedError(f"training runs in one process, over all of its devices; got {jax.process_count()}")
     place = Folder(Path(folder))
     mesh, devices_line = meshes.make(run, devices)
-    with _explained(place.path):
-        if not place.start(run, fresh=fresh) and step is not None:
+    with _explained(place.path), place.open(run, fresh=fresh) as checkpoints:
+        if step is not None and not checkpoints.steps():
             raise ValueError(f"{place.path} has no checkpoint of step {step}, nor any other; leave out --step to start")
         _use_compilation_cache()
         console = console or Console()
         with jax.set_mesh(mesh), jax.numpy_dtype_promotion("strict"):
-            job = Job.prepare(run, place, mesh, devices_line, console, step)
+            job = Job.prepare(run, place, checkpoints, mesh, devices_line, console, step)
             with contextlib.closing(job):
                 return job.go()
 
@@ -163,7 +163,16 @@ class Job:
         return make_evaluation(self.run)
 
     @classmethod
-    def prepare(cls, run: Run, folder: Folder, mesh: Mesh, devices: str, console: Console, step: int | None) -> "Job":
+    def prepare(
+        cls,
+        run: Run,
+        folder: Folder,
+        checkpoints: Checkpoints,
+        mesh: Mesh,
+        devices: str,
+        console: Console,
+        step: int | None,
+    ) -> "Job":
         """Loads the data, and makes or restores the state."""
 
         def say(text: str) -> None:
@@ -176,7 +185,6 @@ class Job:
         say(f"devices {devices}")
         with contextlib.ExitStack() as opened:
             iterator = opened.enter_context(contextlib.closing(batches.train()))
-            checkpoints = opened.enter_context(Checkpoints(folder.checkpoints, keep_last=run.keep_last))
             shapes = abstract_state(run, mesh)
             start = 0
             if checkpoints.steps():
@@ -198,7 +206,7 @@ class Job:
             return job
 
     def close(self) -> None:
-        """Waits for the last save, and ends what runs in the background."""
+        """Ends what runs in the background."""
         self.opened.close()
 
     def go(self) -> Result:

@@ -1,6 +1,7 @@
 """Metrics of a run on disk: one JSON line a record, and the same to TensorBoard."""
 
 import json
+import math
 import os
 import socket
 import time
@@ -15,27 +16,31 @@ FILE = "metrics.jsonl"
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All whole records of a run's folder; a line cut short by a kill is left out."""
+    """All whole records of a run's folder, null as NaN; a line cut short by a kill is left out."""
     path = folder / FILE
     if not path.exists():
         return []
     records = []
     for line in path.read_text().splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        records.append({name: math.nan if value is None else value for name, value in record.items()})
     return records
 
 
 class Recorder:
-    """Writes records `{"step": n, name: number, ...}` as they come; raises OSError where they can't be written."""
+    """Writes records `{"step": n, name: number, ...}` as they come; raises OSError where they can't be written.
+
+    JSON has no word for a number that is not finite: it becomes null.
+    """
 
     def __init__(self, folder: Path, start: int):
         """Opens the metrics of a run that goes on after step `start`; what a killed run recorded past it is dropped."""
         kept = [record for record in read(folder) if record["step"] <= start]
         aside = folder / f"{FILE}.new"
-        aside.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
+        aside.write_text("".join(map(_line, kept)))
         aside.replace(folder / FILE)
         board = folder / "tensorboard"
         board.mkdir(exist_ok=True)
@@ -48,13 +53,13 @@ class Recorder:
 
     def write(self, step: int, **values: float) -> None:
         """Records the values of a step."""
-        self._line({"step": step} | values)
+        self._append({"step": step} | values)
         for name, value in values.items():
             self._event(step, summary=summary.scalar(name, value))
 
     def write_text(self, step: int, text: str) -> None:
         """Records a sample of what the model writes."""
-        self._line({"step": step, "sample": text})
+        self._append({"step": step, "sample": text})
         self._event(step, summary=summary.text("sample", text))
 
     def flush(self) -> None:
@@ -67,10 +72,15 @@ class Recorder:
         self._lines.close()
         self._board.close()
 
-    def _line(self, record: dict[str, Any]) -> None:
-        data = memoryview(f"{json.dumps(record)}\n".encode())
+    def _append(self, record: dict[str, Any]) -> None:
+        data = memoryview(_line(record).encode())
         while data:  # a disk that fills up takes a part, and fails at the next
             data = data[self._lines.write(data) :]
 
     def _event(self, step: int, **content: Any) -> None:
         self._board.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
+
+
+def _line(record: dict[str, Any]) -> str:
+    finite = {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"

@@ -93,9 +93,9 @@ def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, Array
             scale = jnp.minimum(1.0, run.optimizer.clip / jnp.maximum(norm, 1e-12))
             gradients = jax.tree.map(lambda g: g * scale, gradients)
         params, optimizer_state = optimizer.update(transformation, gradients, state["optimizer"], state["params"])
-        new = params, optimizer_state, _average(run.ema, state["ema"], params)
+        new = params, optimizer_state, _average(run.ema, state, params)
         old = state["params"], state["optimizer"], state["ema"]
-        params, optimizer_state, ema = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        params, optimizer_state, ema = jax.tree.map(lambda n, o: jax.lax.select(good, n, o), new, old)
         bad = 1 - good.astype(jnp.int32)
         after = State(
             step=state["step"] + 1,
@@ -186,5 +186,8 @@ def _micro_batches(run: Run, batch: Batch) -> Batch:
     return {name: jnp.moveaxis(x.reshape(-1, run.accumulate, *x.shape[1:]), 1, 0) for name, x in batch.items()}
 
 
-def _average(decay: float, ema: Parameters, params: Parameters) -> Parameters:
-    return jax.tree.map(lambda old, new: old * decay + new * (1 - decay), ema, params) if ema else {}
+def _average(decay: float, state: State, params: Parameters) -> Parameters:
+    """The next moving average. It starts short, or it would remember the initial noise for 1 / (1 - decay) steps."""
+    done = (state["step"] - state["skipped"]).astype(jnp.float32)
+    decay = jnp.minimum(decay, (1 + done) / (10 + done)) if decay else 0.0
+    return {name: old * decay + params[name] * (1 - decay) for name, old in state["ema"].items()}

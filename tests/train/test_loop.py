@@ -307,8 +307,7 @@ def test_a_folder_of_something_else(tiny: Run, tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_elsewhere_is_left_alone(tiny: Run, tmp_path: Path) -> None:
     folder = Folder(tmp_path / "run")
-    folder.start(tiny, fresh=False)
-    with Checkpoints(folder.checkpoints):  # as the job that runs has it
+    with folder.open(tiny, fresh=False):  # as the job that runs has it
         for options in ({"fresh": True}, {}):
             with pytest.raises(OSError, match="is being written to by another job"):
                 train(tiny.replace(seed=1), folder.path, **options)

@@ -183,7 +183,7 @@ def outcome(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, 
 
 def made(run: Run, folder: Path) -> Path:
     """A folder with the run's config alone, as a command leaves that was killed at once."""
-    Folder(folder).start(run, fresh=False)
+    Folder(folder).open(run, fresh=False).close()
     return folder
 
 

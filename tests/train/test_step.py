@@ -212,8 +212,8 @@ def test_bfloat16_is_only_for_computing(tiny: Run) -> None:
 def test_moving_average(tiny: Run) -> None:
     states, _ = stepped(tiny.replace(ema=0.75), [random_batch(tiny, seed) for seed in range(3)])
     average = states[0]["params"]
-    for state in states[1:]:
-        average = {name: 0.75 * x + 0.25 * state["params"][name] for name, x in average.items()}
+    for decay, state in zip((1 / 10, 2 / 11, 3 / 12), states[1:], strict=True):
+        average = {name: decay * x + (1 - decay) * state["params"][name] for name, x in average.items()}
         for name, x in average.items():
             np.testing.assert_allclose(state["ema"][name], x, rtol=1e-6, atol=1e-8)
     last: Any = jax.tree.map(jnp.asarray, states[-1])
