@@ -189,5 +189,5 @@ def _micro_batches(run: Run, batch: Batch) -> Batch:
 def _average(decay: float, state: State, params: Parameters) -> Parameters:
     """The next moving average. It starts short, or it would remember the initial noise for 1 / (1 - decay) steps."""
     done = (state["step"] - state["skipped"]).astype(jnp.float32)
-    decay = jnp.minimum(decay, (1 + done) / (10 + done)) if decay else 0.0
-    return {name: old * decay + params[name] * (1 - decay) for name, old in state["ema"].items()}
+    kept = jnp.minimum(decay, (1 + done) / (10 + done))
+    return {name: old * kept + params[name] * (1 - kept) for name, old in state["ema"].items()}
