@@ -26,6 +26,11 @@ class Data(Spec):
     tokenizer: str = ""
     """Path of a tokenizer.json; empty: a byte-level BPE of the model's vocabulary is trained on the text and cached."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.source, str):
+            raise ValueError(f"source is a tuple of names and paths, got {self.source!r}; write ({self.source!r},)")
+
 
 UNUSED = {
     "lion": ("eps",),

@@ -11,10 +11,11 @@ from jaxtyping import Array, Float, Int
 
 from .kernels import attend
 from .linear import Linear
-from .masks import Causal, Documents, Window
+from .masks import Causal, Documents, Mask, Window
 from .mixer import Cache, Mixer, Places
 from .norm import Norm
 from .rope import Rope
+from .scores import SoftCap
 from .sharding import locally, parameter, spec_of, split_as
 
 
@@ -92,18 +93,24 @@ class AttentionLayer(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if spec.rope is not None:
             query, key = spec.rope(query, places.positions), spec.rope(key, places.positions)
+        mask: Mask = Causal() if spec.window is None else Causal() & Window(spec.window)
+        start: Any = 0
         if cache is None:
-            mask = Causal() & Documents(places.segments, places.segments)
-            start = 0
+            mask = mask & Documents(places.segments)
         else:
             start = places.positions[:, 0]
             cache = {"key": _write(cache["key"], key, start), "value": _write(cache["value"], value, start)}
             key, value = cache["key"].astype(x.dtype), cache["value"].astype(x.dtype)
-            mask = Causal(start)
-        if spec.window is not None:
-            mask = mask & Window(spec.window, offset=start)
-        sinks = None if self.sinks is None else self.sinks[...]
-        mixed = attend(query, key, value, mask=mask, soft_cap=spec.soft_cap, sinks=sinks, scale=spec.scale)
+        mixed = attend(
+            query,
+            key,
+            value,
+            mask=mask,
+            score=None if spec.soft_cap is None else SoftCap(spec.soft_cap),
+            sinks=None if self.sinks is None else self.sinks[...],
+            scale=spec.scale,
+            query_offset=start,
+        )
         return self.output(mixed), cache
 
 

@@ -1,28 +1,34 @@
 """Which keys a query may see: a small algebra of masks over (batch, head, query, key) indices.
 
-`Causal() & Window(4096) & Documents(ids, ids)`, `|` and `~` compose. A mask is a pytree: its arrays may be traced.
+`Causal() & Window(4096) & Documents(ids)`, `|` and `~` compose, and `Where(function)` is a mask of any traced function.
+A mask is a pytree: its arrays may be traced. It is never made into an array of size T x S: attention classifies blocks
+of pairs as empty, full or partial, skips the first and looks at single pairs in the last alone (kernels/blocks.py).
 """
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from .lookup import lookup
+
 Index = Int[Array, "..."]
+static: Any = {"static": True}
 
 
 class Mask(abc.ABC):
-    """A predicate on index arrays that broadcast against each other; true where the key is visible."""
+    """A predicate on a query and a key, true where the query sees the key.
+
+    `query` is the query's position: its index plus the `query_offset` given to `attend`. `key` is the key's index.
+    """
 
     @abc.abstractmethod
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
-        """True where `query` sees `key`."""
-
-    def key_range(self, first: int, last: int, keys: int) -> tuple[int, int]:
-        """Bounds [low, high) outside which no query in [first, last] sees a key, as far as is known before running."""
-        return 0, keys
+        """True where `query` sees `key`; on index arrays that broadcast against each other."""
 
     def __and__(self, other: "Mask") -> "Mask":
         return Both(self, other)
@@ -36,54 +42,192 @@ class Mask(abc.ABC):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Causal(Mask):
-    """key <= query + offset; `offset` (an int or one per sequence) is the position of the first query."""
+class Full(Mask):
+    """Every query sees every key."""
 
-    offset: int | Int[Array, " B"] = field(default=0)
+    def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
+        """True."""
+        return key >= 0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Causal(Mask):
+    """key <= query."""
 
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
-        return key <= query + _at(self.offset, batch)
-
-    def key_range(self, first: int, last: int, keys: int) -> tuple[int, int]:
-        """Bounds of the visible keys."""
-        return (0, min(keys, max(0, last + self.offset + 1))) if isinstance(self.offset, int) else (0, keys)
+        return key <= query
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Window(Mask):
-    """query + offset - left < key < query + offset + right: the `left` latest keys, the query's own included."""
+    """query - left < key < query + right: the `left` latest keys, the query's own included, and `right` - 1 to come."""
 
-    left: int = field(metadata={"static": True})
-    right: int = field(default=1, metadata={"static": True})
-    offset: int | Int[Array, " B"] = field(default=0)
+    left: int = field(metadata=static)
+    right: int = field(default=1, metadata=static)
+
+    def __post_init__(self) -> None:
+        if self.left < 1 or self.right < 1:
+            raise ValueError(
+                f"a window holds at least the query's own key: left and right must be 1 or more, "
+                f"got left={self.left}, right={self.right}"
+            )
 
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
-        distance = key - (query + _at(self.offset, batch))
-        return (distance > -self.left) & (distance < self.right)
+        return (key > query - self.left) & (key < query + self.right)
 
-    def key_range(self, first: int, last: int, keys: int) -> tuple[int, int]:
-        """Bounds of the visible keys."""
-        if not isinstance(self.offset, int):
-            return 0, keys
-        low = max(0, min(first + self.offset - self.left + 1, keys))
-        return low, max(low, min(last + self.offset + self.right, keys))
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Chunked(Mask):
+    """Query and key lie in the same chunk of `size` positions (Llama 4's local layers)."""
+
+    size: int = field(metadata=static)
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"a chunk has at least 1 position, got size={self.size}")
+
+    def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
+        """True where `query` sees `key`."""
+        return jax.lax.div(query, jnp.int32(self.size)) == jax.lax.div(key, jnp.int32(self.size))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prefix(Mask):
+    """Key lies in the first `lengths` positions, which everyone sees: prefix LM is `Causal() | Prefix(lengths)`."""
+
+    lengths: int | Int[Array, " B"]
+
+    def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
+        """True where `query` sees `key`."""
+        return key < _per_sequence(self.lengths, batch, "Prefix(lengths)")
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Documents(Mask):
-    """Query and key belong to the same document; id 0 is padding and sees nothing."""
+    """Query and key belong to the same document; id 0 is padding, which sees nothing and is not seen.
 
-    query_ids: Int[Array, "B T"]
-    key_ids: Int[Array, "B S"]
+    `ids` are of all positions, B T; where queries and keys are of different sequences, `key_ids`, B S, are the keys'.
+    """
+
+    ids: Int[Array, "B T"]
+    key_ids: Int[Array, "B S"] | None = None
 
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
-        own = self.query_ids[batch, query]
-        return (own == self.key_ids[batch, key]) & (own > 0)
+        own = lookup(self.ids, batch, query, axes="B T", name="Documents(ids)")
+        keys = self.ids if self.key_ids is None else self.key_ids
+        name = "ids" if self.key_ids is None else "key_ids"
+        return (own == lookup(keys, batch, key, axes="B S", name=f"Documents({name})")) & (own > 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Lengths(Mask):
+    """The first `queries` positions see the first `keys` keys; None: all of them."""
+
+    queries: int | Int[Array, " B"] | None = None
+    keys: int | Int[Array, " B"] | None = None
+
+    def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
+        """True where `query` sees `key`."""
+        seen = key >= 0
+        if self.queries is not None:
+            seen = seen & (query < _per_sequence(self.queries, batch, "Lengths(queries)"))
+        if self.keys is not None:
+            seen = seen & (key < _per_sequence(self.keys, batch, "Lengths(keys)"))
+        return seen
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GlobalTokens(Mask):
+    """Query or key is one of the marked positions, which see and are seen by all (Longformer, 2004.05150).
+
+    `marks` is B T, or a number: so many first positions.
+    """
+
+    marks: int | Bool[Array, "B T"]
+
+    def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
+        """True where `query` sees `key`."""
+        if isinstance(self.marks, int):
+            return (query < self.marks) | (key < self.marks)
+        own = lookup(self.marks, batch, query, axes="B T", name="GlobalTokens(marks)")
+        return own | lookup(self.marks, batch, key, axes="B S", name="GlobalTokens(marks)")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BlockSparse(Mask):
+    """Block of queries sees block of keys: `table[batch, head, query // size, key // size]` (BigBird, 2007.14062).
+
+    Dimensions B and N of the table are 1 where all sequences or heads share it.
+    """
+
+    table: Bool[Array, "B N T S"]
+    size: int = field(metadata=static)
+
+    def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
+        """True where `query` sees `key`."""
+        size = jnp.int32(self.size)
+        return _table(
+            self.table, batch, head, jax.lax.div(query, size), jax.lax.div(key, size), "BlockSparse(table)", self.size
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Dense(Mask):
+    """A mask that is an array; dimensions B and N are 1 where all sequences or heads share it."""
+
+    array: Bool[Array, "B N T S"]
+
+    def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
+        """True where `query` sees `key`."""
+        return _table(self.array, batch, head, query, key, "Dense(array)", 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Where(Mask):
+    """A mask of any traced function of scalar indices: `Where(lambda batch, head, query, key: key % 4 == head)`.
+
+    The function is traced once, with scalars; arrays it closes over may be traced, too.
+    """
+
+    function: Callable[[Index, Index, Index, Index], Bool[Array, ""]] = field(metadata=static)
+
+    def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
+        """True where `query` sees `key`."""
+        return _mapped(self.function, batch, head, query, key)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PerHead(Mask):
+    """Head h has `masks[choice[h]]`."""
+
+    masks: tuple[Mask, ...]
+    choice: tuple[int, ...] = field(metadata=static)
+
+    def __post_init__(self) -> None:
+        if not all(0 <= index < len(self.masks) for index in self.choice):
+            raise ValueError(f"choice must name one of {len(self.masks)} masks for each head, got {self.choice}")
+
+    def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
+        """True where `query` sees `key`."""
+        chosen = lookup(jnp.asarray(self.choice, jnp.int32), head, axes="N", name="PerHead(choice)")
+        seen = key < 0
+        for index, mask in enumerate(self.masks):
+            seen = seen | ((chosen == index) & mask.visible(batch, head, query, key))
+        return seen
 
 
 @jax.tree_util.register_dataclass
@@ -98,11 +242,6 @@ class Both(Mask):
         """True where `query` sees `key`."""
         return self.left.visible(batch, head, query, key) & self.right.visible(batch, head, query, key)
 
-    def key_range(self, first: int, last: int, keys: int) -> tuple[int, int]:
-        """Bounds of the visible keys."""
-        (low, high), (other_low, other_high) = (m.key_range(first, last, keys) for m in (self.left, self.right))
-        return max(low, other_low), max(max(low, other_low), min(high, other_high))
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -115,11 +254,6 @@ class Either(Mask):
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
         return self.left.visible(batch, head, query, key) | self.right.visible(batch, head, query, key)
-
-    def key_range(self, first: int, last: int, keys: int) -> tuple[int, int]:
-        """Bounds of the visible keys."""
-        (low, high), (other_low, other_high) = (m.key_range(first, last, keys) for m in (self.left, self.right))
-        return min(low, other_low), max(high, other_high)
 
 
 @jax.tree_util.register_dataclass
@@ -134,5 +268,22 @@ class Not(Mask):
         return ~self.mask.visible(batch, head, query, key)
 
 
-def _at(offset: Any, batch: Index) -> Any:
-    return offset if isinstance(offset, int) or offset.ndim == 0 else offset[batch]
+def _per_sequence(number: int | Int[Array, " B"], batch: Index, name: str) -> Any:
+    return number if isinstance(number, int) else lookup(number, batch, axes="B", name=name)
+
+
+def _table(
+    table: Bool[Array, "B N T S"], batch: Index, head: Index, query: Index, key: Index, name: str, size: int
+) -> Bool[Array, "..."]:
+    """The entry of a table whose first dimensions may be 1."""
+    letters = ("B" if table.shape[0] > 1 else "1", "N" if table.shape[1] > 1 else "1")
+    first = [index if letter != "1" else jnp.int32(0) for letter, index in zip(letters, (batch, head), strict=True)]
+    return lookup(table, *first, query, key, axes=" ".join((*letters, "T", "S")), name=name, size=size)
+
+
+def _mapped(function: Callable[..., Array], *arrays: Array) -> Array:
+    """Applies a function of scalars to arrays that broadcast."""
+    wide = jnp.broadcast_arrays(*arrays)
+    if not wide[0].ndim:
+        return function(*wide)
+    return jax.vmap(function)(*(x.reshape(-1) for x in wide)).reshape(wide[0].shape)

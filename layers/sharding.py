@@ -58,7 +58,7 @@ def check_divides(name: str, axes: str, shape: tuple[int, ...], mesh: Mesh | Abs
     """Raises ValueError where a dimension of a parameter is not a multiple of the mesh axis that splits it."""
     for letter, size, axis in zip(axes.split(), shape, partition(axes, mesh), strict=False):
         if axis is not None and size % mesh.shape[axis]:
-            fits = [n for n in range(1, mesh.size + 1) if size % n == 0]
+            fits = [n for n in range(1, max(mesh.size, 64) + 1) if size % n == 0]
             raise ValueError(
                 f"mesh axis {axis}={mesh.shape[axis]} does not divide {letter}={size} of parameter {name} ({axes}); "
                 f"{axis} may be {', '.join(map(str, fits))}"

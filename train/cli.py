@@ -3,6 +3,7 @@
 import inspect
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def show_(name: Annotated[str, tyro.conf.Positional], mesh: str = "", length: in
     Args:
         name: a model or run by name (see `zoo list`), or the folder of a run.
         mesh: axes and sizes to split parameters over, e.g. 'fsdp=4,tensor=2' (no devices needed).
-        length: tokens of context the FLOPs are counted for; that of the run, or 2048, if not given.
+        length: tokens of context the FLOPs are counted for; that of the run, or 2048 or what fits, if not given.
     """
     show.table(name, _find(name), mesh, length, Console())
 
@@ -109,9 +110,9 @@ def generate(
 
 
 def train(arguments: list[str]) -> None:
-    """Train a run by name, or go on with the one in a folder: `zoo train NAME --help` shows every setting."""
+    """Train a run by name, or go on with the one in a folder as it is: `zoo train runs/shakespeare`."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: zoo train NAME [--name FOLDER] [--fresh] [--step N] [--SETTING VALUE ...]")
+        print("usage: zoo train NAME_OR_FOLDER [--name FOLDER] [--fresh] [--step N] [--SETTING VALUE ...]")
         print(f"\n{inspect.getdoc(Train)}\n\nruns:")
         for name, made in configs.RUNS.items():
             print(f"  {name:16} {(made.__doc__ or '').splitlines()[0]}")
@@ -129,8 +130,10 @@ def train(arguments: list[str]) -> None:
     folder = wanted.runs / wanted.name
     prompt = wanted.run.prompt.strip() or "The "
     loop.train(wanted.run, folder, fresh=wanted.fresh, step=wanted.step)
-    print(f"\nTry next:\n  {shlex.join(['zoo', 'generate', str(folder)])} --prompt {shlex.quote(prompt)}")
-    print("  zoo train shakespeare --data.source my_text.txt --name my_text")
+    zoo_ = "zoo" if shutil.which("zoo") else os.path.relpath(sys.argv[0])
+    print(f"\nTry next:\n  {shlex.join([zoo_, 'generate', str(folder)])} --prompt {shlex.quote(prompt)}")
+    if wanted.run.data.source == ("shakespeare",):
+        print(f"  {zoo_} train shakespeare --data.source my_text.txt --prompt 'Once' --name my_text")
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"list": list_, "show": show_, "diff": diff, "generate": generate}
@@ -146,6 +149,7 @@ def main() -> None:
         print(stop, file=sys.stderr)
         sys.exit(143 if stop.signal_name == "SIGTERM" else 130)
     except KeyboardInterrupt:
+        print("interrupted before there was anything new to save", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)

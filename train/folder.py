@@ -85,7 +85,8 @@ class Folder:
             lines = "".join(f"\n  {name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in fixed)
             raise ValueError(
                 f"{self.path} was started with other settings:{lines}\n"
-                "choose another --name, or --fresh to delete it and start anew"
+                f"choose another --name, or --fresh to delete it and start anew; "
+                f"{step_folders.command(self.path)} goes on with its own settings"
             )
 
     def write(self, run: Run) -> None:

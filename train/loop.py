@@ -153,6 +153,8 @@ class Job:
     board: Board
     last: dict[str, float] = field(default_factory=dict)
     saved: int = 0
+    first: int = 0
+    """The first step of this session."""
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=20))
     """Seconds of the latest steps."""
     opened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -212,7 +214,10 @@ class Job:
     def go(self) -> Result:
         """Trains to the last step, evaluates, and writes the report."""
         start = int(self.state["step"])
-        if start < self.run.steps:
+        self.first = start + 1
+        if start == self.run.steps:
+            self.board.say(f"all {start} steps are done already; --fresh starts anew")
+        else:
             with self.board, Signals() as signals:
                 self._loop(start, signals)
         return self._finish()
@@ -268,6 +273,8 @@ class Job:
                 f"{values['loss']}, gradient norm {values['gradient_norm']}); none of them changed the model; "
                 + self._calmer()
             )
+        if len(self.recent) == 1 and step == self.first + 1:
+            self.recent.clear()  # the first step took as long as its compilation
         self.recent.append(seconds)
         pace = statistics.median(self.recent)
         speed = self.run.batch * self.run.length / pace

@@ -51,7 +51,7 @@ def listing(console: Console) -> None:
 def table(name: str, found: Decoder | Run, mesh_text: str, length: int, console: Console) -> None:
     """Prints every parameter, and the totals."""
     model = found.model if isinstance(found, Run) else found
-    length = length or (found.length if isinstance(found, Run) else 2048)
+    length = length or (found.length if isinstance(found, Run) else min(2048, model.max_positions or 2048))
     sizes = meshes.parse(mesh_text or (found.mesh if isinstance(found, Run) else ""))
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     known = parameters_of(model)

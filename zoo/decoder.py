@@ -20,7 +20,7 @@ Remat = Literal["none", "full", "dots", "dots_no_batch"]
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names("product", "scores")
+        jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names("product", "attention")
     ),
     "dots_no_batch": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

@@ -1,20 +1,30 @@
-"""Attention as one function of queries, keys, values and a mask."""
+"""Attention as one function of queries, keys, values, a mask and a score."""
 
+import dataclasses
+import logging
 import math
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jax.core import Tracer
+from jax.sharding import PartitionSpec, reshard
+from jaxtyping import Array, Float, Int
 
-from ..masks import Causal, Mask
-from ..sharding import locally, spec_of
+from ..masks import Mask
+from ..scores import Score
+from ..sharding import spec_of
 from ..spec import unknown
+from . import dropout, pairs, portable, reference
+from .linear import linear
+from .problem import Gradients, Operands, Problem, tangents_of
+
+_log = logging.getLogger(__name__)
 
 Implementation = Literal["reference", "portable"]
-BLOCKS = 8
-"""The portable form cuts the queries into at most so many blocks: its program does not grow with the length."""
 
 
 def attend(
@@ -22,157 +32,207 @@ def attend(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K Hv"],
     *,
-    mask: Mask | None = None,
-    soft_cap: float | None = None,
+    mask: Mask,
+    score: Score | None = None,
     sinks: Float[Array, " N"] | None = None,
     scale: float | None = None,
+    query_offset: int | Int[Array, ""] | Int[Array, " B"] = 0,
+    dropout_rate: float = 0.0,
+    dropout_seed: int | Int[Array, ""] | None = None,
+    return_lse: bool = False,
     implementation: Implementation | None = None,
-) -> Float[Array, "B T N Hv"]:
-    """softmax(cap(scale q k^T) + mask) v, over groups of N / K query heads that share a key/value head.
+) -> Any:
+    """softmax(score(scale q k^T) + mask) v, over groups of N / K query heads that share a key/value head.
 
-    Logits, softmax and sums are float32; the result has the dtype of q. A query that sees no key gives zeros.
+    Logits, softmax and sums are float32; the result has the dtype of q. A query that sees no key gives zeros, and has
+    zero gradients. The same arguments give the same bits.
 
     Args:
-        q: queries. Batch and heads may be split over an explicit-mode mesh, alike in q, k and v.
-        k: keys; N must be a multiple of K (GQA, 2305.13245).
+        q: queries; float32, bfloat16 or float16, as k and v. Batch and heads may be split over an explicit-mode mesh,
+            alike in q, k and v.
+        k: keys; N must be a multiple of K (GQA, 2305.13245; MQA, 1911.02150).
         v: values, of any head dim.
-        mask: which keys a query sees; causal by default.
-        soft_cap: logits become cap tanh(logits / cap) (Gemma 2, 2408.00118, section 2).
+        mask: which keys a query sees (layers/masks.py).
+        score: what becomes of a logit: any traced function `(score, batch, head, query, key)` of scalars, or one of
+            layers/scores.py. Arrays it closes over get gradients.
         sinks: a learned logit per head that takes part in the softmax and has no value (2309.17453; gpt-oss).
-        scale: of the logits; 1 / sqrt(H) by default.
-        implementation: "reference" is the plain definition; "portable" goes block by block over the queries, leaves out
-            keys that the mask is known to hide, and recomputes in the backward pass what it would otherwise store. It
-            holds the float32 logits of max(512, T / 8) queries at a time: B x N x max(512, T / 8) x S x 4 bytes.
+        scale: of the products q k; 1 / sqrt(H) by default.
+        query_offset: the position of the first query, for all sequences or each: mask, score and dropout see
+            positions. Key s is at position s.
+        dropout_rate: share of the weights that are set to zero, the others growing by 1 / (1 - rate).
+        dropout_seed: an integer; needed for dropout.
+        return_lse: return also the logarithm of the sum of exponentials of each row, float32 B N T: -inf where a query
+            sees no key.
+        implementation: "reference" is the plain definition, with all T x S logits; "portable" goes block by block,
+            with memory linear in the lengths. By default the first that can do it.
 
     Raises:
-        ValueError: where shapes do not fit or the implementation is unknown.
+        ValueError: where shapes do not fit, the mask hides everything, or the implementation is unknown.
+        NotImplementedError: where the implementation that was asked for can't do this.
     """
-    (batch, _, heads, size), (keys, kv_heads) = q.shape, k.shape[1:3]
+    _check(q, k, v, sinks, dropout_rate, dropout_seed)
+    (batch, queries, heads, size), keys = q.shape, k.shape[1]
+    offset = query_offset if isinstance(query_offset, int) else jnp.asarray(query_offset, jnp.int32)
+    if not isinstance(offset, int) and offset.shape not in ((), (batch,)):
+        raise ValueError(f"query_offset is a number or one for each of B={batch} sequences, got shape {offset.shape}")
+    sizes = pairs.Sizes(batch, heads, queries, keys, offset)
+    traced_mask = pairs.trace(mask.visible)
+    traced_score = None if score is None else pairs.trace(score, score=True)
+    split = _Split(q, k, v)
+    mask_sides = split.sides(traced_mask, sizes)
+    known = isinstance(offset, int) and not split.cuts(mask_sides)
+    known = known and not any(isinstance(side, Tracer) for side in mask_sides)
+    rows = split.place(dropout.rows(jnp.asarray(dropout_seed), batch, heads)) if dropout_rate else None
+    problem = Problem(
+        mask=traced_mask,
+        score=traced_score,
+        scale=1 / math.sqrt(size) if scale is None else float(scale),
+        out_dtype=q.dtype if sinks is None else jnp.float32,
+        dropout_rate=dropout_rate,
+        query_offset=offset if isinstance(offset, int) else None,
+        mask_sides=[np.asarray(side) for side in mask_sides] if known else None,
+    )
+    operands = Operands(
+        q=q,
+        k=k,
+        v=v,
+        mask_sides=[] if known else [split.place(side) for side in mask_sides],
+        score_sides=[] if traced_score is None else [split.place(x) for x in split.sides(traced_score, sizes)],
+        dropout_rows=rows,
+        query_offset=None if isinstance(offset, int) else split.place(jnp.broadcast_to(offset, (batch,))),
+    )
+    if known and not problem.blocks(operands, portable.BLOCK, portable.BLOCK).high.any():
+        raise ValueError(
+            f"the mask hides every key from every query: {mask} for T={queries}, S={keys}, {query_offset=}"
+        )
+    out, lse = split.run(partial(_attention, _choose(implementation), problem), operands)
+    if sinks is not None:
+        # One more logit in the sum changes no ratio of the others, so all weights shrink alike.
+        total = jnp.logaddexp(lse, sinks.astype(jnp.float32)[:, None])
+        out = (out * jnp.swapaxes(jnp.exp(lse - total), 1, 2)[..., None]).astype(q.dtype)
+        lse = total
+    return (out, lse) if return_lse else out
+
+
+def _check(q: Array, k: Array, v: Array, sinks: Any, dropout_rate: float, dropout_seed: Any) -> None:
+    """Raises ValueError where the arguments do not fit each other."""
+    if not q.ndim == k.ndim == v.ndim == 4 or k.shape[::3] != q.shape[::3] or v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"q, k, v must be B T N H, B S K H, B S K Hv, got {q.shape}, {k.shape}, {v.shape}")
+    if not math.prod(q.shape) * math.prod(v.shape):
+        raise ValueError(f"no dimension may be empty, got {q.shape}, {k.shape}, {v.shape}")
+    heads, kv_heads = q.shape[2], k.shape[2]
     if heads % kv_heads:
         raise ValueError(f"query heads must be a multiple of key/value heads, got N={heads}, K={kv_heads}")
-    if k.shape != (batch, keys, kv_heads, size) or v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"q, k, v must be B T N H, B S K H, B S K Hv, got {q.shape}, {k.shape}, {v.shape}")
-    mask = Causal() if mask is None else jax.tree.map(lambda x: x if isinstance(x, int) else jnp.asarray(x), mask)
-    scale = 1 / math.sqrt(size) if scale is None else scale
-    functions = {"reference": _reference, "portable": _portable}
-    if implementation is not None and implementation not in functions:
-        raise unknown("attention implementation", implementation, functions)
-    function = functions[implementation or "portable"]
-
-    split, _, heads_split, _ = spec_of(q)
-    for leaf in jax.tree.leaves(mask):
-        if isinstance(leaf, jax.Array) and leaf.ndim and spec_of(leaf)[0] != split:
-            raise ValueError(
-                "arrays of a mask start with the batch and must be split over the mesh like the queries' batch, "
-                f"got {spec_of(leaf)[0]} for shape {leaf.shape} and {split}"
-            )
-    leaves, tree = jax.tree.flatten((q, k, v, mask, sinks))
-    traced = [index for index, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
-
-    def call(*arrays: Array) -> Array:
-        filled = list(leaves)
-        for index, array in zip(traced, arrays, strict=True):
-            filled[index] = array
-        first_head = 0 if heads_split is None else jax.lax.axis_index(heads_split) * arrays[0].shape[2]
-        return function(*tree.unflatten(filled), scale, soft_cap, first_head)
-
-    splits = [spec_of(x)[2] for x in (q, k, v)] + ([] if sinks is None else [spec_of(sinks)[0]])
-    if len(set(splits)) > 1:
-        raise ValueError(f"heads of q, k, v and sinks must be split alike, got {splits}")
-    return locally(call, *(leaves[index] for index in traced))
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)):
+        raise ValueError(
+            f"q, k, v must all be float32, bfloat16 or float16, got {q.dtype}, {k.dtype}, {v.dtype}; cast them"
+        )
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks are a logit for each of N={heads} query heads, got shape {sinks.shape}")
+    if not 0 <= dropout_rate < 1 or (dropout_rate and dropout_seed is None):
+        raise ValueError(
+            f"dropout_rate is at least 0 and below 1 and needs a dropout_seed, got {dropout_rate} and {dropout_seed}"
+        )
 
 
-def _portable(
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Mask,
-    sinks: Array | None,
-    scale: float,
-    soft_cap: float | None,
-    first_head: int | Array,
-) -> Array:
-    """The plain definition on one block of queries after another, each with the range of keys it can see."""
-    queries, keys = q.shape[1], k.shape[1]
-    size = max(512, -(-queries // BLOCKS))
-    outputs = []
-    for first in range(0, queries, size):
-        last = min(first + size, queries) - 1
-        low, high = mask.key_range(first, last, keys)
-
-        def block(
-            q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None, at: Any = (first_head, first, low)
-        ) -> Array:
-            return _reference(q, k, v, mask, sinks, scale, soft_cap, *at)
-
-        outputs.append(jax.checkpoint(block)(q[:, first : last + 1], k[:, low:high], v[:, low:high], mask, sinks))
-    return jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
+def _choose(implementation: str | None) -> str:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise unknown("attention implementation", implementation, IMPLEMENTATIONS)
+    return implementation or "portable"
 
 
-def _reference(
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Mask,
-    sinks: Array | None,
-    scale: float,
-    soft_cap: float | None,
-    first_head: int | Array = 0,
-    first_query: int = 0,
-    first_key: int = 0,
-) -> Array:
-    """The plain definition; holds all T x S logits. The first indices say where q and k were cut out."""
-    (batch, queries, heads, size), (keys, kv_heads) = q.shape, k.shape[1:3]
-    # The small arrays are transposed here, so that no product needs to transpose one of size T x S.
-    group = jnp.einsum("BTKGH->BKGTH", q.reshape(batch, queries, kv_heads, heads // kv_heads, size))
-    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    logits = checkpoint_name(_scores(group, k), "scores") * scale
-    if soft_cap is not None:
-        logits = soft_cap * jnp.tanh(logits / soft_cap)
-    visible = mask.visible(*_indices(batch, heads, kv_heads, keys, queries, first_head, first_query, first_key))
-    logits = jnp.where(visible, logits, -jnp.inf)
-    highest = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
-    sink = None if sinks is None else sinks.astype(jnp.float32).reshape(kv_heads, heads // kv_heads, 1, 1)
-    highest = highest if sink is None else jnp.maximum(highest, sink)
-    highest = jax.lax.stop_gradient(jnp.where(highest == -jnp.inf, 0.0, highest))
-    weights = jnp.exp(logits - highest)
-    total = jnp.sum(weights, axis=-1, keepdims=True) + (0.0 if sink is None else jnp.exp(sink - highest))
-    mixed = jnp.einsum("BKGTS,BKSV->BKGTV", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    mixed = (mixed / jnp.where(total == 0.0, 1.0, total)).astype(q.dtype)
-    return jnp.einsum("BKGTV->BTKGV", mixed).reshape(batch, queries, heads, v.shape[-1])
+IMPLEMENTATIONS = ("reference", "portable")
 
 
-@jax.custom_vjp
-def _scores(q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"]) -> Float[Array, "B K G T S"]:
-    """Products q k^T, float32. The gradient that JAX would derive transposes an array of size T x S in memory."""
-    return jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
+def _attention(implementation: str, problem: Problem, operands: Operands) -> tuple[Array, Array]:
+    """Attention and the logarithm of its sums, by an implementation."""
+    if implementation == "reference":  # with the derivatives that JAX finds, of any order
+        return reference.forward(problem, operands)
+    return _blockwise(problem, operands)
 
 
-def _scores_forward(q: Array, k: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _scores(q, k), (q, k)
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _blockwise(problem: Problem, operands: Operands) -> tuple[Array, Array]:
+    """Attention whose derivatives, forward and reverse, are computed block by block as it is."""
+    return portable.forward(problem, operands)
 
 
-def _scores_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    q, k = saved
-    g = g.astype(q.dtype)
-    k_grad = jnp.einsum("BKGTH,BKGTS->BKHS", q, g)
-    return jnp.einsum("BKGTS,BKSH->BKGTH", g, k), jnp.swapaxes(k_grad, 2, 3)
+@_blockwise.defjvp
+def _blockwise_jvp(problem: Problem, primals: tuple[Operands], tangents: tuple[Operands]) -> Any:
+    (operands,), (moved,) = primals, tangents
+    # By this name a remat policy keeps both: it sees no matmul inside a loop.
+    out, lse = (checkpoint_name(x, "attention") for x in portable.forward(problem, operands))
+
+    def forward(saved: Any, moved: Gradients) -> Any:
+        operands, out, lse = saved
+        return portable.tangent(problem, operands, out, lse, moved)
+
+    def transpose(saved: Any, cotangents: Any) -> Gradients:
+        (operands, out, lse), (out_grad, lse_grad) = saved, cotangents
+        weighted = jnp.sum(out.astype(jnp.float32) * out_grad.astype(jnp.float32), axis=-1)
+        delta = jnp.swapaxes(weighted, 1, 2) - lse_grad
+        return portable.backward(problem, operands, lse, delta, out_grad)
+
+    return (out, lse), linear(forward, transpose, (operands, out, lse), tangents_of(moved), like=(out, lse))
 
 
-_scores.defvjp(_scores_forward, _scores_backward)
+class _Split:
+    """How queries, keys and values are split over the mesh: batch and heads alike, nothing else."""
 
+    def __init__(self, q: Array, k: Array, v: Array):
+        batch, length, heads, dim = spec_of(q)
+        self.batch, self.heads = batch, heads
+        for x in (k, v):
+            if spec_of(x) != (batch, None, heads, None) or length is not None or dim is not None:
+                raise ValueError(
+                    "q, k, v may be split over the mesh along batch and heads, all alike, "
+                    f"got {spec_of(q)}, {spec_of(k)}, {spec_of(v)}"
+                )
 
-def _indices(
-    batch: int,
-    heads: int,
-    kv_heads: int,
-    keys: int,
-    queries: int,
-    first_head: int | Array,
-    first_query: int,
-    first_key: int,
-) -> tuple[Array, Array, Array, Array]:
-    """Index arrays that broadcast to B K G T S."""
-    head = first_head + jnp.arange(heads).reshape(kv_heads, heads // kv_heads, 1, 1)
-    query = first_query + jnp.arange(queries)[:, None]
-    return jnp.arange(batch).reshape(batch, 1, 1, 1, 1), head, query, first_key + jnp.arange(keys)
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is split."""
+        return self.batch is None and self.heads is None
+
+    def spec(self, shape: tuple[int, ...]) -> PartitionSpec:
+        """How an array (B or 1, N or 1, ...) or (B) is split."""
+        names = (self.batch, self.heads)
+        return PartitionSpec(*(None if size == 1 else name for size, name in zip(shape, names, strict=False)))
+
+    def cuts(self, sides: list[Array]) -> bool:
+        """Whether devices have different parts of any of these."""
+        return any(name is not None for side in sides for name in self.spec(side.shape))
+
+    def place(self, array: Array) -> Array:
+        """An array (B or 1, N or 1, ...) split as it should be."""
+        return array if self.whole else reshard(array, self.spec(array.shape))
+
+    def sides(self, function: pairs.PairFunction, sizes: pairs.Sizes) -> list[Array]:
+        """The sides of a function, split as they should be.
+
+        They are computed as on one device: a function that looks arrays up says nothing about meshes.
+        """
+        fixed = isinstance(sizes.query_offset, int)
+        arrays = [array for array in function.arrays if isinstance(array, jax.Array)]
+        split = any(axis is not None for array in arrays for axis in spec_of(array))
+        if not split and function.known and fixed:
+            with jax.ensure_compile_time_eval():
+                return function.side_values(sizes)
+        if jax.sharding.get_abstract_mesh().empty:
+            return function.side_values(sizes)
+
+        def compute(arrays: list[Array], offset: list[Array]) -> list[Array]:
+            known = sizes if fixed else dataclasses.replace(sizes, query_offset=offset[0])
+            return function.side_values(known, arrays)
+
+        specs = [self.spec(shape) for shape in function.side_shapes(sizes)]
+        spread: Any = jax.sharding.auto_axes(compute, out_sharding=specs)
+        return spread(function.arrays, [] if fixed else [sizes.query_offset])
+
+    def run(self, function: Any, operands: Operands) -> tuple[Array, Array]:
+        """Calls a function of operands on each device's own part of them."""
+        if self.whole:
+            return function(operands)
+        wide, narrow = PartitionSpec(self.batch, None, self.heads, None), PartitionSpec(self.batch, self.heads, None)
+        specs = jax.tree.map(lambda x: self.spec(x.shape), operands)._replace(q=wide, k=wide, v=wide)
+        return jax.shard_map(function, in_specs=(specs,), out_specs=(wide, narrow), check_vma=False)(operands)

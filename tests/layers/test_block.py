@@ -13,6 +13,7 @@ from flaxzoo.layers.mixer import Places
 from flaxzoo.layers.mlp import GatedMLP
 from flaxzoo.layers.norm import RMSNorm
 from flaxzoo.layers.rope import Rope
+from flaxzoo.layers.scores import SoftCap
 
 DIM = 16
 ATTENTION = Attention(heads=4, kv_heads=2, head_dim=8)
@@ -101,10 +102,11 @@ def test_attention_layer(name):
         q, k = q * layer.query_norm.scale[...], k * layer.key_norm.scale[...]
     if spec.rope is not None:
         q, k = (Rope()(x, PLACES.positions) for x in (q, k))
-    mask = Causal() & Documents(PLACES.segments, PLACES.segments)
+    mask = Causal() & Documents(PLACES.segments)
     mask = mask & Window(spec.window) if spec.window else mask
     sinks = layer.sinks[...] if spec.sinks else None
-    mixed = attend(q, k, v, mask=mask, soft_cap=spec.soft_cap, sinks=sinks, scale=spec.scale)
+    score = SoftCap(spec.soft_cap) if spec.soft_cap else None
+    mixed = attend(q, k, v, mask=mask, score=score, sinks=sinks, scale=spec.scale)
     wanted = jnp.einsum("BTNH,NHD->BTD", mixed, layer.output.weight[...])
     wanted = wanted if layer.output.bias is None else wanted + layer.output.bias[...]
     np.testing.assert_allclose(layer(X, PLACES)[0], wanted, rtol=1e-5, atol=1e-5)

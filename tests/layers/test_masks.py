@@ -1,60 +1,48 @@
-"""Masks against their definition in plain Python, for random expressions of all of them."""
+"""Masks against their definition in plain Python, and their blocks against every pair, for random expressions."""
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flaxzoo.layers.kernels import attend
-from flaxzoo.layers.masks import Causal, Documents, Mask, Window
-from hypothesis import given, settings
+from flaxzoo.layers.kernels import attend, blocks, pairs
+from flaxzoo.layers.masks import (
+    BlockSparse,
+    Causal,
+    Chunked,
+    Dense,
+    Documents,
+    Full,
+    GlobalTokens,
+    Lengths,
+    Mask,
+    PerHead,
+    Prefix,
+    Where,
+    Window,
+)
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-B, T, S = 2, 7, 9
-Sees = Callable[[int, int, int], bool]
-"""Whether in this sequence, this query sees this key."""
+B, N, T, S = 2, 2, 7, 9
+Sees = Callable[[int, int, int, int], Any]
+"""Whether in this sequence and head, this query sees this key."""
+Case = tuple[Mask, Sees]
 
 
-def offsets() -> st.SearchStrategy[int | tuple[int, ...]]:
-    one = st.integers(-3, S + 3)
-    return one | st.tuples(*[one] * B)
+def numbers(low: int, high: int) -> st.SearchStrategy[tuple[int, ...]]:
+    return st.tuples(*[st.integers(low, high)] * B)
 
 
-def array(offset: int | tuple[int, ...]) -> int | jax.Array:
-    return offset if isinstance(offset, int) else jnp.asarray(offset, jnp.int32)
+def array(values: Any, dtype: Any = jnp.int32) -> jax.Array:
+    return jnp.asarray(values, dtype)
 
 
-def at(offset: int | tuple[int, ...], batch: int) -> int:
-    return offset if isinstance(offset, int) else offset[batch]
-
-
-def causal(offset: int | tuple[int, ...]) -> tuple[Mask, Sees]:
-    return Causal(array(offset)), lambda b, q, k: k <= q + at(offset, b)
-
-
-def window(left: int, right: int, offset: int | tuple[int, ...]) -> tuple[Mask, Sees]:
-    def sees(b: int, q: int, k: int) -> bool:
-        return q + at(offset, b) - left < k < q + at(offset, b) + right
-
-    return Window(left, right, array(offset)), sees
-
-
-def documents(queries: list[list[int]], keys: list[list[int]]) -> tuple[Mask, Sees]:
-    mask = Documents(jnp.asarray(queries, jnp.int32), jnp.asarray(keys, jnp.int32))
-    return mask, lambda b, q, k: queries[b][q] == keys[b][k] != 0
-
-
-def joined(parts: tuple[tuple[Mask, Sees], tuple[Mask, Sees]], both: bool) -> tuple[Mask, Sees]:
-    (mask, sees), (other, other_sees) = parts
-    join = operator.and_ if both else operator.or_
-    return join(mask, other), lambda b, q, k: join(sees(b, q, k), other_sees(b, q, k))
-
-
-def inverted(part: tuple[Mask, Sees]) -> tuple[Mask, Sees]:
-    mask, sees = part
-    return ~mask, lambda b, q, k: not sees(b, q, k)
+def tables(rows: int, columns: int) -> st.SearchStrategy[np.ndarray]:
+    return st.integers(0, 2**32 - 1).map(lambda seed: np.random.default_rng(seed).random((B, N, rows, columns)) < 0.4)
 
 
 def ids(length: int) -> st.SearchStrategy[list[list[int]]]:
@@ -62,80 +50,187 @@ def ids(length: int) -> st.SearchStrategy[list[list[int]]]:
     return st.lists(row, min_size=B, max_size=B)
 
 
-SINGLE = (
-    st.builds(causal, offsets())
-    | st.builds(window, st.integers(0, 6), st.integers(0, 6), offsets())
-    | st.builds(documents, ids(T), ids(S))
+def documents(queries: list[list[int]], keys: list[list[int]]) -> Case:
+    mask = Documents(array(queries), array(keys))
+    return mask, lambda b, h, q, k: queries[b][q] == keys[b][k] != 0
+
+
+def lengths(queries: tuple[int, ...], keys: tuple[int, ...]) -> Case:
+    return Lengths(array(queries), array(keys)), lambda b, h, q, k: q < queries[b] and k < keys[b]
+
+
+def per_head(first: Case, second: Case) -> Case:
+    return PerHead((first[0], second[0]), (1, 0)), lambda b, h, q, k: (second, first)[h][1](b, h, q, k)
+
+
+def joined(first: Case, second: Case, both: bool) -> Case:
+    join = operator.and_ if both else operator.or_
+    return join(first[0], second[0]), lambda b, h, q, k: join(bool(first[1](b, h, q, k)), bool(second[1](b, h, q, k)))
+
+
+SINGLE = st.one_of(
+    st.just((Full(), lambda b, h, q, k: True)),
+    st.just((Causal(), lambda b, h, q, k: k <= q)),
+    st.builds(
+        lambda left, right: (Window(left, right), lambda b, h, q, k: q - left < k < q + right),
+        st.integers(1, 6),
+        st.integers(1, 6),
+    ),
+    st.integers(1, 5).map(lambda size: (Chunked(size), lambda b, h, q, k: q // size == k // size)),
+    numbers(0, S).map(lambda n: (Prefix(array(n)), lambda b, h, q, k: k < n[b])),
+    st.builds(lengths, numbers(0, T), numbers(0, S)),
+    st.integers(0, 4).map(lambda n: (GlobalTokens(n), lambda b, h, q, k: q < n or k < n)),
+    st.builds(documents, ids(T), ids(S)),
+    tables(T, S).map(lambda x: (Dense(array(x, bool)), lambda b, h, q, k: x[b, h, q, k])),
+    tables(3, 3).map(lambda x: (BlockSparse(array(x, bool), 3), lambda b, h, q, k: x[b, h, q // 3, k // 3])),
+    st.integers(2, 4).map(
+        lambda n: (Where(lambda b, h, q, k: (q * n + k) % (h + 2) == b), lambda b, h, q, k: (q * n + k) % (h + 2) == b)
+    ),
 )
 MASKS = st.recursive(
     SINGLE,
-    lambda inner: st.builds(joined, st.tuples(inner, inner), st.booleans()) | st.builds(inverted, inner),
-    max_leaves=5,
+    lambda inner: (
+        st.builds(joined, inner, inner, st.booleans())
+        | inner.map(lambda case: (~case[0], lambda b, h, q, k: not case[1](b, h, q, k)))
+        | st.builds(per_head, inner, inner)
+    ),
+    max_leaves=4,
 )
 
 
-def slowly(sees: Sees) -> np.ndarray:
-    return np.array([[[sees(b, q, k) for k in range(S)] for q in range(T)] for b in range(B)])
+def slowly(sees: Sees, offset: int = 0) -> np.ndarray:
+    return np.array(
+        [[[[bool(sees(b, h, q + offset, k)) for k in range(S)] for q in range(T)] for h in range(N)] for b in range(B)]
+    )
 
 
 def visible(mask: Mask) -> np.ndarray:
-    batch = jnp.arange(B)[:, None, None]
-    return np.broadcast_to(mask.visible(batch, jnp.zeros_like(batch), jnp.arange(T)[:, None], jnp.arange(S)), (B, T, S))
+    batch, head = jnp.arange(B)[:, None, None, None], jnp.arange(N)[:, None, None]
+    return np.broadcast_to(mask.visible(batch, head, jnp.arange(T)[:, None], jnp.arange(S)), (B, N, T, S))
 
 
-@settings(max_examples=60)
+@settings(max_examples=100, deadline=None)
 @given(MASKS)
 def test_expressions_are_as_defined(case):
     mask, sees = case
     np.testing.assert_array_equal(visible(mask), slowly(sees))
 
 
-@settings(max_examples=100)
-@given(MASKS, st.integers(0, T - 1), st.integers(0, T - 1))
-def test_key_range_never_excludes_a_visible_key(case, one, other):
+def kinds(found: blocks.Blocks, rows: int, columns: int) -> np.ndarray:
+    """The kinds (B or 1, N or 1, rows, columns), as `Blocks.kind` reads them."""
+    lead = found.words.shape[:2]
+    flat = np.asarray(found.words).reshape(-1, *found.words.shape[2:])
+    each = [blocks.Blocks(words, found.low, found.high) for words in flat]
+    return np.array([[[one.kind(r, c) for c in range(columns)] for r in range(rows)] for one in each]).reshape(
+        *lead, rows, columns
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(MASKS, st.integers(1, 4), st.integers(1, 4), st.booleans(), st.booleans())
+def test_blocks_are_never_called_empty_or_full_that_are_not(case, block_q, block_k, traced, transposed):
     mask, sees = case
-    first, last = min(one, other), max(one, other)
-    low, high = mask.key_range(first, last, S)
-    assert 0 <= low <= high <= S
-    seen = np.flatnonzero(slowly(sees)[:, first : last + 1].any(axis=(0, 1)))
-    assert all(low <= key < high for key in seen)
+    function, sizes = pairs.trace(mask.visible), pairs.Sizes(B, N, T, S)
+
+    def classify(sides: Any) -> blocks.Blocks:
+        return blocks.classify(function, sides, sizes, block_q, block_k, kv_heads=N, transposed=transposed)
+
+    sides = function.side_values(sizes)
+    found = jax.jit(classify)(sides) if traced else classify([np.asarray(side) for side in sides])
+    assert traced or isinstance(found.words, np.ndarray)
+    rows, columns = -(-T // block_q), -(-S // block_k)
+    said = kinds(found, *((columns, rows) if transposed else (rows, columns)))
+    low, high = (np.asarray(x)[..., None] for x in (found.low, found.high))
+    place = np.arange(said.shape[-1])
+    np.testing.assert_array_equal((said > 0) & ~((place >= low) & (place < high)), False)
+    assert ((low == high) | (np.take_along_axis(said, low, -1) > 0)).all()
+    said = np.broadcast_to(np.swapaxes(said, 2, 3) if transposed else said, (B, N, rows, columns))
+    seen = slowly(sees)
+    for row in range(rows):
+        for column in range(columns):
+            block = seen[:, :, row * block_q :, column * block_k :][:, :, :block_q, :block_k]
+            kind = said[:, :, row, column]
+            assert not (block.any((2, 3)) & (kind == blocks.EMPTY)).any()
+            assert not (~block.all((2, 3)) & (kind == blocks.FULL)).any()
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Causal(),
+        Causal() & Window(5),
+        ~Causal(),
+        Chunked(3),
+        Window(2, 3),
+        Prefix(4),
+        Documents(array([[1, 1, 1, 2, 2, 3, 3, 3, 3]] * B)),
+        Dense(array(np.random.default_rng(0).random((B, N, S, S)) < 0.2, bool)),
+        BlockSparse(array(np.random.default_rng(0).random((B, N, 3, 3)) < 0.5, bool), 3),
+        Where(
+            lambda b, h, q, k: jnp.sin(q.astype(jnp.float32)) + jnp.cos(k.astype(jnp.float32)) > h.astype(jnp.float32)
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_blocks_are_called_what_they_are(mask, size):
+    """For these masks intervals, tables or a look at every pair say exactly what a block is."""
+    function, sizes = pairs.trace(mask.visible), pairs.Sizes(B, N, S, S)
+    found = blocks.classify(function, function.side_values(sizes), sizes, size, size, kv_heads=N)
+    count = -(-S // size)
+    said = np.broadcast_to(kinds(found, count, count), (B, N, count, count))
+    index = np.broadcast_arrays(*np.ogrid[:B, :N, :S, :S])
+    seen = np.asarray(jax.vmap(mask.visible)(*(x.reshape(-1).astype(np.int32) for x in index))).reshape(B, N, S, S)
+    for row in range(count):
+        for column in range(count):
+            block = seen[:, :, row * size :, column * size :][:, :, :size, :size]
+            whole = column * size + size <= S
+            wanted = block.any((2, 3)) * 1 + (block.all((2, 3)) & whole)
+            np.testing.assert_array_equal(said[:, :, row, column], wanted)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("name", ["causal", "window", "documents"])
+def test_a_million_tokens_are_classified_within_a_mebibyte(name, traced):
+    length = 2**20
+    ids = array(np.repeat(np.arange(1, 257), length // 256))[None]
+    mask = {"causal": Causal(), "window": Causal() & Window(4096), "documents": Causal() & Documents(ids)}[name]
+    function, sizes = pairs.trace(mask.visible), pairs.Sizes(1, 8, length, length)
+
+    def classify(sides: Any) -> blocks.Blocks:
+        return blocks.classify(function, sides, sizes, 1024, 1024, kv_heads=1)
+
+    sides = function.side_values(sizes)
+    found = jax.jit(classify)(sides) if traced else classify([np.asarray(side) for side in sides])
+    assert found.nbytes < 2**20
+    rows = np.arange(1024)
+    np.testing.assert_array_equal(found.high[0, 0], rows + 1)
+    first = {"causal": rows * 0, "window": np.maximum(rows - 4, 0), "documents": rows // 4 * 4}[name]
+    np.testing.assert_array_equal(found.low[0, 0], first)
+    assert found.words.shape == (1, 1, 1024, 64)
+
+
+@settings(deadline=None)
 @given(MASKS)
 def test_attend_gives_the_mean_of_visible_values(case):
     mask, sees = case
     seen = slowly(sees)
-    values = np.random.default_rng(0).normal(size=(B, S, 1, 3)).astype(np.float32)
-    wanted = np.einsum("BTS,BSH->BTH", seen, values[:, :, 0]) / np.maximum(seen.sum(-1, keepdims=True), 1)
-    q, k = jnp.zeros((B, T, 2, 4)), jnp.zeros((B, S, 1, 4))
-    for head in np.moveaxis(np.asarray(attend(q, k, jnp.asarray(values), mask=mask)), 2, 0):
-        np.testing.assert_allclose(head, wanted, atol=1e-6)
+    assume(seen.any())
+    values = np.random.default_rng(0).normal(size=(B, S, N, 3)).astype(np.float32)
+    wanted = np.einsum("BNTS,BSNH->BTNH", seen, values) / np.maximum(np.moveaxis(seen.sum(-1), 1, 2), 1)[..., None]
+    q, k = jnp.zeros((B, T, N, 4)), jnp.zeros((B, S, N, 4))
+    found = jax.jit(lambda mask: attend(q, k, jnp.asarray(values), mask=mask))(mask)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("mask", "first", "last", "wanted"),
+    ("make", "message"),
     [
-        (Causal(), 3, 5, (0, 6)),
-        (Causal(-9), 0, 5, (0, 0)),
-        (Causal(50), 0, 5, (0, 20)),
-        (Window(4), 8, 9, (5, 10)),
-        (Window(4, 3), 8, 9, (5, 12)),
-        (Window(4, offset=30), 0, 5, (20, 20)),
-        (Causal() & Window(4), 8, 9, (5, 10)),
-        (Causal() | Window(2, 5), 3, 5, (0, 10)),
-        (~Causal(), 3, 5, (0, 20)),
+        (lambda: Window(0), "left and right must be 1 or more, got left=0, right=1"),
+        (lambda: Chunked(0), "at least 1 position, got size=0"),
+        (lambda: PerHead((Causal(),), (0, 1)), r"one of 1 masks for each head, got \(0, 1\)"),
     ],
-    ids=str,
 )
-def test_key_range_is_tight(mask, first, last, wanted):
-    assert mask.key_range(first, last, 20) == wanted
-
-
-def test_traced_offsets_and_masks_as_arguments():
-    mask = Causal(jnp.asarray([2, 0], jnp.int32)) & Window(3, offset=jnp.asarray(1, jnp.int32))
-    np.testing.assert_array_equal(jax.jit(lambda mask: jnp.asarray(visible_traced(mask)))(mask), visible(mask))
-
-
-def visible_traced(mask: Mask) -> jax.Array:
-    batch = jnp.arange(B)[:, None, None]
-    return mask.visible(batch, jnp.zeros_like(batch), jnp.arange(T)[:, None], jnp.arange(S))
+def test_numbers_that_make_no_mask(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -279,7 +279,8 @@ def test_another_run_is_refused(tiny: Run, tmp_path: Path) -> None:
         "  batch: 8 there, 16 now\n"
         "  model.block.0.mixer.window: None there, 8 now\n"
         "  optimizer.learning_rate: 0.01 there, 0.5 now\n"
-        "choose another --name, or --fresh to delete it and start anew"
+        "choose another --name, or --fresh to delete it and start anew; "
+        f"`zoo train {tmp_path / 'run'}` goes on with its own settings"
     )
     assert Folder(tmp_path / "run").run() == run
     again, shown = train(run, tmp_path / "run", fresh=True)

@@ -1,0 +1,86 @@
+"""What attention is to be computed, in the form that every implementation takes."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped, UInt32
+
+from . import dropout
+from .blocks import Blocks, classify
+from .pairs import PairFunction, Sizes
+
+
+class Operands(NamedTuple):
+    """The arrays."""
+
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K Hv"]
+    mask_sides: list[Shaped[Array, "..."]]
+    """Of the mask (pairs.py), (B or 1, N or 1, T or S or 1); none where they are known now."""
+    score_sides: list[Shaped[Array, "..."]]
+    """Of the score; those that are floating-point get gradients."""
+    dropout_rows: UInt32[Array, "B N 1"] | None
+    query_offset: Int[Array, "..."] | None
+    """Position of the first query, for all sequences or for each; None where it is known now."""
+
+
+@dataclass(eq=False)
+class Problem:
+    """Everything else: what is known now."""
+
+    mask: PairFunction
+    score: PairFunction | None
+    scale: float
+    out_dtype: Any
+    dropout_rate: float = 0.0
+    query_offset: int | None = 0
+    """None: in the operands."""
+    mask_sides: list[np.ndarray] | None = None
+    """The mask's sides where all of them, and the offset, are known now."""
+    known_blocks: dict[tuple[Any, ...], Blocks] = field(default_factory=dict)
+
+    def sizes(self, operands: Operands) -> Sizes:
+        """How many of everything."""
+        (batch, queries, heads, _), keys = operands.q.shape, operands.k.shape[1]
+        offset = operands.query_offset if self.query_offset is None else self.query_offset
+        return Sizes(batch, heads, queries, keys, offset)
+
+    def sides(self, operands: Operands) -> list[Any]:
+        """The mask's sides."""
+        return operands.mask_sides if self.mask_sides is None else self.mask_sides
+
+    def blocks(self, operands: Operands, block_q: int, block_k: int, *, transposed: bool = False) -> Blocks:
+        """The kinds of all blocks; numpy arrays where they are known now."""
+        sizes, kv_heads = self.sizes(operands), operands.k.shape[2]
+        if self.mask_sides is None or self.query_offset is None:
+            return classify(
+                self.mask, self.sides(operands), sizes, block_q, block_k, kv_heads=kv_heads, transposed=transposed
+            )
+        key = (block_q, block_k, transposed, sizes, kv_heads)
+        if key not in self.known_blocks:
+            self.known_blocks[key] = classify(
+                self.mask, self.mask_sides, sizes, block_q, block_k, kv_heads=kv_heads, transposed=transposed
+            )
+        return self.known_blocks[key]
+
+    def kept(self, row: UInt32[Array, "..."], query: Int[Array, "..."], key: Int[Array, "..."]) -> Float[Array, "..."]:
+        """What dropout multiplies the weight of a pair with: 0 or 1 / (1 - rate)."""
+        kept = dropout.kept(row, query, key, self.dropout_rate)
+        return jnp.where(kept, jnp.float32(1 / (1 - self.dropout_rate)), jnp.float32(0))
+
+
+def differentiable(side: Any) -> bool:
+    """Whether a side of the score gets a gradient."""
+    return jnp.issubdtype(side.dtype, jnp.floating)
+
+
+Gradients = tuple[Array, Array, Array, list[Array]]
+"""Of q, k, v and the differentiable sides of the score."""
+
+
+def tangents_of(operands: Operands) -> Gradients:
+    """What of the operands is differentiable, in the order of `Gradients`."""
+    return operands.q, operands.k, operands.v, [side for side in operands.score_sides if differentiable(side)]

@@ -1,0 +1,51 @@
+"""A lookup by index that the machinery of attention recognises in a traced mask or score."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Int, Shaped
+
+
+def lookup(
+    table: Shaped[Array, "..."], *indices: Int[Array, "..."], axes: str, name: str, size: int = 1
+) -> Shaped[Array, "..."]:
+    """`table[indices]`, where `axes` ("B T") says which index each dimension takes: B, N, T or S, or 1 for none.
+
+    A mask or a score that looks its arrays up in this way, and not by `[]`, gets slices where the indices run in order,
+    and an error that calls the array by `name` where its shape does not fit. Dimensions T and S have an entry for each
+    `size` positions.
+    """
+    if table.ndim != len(axes.split()) or len(indices) != table.ndim:
+        raise ValueError(f"{name} must have the axes {axes}, got shape {table.shape}")
+    return lookup_p.bind(table, *indices, axes=axes, name=name, size=size)
+
+
+def _gather(table: Any, *indices: Any, **_: Any) -> Array:
+    return table[indices] if indices else table
+
+
+lookup_p = Primitive("lookup")
+lookup_p.def_impl(_gather)
+lookup_p.def_abstract_eval(
+    lambda table, *indices, **_: ShapedArray(jnp.broadcast_shapes(*(index.shape for index in indices)), table.dtype)
+)
+mlir.register_lowering(lookup_p, mlir.lower_fun(_gather, multiple_results=False))
+
+
+def _lookup_jvp(primals: Sequence[Any], tangents: Sequence[Any], **options: Any) -> tuple[Array, Any]:
+    _, *indices = primals
+    tangent = ad.instantiate_zeros(tangents[0])
+    return lookup_p.bind(*primals, **options), _gather(tangent, *indices)
+
+
+def _lookup_batch(arrays: Sequence[Any], dims: Sequence[Any], **_: Any) -> tuple[Array, int]:
+    return jax.vmap(_gather, in_axes=tuple(dims))(*arrays), 0
+
+
+ad.primitive_jvps[lookup_p] = _lookup_jvp
+batching.primitive_batchers[lookup_p] = _lookup_batch

@@ -1,0 +1,532 @@
+"""Every implementation of attend against the plain definition and JAX's own, forward and gradients."""
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flaxzoo.layers.kernels import attend, dropout, portable
+from flaxzoo.layers.masks import (
+    BlockSparse,
+    Causal,
+    Chunked,
+    Dense,
+    Documents,
+    Full,
+    GlobalTokens,
+    Lengths,
+    Mask,
+    PerHead,
+    Prefix,
+    Where,
+    Window,
+)
+from flaxzoo.layers.scores import Alibi, RelativeBias, SoftCap
+from jax.sharding import PartitionSpec as P
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: tuple[int, int, int, int, int, int]
+    """T, S, N, K, H, Hv; B is 2."""
+    mask: Mask = field(default_factory=Causal)
+    options: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of more arrays: `sinks`, or what `score` is made of."""
+    score: Callable[..., Any] | None = None
+    """From the parameters to a score function."""
+
+    def inputs(self, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+        t, s, n, k, h, hv = self.shape
+        shapes = {"q": (2, t, n, h), "k": (2, s, k, h), "v": (2, s, k, hv)} | self.parameters
+        keys = jax.random.split(jax.random.key(0), len(shapes))
+        return {
+            name: jax.random.normal(key, shapes[name]).astype(dtype if name in "qkv" else jnp.float32)
+            for key, name in zip(keys, shapes, strict=True)
+        }
+
+
+def ids(length: int, *ends: int) -> jax.Array:
+    """Two rows of documents 1, 2, ... that end at these places, the second row's 3 earlier; then padding."""
+    rows = [np.searchsorted(np.array(ends) - shift, np.arange(length), side="right") + 1 for shift in (0, 3)]
+    return jnp.asarray([np.where(row > len(ends), 0, row) for row in rows], jnp.int32)
+
+
+def numbers(*values: int) -> jax.Array:
+    return jnp.asarray(values, jnp.int32)
+
+
+def random_table(*shape: int, share: float) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).random(shape) < share)
+
+
+def strided(batch: Any, head: Any, query: Any, key: Any) -> Any:
+    """A mask of a user's own, different in every head."""
+    return (query - key) % (head + 2) == 0
+
+
+def bent(slopes: Any, rows: Any, columns: Any) -> Any:
+    """A score of a user's own, with parameters for heads, queries and keys."""
+
+    def score(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        far = (query - key).astype(jnp.float32)
+        return jnp.sin(score) * jnp.exp(slopes[head] * far * 0.01) + rows[batch, query] * columns[head, key]
+
+    return score
+
+
+SQUARE = (45, 45, 4, 2, 16, 16)
+LONG = (23, 70, 4, 2, 16, 16)
+DOCUMENTS = Causal() & Documents(ids(45, 10, 29, 40))
+CASES = {
+    "one": Case((1, 1, 1, 1, 8, 8)),
+    "heads apart, odd": Case((37, 37, 3, 3, 40, 40)),
+    "groups of 2, whole blocks": Case((64, 64, 4, 2, 64, 64)),
+    "groups of 4": Case((33, 33, 8, 2, 80, 80)),
+    "multi-query": Case((35, 35, 4, 1, 16, 16)),
+    "narrow values": Case((34, 34, 4, 2, 40, 24)),
+    "wide values": Case((33, 33, 4, 2, 8, 40)),
+    "large heads": Case((17, 17, 2, 1, 192, 128)),
+    "full": Case(SQUARE, Full()),
+    "decoding": Case((1, 70, 4, 2, 16, 16), options={"query_offset": 55}),
+    "offset": Case(LONG, options={"query_offset": 40}),
+    "offset of each sequence": Case(LONG, Causal() & Window(12), {"query_offset": numbers(0, 40)}),
+    "fewer keys than queries": Case((45, 20, 4, 2, 16, 16)),
+    "window": Case(SQUARE, Causal() & Window(9)),
+    "both sides": Case(SQUARE, Window(9, 5)),
+    "window, offset": Case(LONG, Causal() & Window(9), {"query_offset": 40}),
+    "chunks": Case(SQUARE, Causal() & Chunked(11)),
+    "prefix": Case(SQUARE, Causal() | Prefix(numbers(5, 31))),
+    "documents with padding": Case(SQUARE, DOCUMENTS),
+    "lengths": Case(SQUARE, Lengths(numbers(45, 9), numbers(20, 45))),
+    "global tokens": Case(SQUARE, Causal() & (GlobalTokens(3) | Window(7))),
+    "marked tokens": Case(SQUARE, GlobalTokens(random_table(2, 45, share=0.1)) | Window(4, 4)),
+    "blocks": Case(SQUARE, Causal() & BlockSparse(random_table(1, 4, 6, 6, share=0.4), 8)),
+    "dense": Case(SQUARE, Dense(random_table(2, 1, 45, 45, share=0.2))),
+    "per head": Case(SQUARE, PerHead((Causal(), Causal() & Window(5)), (0, 1, 1, 0))),
+    "either": Case(SQUARE, (Causal() & Window(8)) | (~Causal() & Window(1, 3))),
+    "not": Case(SQUARE, Causal() & ~Window(8)),
+    "nothing in one sequence": Case(SQUARE, Lengths(numbers(45, 0))),
+    "of a user's own": Case(SQUARE, Causal() & Where(strided)),
+    "documents of a user's own": Case(SQUARE, Where(lambda b, h, q, k: (OWN[b, q] == OWN[b, k]) & (k <= q))),
+    "soft cap": Case(SQUARE, score=lambda: SoftCap(1.5)),
+    "alibi": Case(SQUARE, DOCUMENTS, {"query_offset": 0}, {"slopes": (4,)}, Alibi),
+    "alibi, offset": Case(LONG, Causal(), {"query_offset": numbers(40, 3)}, {"slopes": (4,)}, Alibi),
+    "relative bias": Case(
+        SQUARE, parameters={"table": (4, 12)}, score=lambda table: RelativeBias(table, max_distance=30)
+    ),
+    "relative bias, both ways": Case(
+        SQUARE, Full(), {}, {"table": (4, 12)}, lambda table: RelativeBias(table, True, 30)
+    ),
+    "score of a user's own": Case(
+        SQUARE, Causal() & Window(30), {}, {"slopes": (4,), "rows": (2, 45), "columns": (4, 45)}, bent
+    ),
+    "sinks": Case(SQUARE, parameters={"sinks": (4,)}),
+    "sinks and nothing": Case(SQUARE, Lengths(numbers(45, 0)), parameters={"sinks": (4,)}),
+    "scale": Case(SQUARE, options={"scale": 0.7}),
+    "dropout": Case(SQUARE, DOCUMENTS, {"dropout_rate": 0.3, "dropout_seed": 5}),
+    "everything": Case(
+        SQUARE,
+        Causal() & Window(20) & ~Window(3) & Documents(ids(45, 10, 29, 40)),
+        {"scale": 0.5, "dropout_rate": 0.2, "dropout_seed": 7},
+        {"sinks": (4,), "slopes": (4,)},
+        lambda slopes: lambda score, *index: SoftCap(2.0)(Alibi(slopes)(score, *index)),
+    ),
+}
+OWN = ids(45, 10, 29, 40)
+
+
+JAX_CASES = ("groups of 2, whole blocks", "multi-query", "offset", "both sides", "scale")
+WITHOUT_CAUSE_TO_SEE = ("nothing in one sequence", "documents with padding", "not", "lengths", "sinks and nothing")
+
+
+def indices(case: Case) -> list[jax.Array]:
+    """Of batch, head, query (its position) and key, to broadcast to B N T S."""
+    t, s, n = case.shape[:3]
+    batch, head, query, key = (jnp.arange(x).reshape(-1, *(1,) * (3 - dim)) for dim, x in enumerate((2, n, t, s)))
+    offset = jnp.asarray(case.options.get("query_offset", 0))
+    return [batch, head, query + offset.reshape(-1, 1, 1, 1), key]
+
+
+def visible(case: Case) -> jax.Array:
+    """B N T S."""
+    t, s, n = case.shape[:3]
+    return jnp.broadcast_to(case.mask.visible(*indices(case)), (2, n, t, s))
+
+
+def plain(case: Case, q: Any, k: Any, v: Any, sinks: Any = None, **parameters: Any) -> jax.Array:
+    """The definition, one key/value head for every query head, in the dtype of the inputs but for the softmax.
+
+    What dropout keeps is taken from the hash that attend uses; test_dropout.py looks at that.
+    """
+    groups = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
+    logits = jnp.einsum("BTNH,BSNH->BNTS", q, k).astype(jnp.float32) * case.options.get("scale", q.shape[-1] ** -0.5)
+    if case.score is not None:
+        wide = jnp.broadcast_arrays(logits, *indices(case))
+        score = jax.vmap(case.score(**parameters))
+        logits = score(*(x.reshape(-1) for x in wide)).reshape(logits.shape)
+    seen = visible(case)
+    logits = jnp.where(seen, logits, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.maximum(jnp.max(logits, -1, keepdims=True), -1e30))
+    weights = jnp.where(seen, jnp.exp(jnp.where(seen, logits - top, 0.0)), 0.0)
+    total = weights.sum(-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(jnp.minimum(sinks.astype(jnp.float32)[:, None, None] - top, 80.0))
+    weights = weights / jnp.where(total == 0, 1.0, total)
+    rate = case.options.get("dropout_rate", 0.0)
+    if rate:
+        batch, _, query, key = indices(case)
+        rows = dropout.rows(jnp.int32(case.options["dropout_seed"]), 2, q.shape[2])[..., None]
+        weights = jnp.where(dropout.kept(rows, query + 0 * batch, key, rate), weights / (1 - rate), 0.0)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights.astype(v.dtype), v)
+
+
+def outcomes(inputs: dict[str, jax.Array], **functions: Any) -> dict[str, dict[str, np.ndarray]]:
+    """Of each function its result, and the gradient in every input for a fixed random cotangent."""
+
+    def outcome(function: Any, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        result, back = jax.vjp(lambda inputs: function(**inputs), inputs)
+        cotangent = jax.random.normal(jax.random.key(9), result.shape).astype(result.dtype)
+        spec = jax.typeof(result).sharding.spec
+        cotangent = cotangent if all(axis is None for axis in spec) else jax.reshard(cotangent, spec)
+        return {"result": result} | back(cotangent)[0]
+
+    found = jax.jit(lambda x: {name: outcome(function, x) for name, function in functions.items()})(inputs)
+    return jax.tree.map(lambda x: np.asarray(x.astype(jnp.float32)), found)
+
+
+def ours(case: Case, variant: str, **more: Any) -> Any:
+    """`attend` on this case, by an implementation of VARIANTS."""
+
+    def call(q: Any, k: Any, v: Any, sinks: Any = None, **parameters: Any) -> Any:
+        score = None if case.score is None else case.score(**parameters)
+        with VARIANTS[variant]():
+            return attend(
+                q,
+                k,
+                v,
+                mask=case.mask,
+                score=score,
+                sinks=sinks,
+                implementation=variant.split()[0],  # pyright: ignore
+                **case.options,
+                **more,
+            )
+
+    return call
+
+
+@contextlib.contextmanager
+def blocks_of(size: int) -> Iterator[None]:
+    """Portable attention in blocks of so many queries and keys."""
+    before, portable.BLOCK = portable.BLOCK, size
+    try:
+        yield
+    finally:
+        portable.BLOCK = before
+
+
+VARIANTS = {
+    "reference": contextlib.nullcontext,
+    "portable": contextlib.nullcontext,
+    "portable in blocks": functools.partial(blocks_of, 16),
+}
+
+
+@functools.cache
+def in_float32(name: str) -> dict[str, dict[str, np.ndarray]]:
+    """Outcomes of the definition ("plain"), JAX's own where it can say so ("jax"), and every implementation."""
+    case = CASES[name]
+    functions = {variant: ours(case, variant) for variant in VARIANTS}
+    if name in JAX_CASES:
+        scale = case.options.get("scale")
+        functions["jax"] = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=visible(case), scale=scale)
+    return outcomes(case.inputs(), plain=lambda **x: plain(case, **x), **functions)
+
+
+def assert_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    assert found.keys() == wanted.keys()
+    for part, value in wanted.items():
+        size = max(1.0, np.abs(value).max())
+        np.testing.assert_allclose(found[part], value, rtol=1e-5, atol=1e-5 * size, err_msg=part)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_definition(name, variant):
+    assert_close(in_float32(name)[variant], in_float32(name)["plain"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", JAX_CASES)
+def test_equals_jax(name, variant):
+    assert_close(in_float32(name)[variant], in_float32(name)["jax"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["everything", "groups of 2, whole blocks", "sinks"])
+def test_low_precision_errs_no_more_than_twice_the_plain_definition(name, dtype):
+    case = CASES[name]
+    rounded = case.inputs(dtype)
+    exact = outcomes({n: x.astype(jnp.float32) for n, x in rounded.items()}, plain=functools.partial(plain, case))
+    functions = {variant: ours(case, variant) for variant in VARIANTS}
+    found = outcomes(rounded, plain=functools.partial(plain, case), **functions)
+    assert ours(case, "portable")(**rounded).dtype == dtype
+    for variant in VARIANTS:
+        for part, value in found[variant].items():
+            error, allowed = (np.sqrt(np.mean((x - exact["plain"][part]) ** 2)) for x in (value, found["plain"][part]))
+            assert 0 < error <= 2 * allowed, (variant, part)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", WITHOUT_CAUSE_TO_SEE)
+def test_queries_that_see_nothing_give_zeros_and_no_gradient(name, variant):
+    seen = np.asarray(visible(CASES[name]))
+    blind, unseen = ~seen.any(axis=(1, 3)), ~seen.any(axis=(1, 2))
+    found = in_float32(name)[variant]
+    assert blind.any()
+    assert all(np.isfinite(value).all() for value in found.values())
+    for part, rows in (("result", blind), ("q", blind), ("k", unseen), ("v", unseen)):
+        assert not found[part][rows].any(), part
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["sinks and nothing", "documents with padding", "alibi"])
+def test_lse_is_that_of_the_visible_logits_and_has_a_gradient(name, variant):
+    case = CASES[name]
+    inputs = case.inputs()
+    seen = visible(case)
+
+    def wanted(q: Any, k: Any, v: Any, sinks: Any = None, **parameters: Any) -> Any:
+        logits = jnp.einsum("BTNH,BSNH->BNTS", q, jnp.repeat(k, 2, axis=2)) / 4
+        if case.score is not None:
+            wide = jnp.broadcast_arrays(logits, *indices(case))
+            score = jax.vmap(case.score(**parameters))
+            logits = score(*(x.reshape(-1) for x in wide)).reshape(logits.shape)
+        logits = jnp.where(seen, logits, -jnp.inf)
+        if sinks is not None:
+            logits = jnp.concatenate([logits, jnp.broadcast_to(sinks[:, None, None], (*logits.shape[:3], 1))], axis=-1)
+        top = jnp.maximum(logits.max(-1), -1e30)
+        total = jnp.where(logits > -jnp.inf, jnp.exp(logits - top[..., None]), 0.0).sum(-1)
+        return jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+
+    def value(function: Any) -> Any:
+        def summed(inputs: Any) -> Any:
+            lse = function(**inputs)
+            return jnp.sum(
+                jnp.where(lse == -jnp.inf, 0.0, lse) * jnp.linspace(0.0, 1.0, lse.size).reshape(lse.shape)
+            ), lse
+
+        (_, lse), grads = jax.value_and_grad(summed, has_aux=True)(inputs)
+        return {"lse": lse} | grads
+
+    found = value(lambda **x: ours(case, variant, return_lse=True)(**x)[1])
+    for part, array in value(wanted).items():
+        np.testing.assert_allclose(found[part], array, rtol=1e-5, atol=2e-5, err_msg=part)
+
+
+@pytest.mark.parametrize("name", ["everything", "score of a user's own", "relative bias", "offset of each sequence"])
+def test_forward_mode_equals_that_of_the_definition(name):
+    case = CASES[name]
+    inputs = case.inputs()
+    moves = {n: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) for n, x in inputs.items()}
+
+    def tangent(function: Any) -> Any:
+        return jax.jvp(lambda inputs: function(**inputs), (inputs,), (moves,))[1]
+
+    wanted = tangent(functools.partial(plain, case))
+    for variant in VARIANTS:
+        np.testing.assert_allclose(tangent(ours(case, variant)), wanted, rtol=1e-5, atol=2e-5, err_msg=variant)
+
+
+def test_gradients_of_each_example_by_vmap():
+    case = CASES["groups of 2, whole blocks"]
+    inputs = case.inputs()
+
+    def loss(q: Any, k: Any, v: Any) -> Any:
+        return jnp.sum(ours(case, "portable in blocks")(q[None], k[None], v[None]) ** 2)
+
+    found = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2))))(*inputs.values())
+    for row in range(2):
+        wanted = jax.grad(loss, (0, 1, 2))(*(x[row] for x in inputs.values()))
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(one[row], other, rtol=1e-5, atol=1e-5)
+
+
+def test_second_derivatives():
+    case = CASES["one"]
+    q, k, v = case.inputs().values()
+
+    def gradient(implementation: Any) -> Any:
+        attention = functools.partial(attend, k=k, v=v, mask=Full(), implementation=implementation)
+        return jax.grad(lambda q: jnp.sum(jax.grad(lambda q: jnp.sum(attention(q)))(q)))
+
+    assert np.isfinite(gradient("reference")(q)).all()
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        gradient("portable")(q)
+
+
+def test_the_same_bits_on_every_call():
+    case = CASES["everything"]
+    first, second = (outcomes(case.inputs(), ours=ours(case, "portable in blocks"))["ours"] for _ in range(2))
+    for part, value in first.items():
+        np.testing.assert_array_equal(value, second[part])
+
+
+def test_documents_packed_equal_documents_apart():
+    q, k, v = Case((60, 60, 4, 2, 16, 16)).inputs().values()
+    ends = [0, 13, 40, 60]
+    packed = jnp.asarray(np.repeat([1, 2, 3], np.diff(ends))[None].repeat(2, 0), jnp.int32)
+    for variant in VARIANTS:
+        whole = ours(Case(SQUARE, Causal() & Documents(packed)), variant)(q, k, v)
+        for start, end in itertools.pairwise(ends):
+            apart = ours(Case(SQUARE), variant)(*(x[:, start:end] for x in (q, k, v)))
+            np.testing.assert_allclose(whole[:, start:end], apart, rtol=1e-5, atol=1e-5)
+
+
+def test_huge_logits_overflow_nothing():
+    inputs = {name: x * 300 for name, x in CASES["sinks"].inputs().items()}
+    for found in outcomes(inputs, **{variant: ours(CASES["sinks"], variant) for variant in VARIANTS}).values():
+        assert all(np.isfinite(value).all() for value in found.values())
+        assert np.abs(found["result"]).max() > 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "offset of each sequence",
+        "documents with padding",
+        "documents of a user's own",
+        "everything",
+        "of a user's own",
+        "per head",
+        "alibi",
+        "score of a user's own",
+        "dense",
+    ],
+)
+def test_split_over_a_mesh(name):
+    case = CASES[name]
+    with jax.set_mesh(jax.make_mesh((2, 2), ("data", "tensor"))):
+        spec = P("data", None, "tensor", None)
+        placed = {
+            n: jax.device_put(x, spec if x.ndim == 4 else P("tensor" if n in ("sinks", "slopes") else None))
+            for n, x in case.inputs().items()
+        }
+        call = ours(case, "portable in blocks")
+        assert jax.typeof(call(**placed)).sharding.spec == spec
+        found = outcomes(placed, split=call)["split"]
+    assert_close(found, in_float32(name)["plain"])
+
+
+def test_masks_of_arrays_split_like_the_batch():
+    case = CASES["documents with padding"]
+    with jax.set_mesh(jax.make_mesh((2,), ("data",))):
+        placed = {n: jax.device_put(x, P("data")) for n, x in case.inputs().items()}
+        for place in (P("data"), P()):
+            mask = Causal() & Documents(jax.device_put(ids(45, 10, 29, 40), place))
+            found = jax.jit(lambda x, mask: attend(**x, mask=mask))(placed, mask)
+            np.testing.assert_allclose(found, in_float32("documents with padding")["plain"]["result"], atol=1e-5)
+
+
+def test_heads_must_be_split_alike():
+    with jax.set_mesh(jax.make_mesh((2,), ("tensor",))):
+        x = CASES["sinks"].inputs()
+        q = jax.device_put(x["q"], P(None, None, "tensor"))
+        k, v = (jax.device_put(x[name], P()) for name in "kv")
+        with pytest.raises(ValueError, match="along batch and heads, all alike"):
+            attend(q, k, v, mask=Causal())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 5, 3, 8), (2, 5, 2, 8), (2, 5, 2, 8)), "multiple of key/value heads, got N=3, K=2"),
+        (((2, 5, 2, 8), (2, 5, 2, 4), (2, 5, 2, 4)), r"got \(2, 5, 2, 8\), \(2, 5, 2, 4\)"),
+        (((2, 5, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8)), "must be B T N H"),
+        (((2, 5, 2, 8), (2, 5, 2, 8), (2, 6, 2, 8)), "must be B T N H"),
+        (((2, 5, 2, 8), (2, 5, 2, 8), (2, 5, 1, 8)), "must be B T N H"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(shapes, message, request):
+    if not request.config.getoption("no_jaxtyping"):
+        import jaxtyping
+
+        message = f"{message}|parameter"
+        expected = (ValueError, jaxtyping.TypeCheckError)
+    else:
+        expected = ValueError
+    with pytest.raises(expected, match=message):
+        attend(*(jnp.zeros(shape) for shape in shapes), mask=Causal())
+
+
+X = jnp.zeros((2, 6, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"mask": Documents(jnp.ones((2, 5), jnp.int32))},
+            r"Documents\(ids\) must be B T with T 6, got shape \(2, 5\)",
+        ),
+        (
+            {"mask": Documents(jnp.ones((3, 6), jnp.int32))},
+            r"Documents\(ids\) must be B T with B 2, got shape \(3, 6\)",
+        ),
+        ({"mask": Dense(jnp.ones((1, 1, 6, 7), bool))}, r"Dense\(array\) must be 1 1 T S with S 6"),
+        ({"mask": BlockSparse(jnp.ones((1, 1, 2, 2), bool), 2)}, r"BlockSparse\(table\) must be 1 1 T S with T 3"),
+        ({"mask": Causal(), "score": Alibi(jnp.ones(3))}, r"Alibi\(slopes\) must be N with N 4, got shape \(3,\)"),
+        ({"mask": ~Full()}, "the mask hides every key from every query"),
+        ({"mask": Causal(), "query_offset": -6}, "the mask hides every key from every query"),
+        (
+            {"mask": Causal(), "query_offset": jnp.zeros(3, jnp.int32)},
+            r"one for each of B=2 sequences, got shape \(3,\)",
+        ),
+        ({"mask": Causal(), "sinks": jnp.zeros(3)}, "sinks are a logit for each of N=4 query heads"),
+        ({"mask": Causal(), "dropout_rate": 1.0, "dropout_seed": 0}, "dropout_rate is at least 0 and below 1"),
+        ({"mask": Causal(), "dropout_rate": 0.5}, "needs a dropout_seed"),
+        (
+            {"mask": Where(lambda b, h, q, k: jnp.arange(3) == q)},
+            r"maps scalars to a scalar, got a result of shape \(3,\)",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit(options, message):
+    with pytest.raises(Exception, match=f"{message}|Type-check"):  # the tests' own type checker may be first
+        attend(X, X, X, **options)
+
+
+@pytest.mark.parametrize("dtypes", [(jnp.int32,) * 3, (jnp.float32, jnp.bfloat16, jnp.float32), (jnp.float64,) * 3])
+def test_types_that_do_not_fit(dtypes):
+    arrays = [np.zeros((1, 2, 2, 8), dtype) for dtype in dtypes]
+    with pytest.raises(Exception, match=r"must all be float32, bfloat16 or float16|Float\[Array"):
+        attend(*arrays, mask=Causal())  # pyright: ignore
+
+
+def test_unknown_implementation_names_what_is_close():
+    with pytest.raises(Exception, match="portable"):
+        attend(X, X, X, mask=Causal(), implementation="portible")  # pyright: ignore[reportArgumentType]
+
+
+def test_no_array_of_the_size_of_all_pairs():
+    """Memory of the compiled program grows with the length, not with its square."""
+
+    def temporary(length: int) -> int:
+        shapes = [jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)] * 3
+        gradient = jax.grad(lambda q, k, v: jnp.sum(attend(q, k, v, mask=Causal() & Documents(IDS[length]))), (0, 1, 2))
+        analysis: Any = jax.jit(gradient).lower(*shapes).compile().memory_analysis()
+        return analysis.temp_size_in_bytes
+
+    IDS = {length: jnp.ones((1, length), jnp.int32) for length in (4096, 8192)}
+    assert temporary(8192) < 2.2 * temporary(4096)
+    assert temporary(8192) < 8192 * 8192 * 4 / 4
