@@ -30,6 +30,11 @@ class Mask(abc.ABC):
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`; on index arrays that broadcast against each other."""
 
+    @property
+    def causal(self) -> bool:
+        """Whether it is known that no query sees a later key; only what this is sure of is used."""
+        return False
+
     def __and__(self, other: "Mask") -> "Mask":
         return Both(self, other)
 
@@ -54,6 +59,11 @@ class Full(Mask):
 @dataclass(frozen=True)
 class Causal(Mask):
     """key <= query."""
+
+    @property
+    def causal(self) -> bool:
+        """True."""
+        return True
 
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
@@ -101,7 +111,7 @@ class Chunked(Mask):
 class Prefix(Mask):
     """Key lies in the first `lengths` positions, which everyone sees: prefix LM is `Causal() | Prefix(lengths)`."""
 
-    lengths: int | Int[Array, " B"]
+    lengths: int | Int[Array, ""] | Int[Array, " B"]
 
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
@@ -132,8 +142,8 @@ class Documents(Mask):
 class Lengths(Mask):
     """The first `queries` positions see the first `keys` keys; None: all of them."""
 
-    queries: int | Int[Array, " B"] | None = None
-    keys: int | Int[Array, " B"] | None = None
+    queries: int | Int[Array, ""] | Int[Array, " B"] | None = None
+    keys: int | Int[Array, ""] | Int[Array, " B"] | None = None
 
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
@@ -153,14 +163,15 @@ class GlobalTokens(Mask):
     `marks` is B T, or a number: so many first positions.
     """
 
-    marks: int | Bool[Array, "B T"]
+    marks: int | Int[Array, ""] | Bool[Array, "B T"]
 
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
-        if isinstance(self.marks, int):
-            return (query < self.marks) | (key < self.marks)
-        own = lookup(self.marks, batch, query, axes="B T", name="GlobalTokens(marks)")
-        return own | lookup(self.marks, batch, key, axes="B S", name="GlobalTokens(marks)")
+        marks: Any = self.marks
+        if jnp.ndim(marks) == 0:
+            return (query < marks) | (key < marks)
+        own = lookup(marks, batch, query, axes="B T", name="GlobalTokens(marks)")
+        return own | lookup(marks, batch, key, axes="B S", name="GlobalTokens(marks)")
 
 
 @jax.tree_util.register_dataclass
@@ -221,6 +232,11 @@ class PerHead(Mask):
         if not all(0 <= index < len(self.masks) for index in self.choice):
             raise ValueError(f"choice must name one of {len(self.masks)} masks for each head, got {self.choice}")
 
+    @property
+    def causal(self) -> bool:
+        """Whether all of them are."""
+        return all(mask.causal for mask in self.masks)
+
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
         chosen = lookup(jnp.asarray(self.choice, jnp.int32), head, axes="N", name="PerHead(choice)")
@@ -238,6 +254,11 @@ class Both(Mask):
     left: Mask
     right: Mask
 
+    @property
+    def causal(self) -> bool:
+        """Whether one of them is."""
+        return self.left.causal or self.right.causal
+
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
         return self.left.visible(batch, head, query, key) & self.right.visible(batch, head, query, key)
@@ -250,6 +271,11 @@ class Either(Mask):
 
     left: Mask
     right: Mask
+
+    @property
+    def causal(self) -> bool:
+        """Whether both of them are."""
+        return self.left.causal and self.right.causal
 
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
@@ -268,8 +294,8 @@ class Not(Mask):
         return ~self.mask.visible(batch, head, query, key)
 
 
-def _per_sequence(number: int | Int[Array, " B"], batch: Index, name: str) -> Any:
-    return number if isinstance(number, int) else lookup(number, batch, axes="B", name=name)
+def _per_sequence(number: Any, batch: Index, name: str) -> Any:
+    return number if jnp.ndim(number) == 0 else lookup(number, batch, axes="B", name=name)
 
 
 def _table(

@@ -1,5 +1,6 @@
 """Attention as one function of queries, keys, values, a mask and a score."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -18,13 +19,14 @@ from ..masks import Mask
 from ..scores import Score
 from ..sharding import spec_of
 from ..spec import unknown
-from . import dropout, pairs, portable, reference
+from . import dropout, pairs, portable, reference, tpu, tpu_interpreted
 from .linear import linear
+from .platform import by_platform
 from .problem import Gradients, Operands, Problem, tangents_of
 
 _log = logging.getLogger(__name__)
 
-Implementation = Literal["reference", "portable"]
+Implementation = Literal["reference", "portable", "tpu"]
 
 
 def attend(
@@ -64,7 +66,8 @@ def attend(
         return_lse: return also the logarithm of the sum of exponentials of each row, float32 B N T: -inf where a query
             sees no key.
         implementation: "reference" is the plain definition, with all T x S logits; "portable" goes block by block,
-            with memory linear in the lengths. By default the first that can do it.
+            with memory linear in the lengths; "tpu" runs kernels (interpreted where there is no TPU). By default each
+            platform's first that can do it; a debug log says why one could not.
 
     Raises:
         ValueError: where shapes do not fit, the mask hides everything, or the implementation is unknown.
@@ -91,6 +94,7 @@ def attend(
         dropout_rate=dropout_rate,
         query_offset=offset if isinstance(offset, int) else None,
         mask_sides=[np.asarray(side) for side in mask_sides] if known else None,
+        causal=mask.causal and isinstance(offset, int) and offset <= 0,
     )
     operands = Operands(
         q=q,
@@ -105,7 +109,7 @@ def attend(
         raise ValueError(
             f"the mask hides every key from every query: {mask} for T={queries}, S={keys}, {query_offset=}"
         )
-    out, lse = split.run(partial(_attention, _choose(implementation), problem), operands)
+    out, lse = split.run(partial(_attention, implementation, problem), operands)
     if sinks is not None:
         # One more logit in the sum changes no ratio of the others, so all weights shrink alike.
         total = jnp.logaddexp(lse, sinks.astype(jnp.float32)[:, None])
@@ -135,33 +139,48 @@ def _check(q: Array, k: Array, v: Array, sinks: Any, dropout_rate: float, dropou
         )
 
 
-def _choose(implementation: str | None) -> str:
+def _choose(implementation: Implementation | None, problem: Problem, operands: Operands) -> dict[str, Any]:
+    """The modules that do this, by the platform that is lowered for."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise unknown("attention implementation", implementation, IMPLEMENTATIONS)
-    return implementation or "portable"
+    refused = tpu.refusal(problem, operands)
+    if implementation == "tpu":
+        if refused:
+            raise NotImplementedError(f"attention by implementation='tpu': {refused}; 'portable' can do it")
+        return {"tpu": tpu, "default": tpu_interpreted}
+    if implementation is None and not refused:
+        return {"tpu": tpu, "default": portable}
+    if refused:
+        _log.debug("on TPU, attention is left to 'portable': %s", refused)
+    return {"default": portable}
 
 
-IMPLEMENTATIONS = ("reference", "portable")
+IMPLEMENTATIONS = ("reference", "portable", "tpu")
 
 
-def _attention(implementation: str, problem: Problem, operands: Operands) -> tuple[Array, Array]:
+def _attention(implementation: Implementation | None, problem: Problem, operands: Operands) -> tuple[Array, Array]:
     """Attention and the logarithm of its sums, by an implementation."""
     if implementation == "reference":  # with the derivatives that JAX finds, of any order
         return reference.forward(problem, operands)
-    return _blockwise(problem, operands)
+    chosen = _choose(implementation, problem, operands)
+    return _blockwise(tuple(chosen.items()), problem, operands)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _blockwise(problem: Problem, operands: Operands) -> tuple[Array, Array]:
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _blockwise(chosen: Any, problem: Problem, operands: Operands) -> tuple[Array, Array]:
     """Attention whose derivatives, forward and reverse, are computed block by block as it is."""
-    return portable.forward(problem, operands)
+    (batch, length, heads, _), size = operands.q.shape, operands.v.shape[3]
+    out = jax.ShapeDtypeStruct((batch, length, heads, size), problem.out_dtype)
+    lse = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+    functions = {name: partial(module.forward, problem) for name, module in chosen}
+    return by_platform(functions, (operands,), (out, lse))
 
 
 @_blockwise.defjvp
-def _blockwise_jvp(problem: Problem, primals: tuple[Operands], tangents: tuple[Operands]) -> Any:
+def _blockwise_jvp(chosen: Any, problem: Problem, primals: tuple[Operands], tangents: tuple[Operands]) -> Any:
     (operands,), (moved,) = primals, tangents
     # By this name a remat policy keeps both: it sees no matmul inside a loop.
-    out, lse = (checkpoint_name(x, "attention") for x in portable.forward(problem, operands))
+    out, lse = (checkpoint_name(x, "attention") for x in _blockwise(chosen, problem, operands))
 
     def forward(saved: Any, moved: Gradients) -> Any:
         operands, out, lse = saved
@@ -171,7 +190,8 @@ def _blockwise_jvp(problem: Problem, primals: tuple[Operands], tangents: tuple[O
         (operands, out, lse), (out_grad, lse_grad) = saved, cotangents
         weighted = jnp.sum(out.astype(jnp.float32) * out_grad.astype(jnp.float32), axis=-1)
         delta = jnp.swapaxes(weighted, 1, 2) - lse_grad
-        return portable.backward(problem, operands, lse, delta, out_grad)
+        functions = {name: partial(module.backward, problem) for name, module in chosen}
+        return by_platform(functions, (operands, lse, delta, out_grad), tangents_of(operands))
 
     return (out, lse), linear(forward, transpose, (operands, out, lse), tangents_of(moved), like=(out, lse))
 
@@ -210,23 +230,21 @@ class _Split:
     def sides(self, function: pairs.PairFunction, sizes: pairs.Sizes) -> list[Array]:
         """The sides of a function, split as they should be.
 
-        They are computed as on one device: a function that looks arrays up says nothing about meshes.
+        They are computed as on one device: a function that looks arrays up says nothing about meshes. Under a mesh they
+        are never known now, for its devices may be there to compile for alone.
         """
         fixed = isinstance(sizes.query_offset, int)
-        arrays = [array for array in function.arrays if isinstance(array, jax.Array)]
-        split = any(axis is not None for array in arrays for axis in spec_of(array))
-        if not split and function.known and fixed:
-            with jax.ensure_compile_time_eval():
-                return function.side_values(sizes)
         if jax.sharding.get_abstract_mesh().empty:
-            return function.side_values(sizes)
+            with jax.ensure_compile_time_eval() if function.known and fixed else contextlib.nullcontext():
+                return function.side_values(sizes)
 
         def compute(arrays: list[Array], offset: list[Array]) -> list[Array]:
             known = sizes if fixed else dataclasses.replace(sizes, query_offset=offset[0])
             return function.side_values(known, arrays)
 
         specs = [self.spec(shape) for shape in function.side_shapes(sizes)]
-        spread: Any = jax.sharding.auto_axes(compute, out_sharding=specs)
+        # Jitted, because numbers made one by one belong to the mesh around, whatever mode that is in here.
+        spread: Any = jax.sharding.auto_axes(jax.jit(compute), out_sharding=specs)
         return spread(function.arrays, [] if fixed else [sizes.query_offset])
 
     def run(self, function: Any, operands: Operands) -> tuple[Array, Array]:

@@ -36,6 +36,10 @@ ELEMENTWISE = CHEAP | frozenset(_ELEMENTWISE.split())
 TRANSPARENT = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat", "checkpoint", "core_call")
 
 
+PLACEMENT = ("reshard", "sharding_constraint", "mesh_cast")
+"""They say where an array is, and change nothing of it."""
+
+
 @dataclass(eq=False, repr=False)
 class Value:
     """A scalar of the traced function: a leaf (an index or the score), a constant, or a result of an operation."""
@@ -197,10 +201,14 @@ def _inline(closed: ClosedJaxpr, arguments: Sequence[Value]) -> list[Value]:
     for equation in jaxpr.eqns:
         inputs = tuple(map(read, equation.invars))
         inner = _called(equation)
-        if inner is not None:
+        if equation.primitive.name in PLACEMENT:
+            results = list(inputs)
+        elif inner is not None:
             results = _inline(inner, inputs)
         else:
-            operation = Operation(equation.primitive, equation.params, inputs)
+            # It is traced where arrays may be split over a mesh, and done where they are not.
+            params = {n: None if n in ("sharding", "out_sharding") else x for n, x in equation.params.items()}
+            operation = Operation(equation.primitive, params, inputs)
             depends = frozenset().union(*(value.depends for value in inputs))
             results = [Value(v.aval.dtype, v.aval.shape, depends, operation=operation) for v in equation.outvars]
             operation.outputs = tuple(results)
@@ -216,6 +224,8 @@ def _called(equation: Any) -> ClosedJaxpr | None:
 
 
 def _constant(value: Any) -> Value:
+    if not np.shape(value) and not isinstance(value, Tracer):
+        value = np.asarray(value)  # an array may be tied to a mesh, a number is not
     return Value(jnp.result_type(value), np.shape(value), frozenset(), constant=value)
 
 

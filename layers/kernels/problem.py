@@ -38,6 +38,8 @@ class Problem:
     dropout_rate: float = 0.0
     query_offset: int | None = 0
     """None: in the operands."""
+    causal: bool = False
+    """A promise that no query at index i sees a key after i."""
     mask_sides: list[np.ndarray] | None = None
     """The mask's sides where all of them, and the offset, are known now."""
     known_blocks: dict[tuple[Any, ...], Blocks] = field(default_factory=dict)

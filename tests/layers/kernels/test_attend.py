@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flaxzoo.layers.kernels import attend, dropout, portable
+from flaxzoo.layers.kernels import attend, dropout, portable, tpu, tpu_backward, tpu_forward
 from flaxzoo.layers.masks import (
     BlockSparse,
     Causal,
@@ -235,18 +235,47 @@ def blocks_of(size: int) -> Iterator[None]:
         portable.BLOCK = before
 
 
-VARIANTS = {
+@contextlib.contextmanager
+def tpu_blocks(block_q: int, block_k: int, strip: int, in_vmem: bool) -> Iterator[None]:
+    """The kernels for TPU, interpreted, in such blocks; what a head needs is held in VMEM or streamed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpu, "sizes", lambda operands: tpu.Sizes(block_q, block_k, strip))
+        if not in_vmem:
+            patch.setattr(tpu_forward, "RESIDENT_BYTES", 0)
+            patch.setattr(tpu_backward, "RESIDENT_BYTES", 0)
+        yield
+
+
+VARIANTS: dict[str, Any] = {
     "reference": contextlib.nullcontext,
     "portable": contextlib.nullcontext,
     "portable in blocks": functools.partial(blocks_of, 16),
+    "tpu": functools.partial(tpu_blocks, 16, 16, 8, True),
+    "tpu streamed": functools.partial(tpu_blocks, 16, 32, 16, False),
 }
+REFUSED_BY_TPU = {
+    "blocks": "the mask looks up an array by query and key at once",
+    "dense": "the mask looks up an array by query and key at once",
+    "alibi": "the score has parameters that get gradients",
+    "alibi, offset": "the score has parameters that get gradients",
+    "relative bias": "the score looks up an array by query and key at once",
+    "relative bias, both ways": "the score looks up an array by query and key at once",
+    "score of a user's own": "the score has parameters that get gradients",
+    "dropout": "dropout is not in the kernels",
+    "everything": "dropout is not in the kernels",
+}
+
+
+def variants(name: str) -> list[str]:
+    """Those that can do a case."""
+    return [variant for variant in VARIANTS if not (variant.startswith("tpu") and name in REFUSED_BY_TPU)]
 
 
 @functools.cache
 def in_float32(name: str) -> dict[str, dict[str, np.ndarray]]:
     """Outcomes of the definition ("plain"), JAX's own where it can say so ("jax"), and every implementation."""
     case = CASES[name]
-    functions = {variant: ours(case, variant) for variant in VARIANTS}
+    functions = {variant: ours(case, variant) for variant in variants(name)}
     if name in JAX_CASES:
         scale = case.options.get("scale")
         functions["jax"] = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=visible(case), scale=scale)
@@ -260,8 +289,7 @@ def assert_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) ->
         np.testing.assert_allclose(found[part], value, rtol=1e-5, atol=1e-5 * size, err_msg=part)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "variant"), [(name, variant) for name in CASES for variant in variants(name)])
 def test_equals_the_definition(name, variant):
     assert_close(in_float32(name)[variant], in_float32(name)["plain"])
 
@@ -272,16 +300,27 @@ def test_equals_jax(name, variant):
     assert_close(in_float32(name)[variant], in_float32(name)["jax"])
 
 
+@pytest.mark.parametrize("name", REFUSED_BY_TPU)
+def test_what_the_kernels_for_tpu_refuse(name, caplog):
+    case = CASES[name]
+    with pytest.raises(NotImplementedError, match=f"implementation='tpu': {REFUSED_BY_TPU[name]}"):
+        ours(case, "tpu")(**case.inputs())
+    with caplog.at_level("DEBUG", logger="flaxzoo.layers.kernels.attend"):
+        ours(case, "portable")(**case.inputs())
+    assert REFUSED_BY_TPU[name] in caplog.text
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", ["everything", "groups of 2, whole blocks", "sinks"])
 def test_low_precision_errs_no_more_than_twice_the_plain_definition(name, dtype):
     case = CASES[name]
     rounded = case.inputs(dtype)
     exact = outcomes({n: x.astype(jnp.float32) for n, x in rounded.items()}, plain=functools.partial(plain, case))
-    functions = {variant: ours(case, variant) for variant in VARIANTS}
+    able = [v for v in variants(name) if dtype != jnp.float16 or not v.startswith("tpu")]
+    functions = {variant: ours(case, variant) for variant in able}
     found = outcomes(rounded, plain=functools.partial(plain, case), **functions)
     assert ours(case, "portable")(**rounded).dtype == dtype
-    for variant in VARIANTS:
+    for variant in able:
         for part, value in found[variant].items():
             error, allowed = (np.sqrt(np.mean((x - exact["plain"][part]) ** 2)) for x in (value, found["plain"][part]))
             assert 0 < error <= 2 * allowed, (variant, part)
@@ -300,7 +339,7 @@ def test_queries_that_see_nothing_give_zeros_and_no_gradient(name, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", ["sinks and nothing", "documents with padding", "alibi"])
+@pytest.mark.parametrize("name", ["sinks and nothing", "documents with padding", "soft cap"])
 def test_lse_is_that_of_the_visible_logits_and_has_a_gradient(name, variant):
     case = CASES[name]
     inputs = case.inputs()
@@ -344,7 +383,7 @@ def test_forward_mode_equals_that_of_the_definition(name):
         return jax.jvp(lambda inputs: function(**inputs), (inputs,), (moves,))[1]
 
     wanted = tangent(functools.partial(plain, case))
-    for variant in VARIANTS:
+    for variant in variants(name):
         np.testing.assert_allclose(tangent(ours(case, variant)), wanted, rtol=1e-5, atol=2e-5, err_msg=variant)
 
 

@@ -1,0 +1,75 @@
+"""A call of the function that is there for the platform a program is lowered for.
+
+As `jax.lax.platform_dependent`, but a function is traced only where its platform is lowered for: a program for the CPU
+does not wait for the kernels of the TPU to be traced.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jaxtyping import Array
+
+PLATFORMS = ("tpu", "cuda")
+
+
+def by_platform(functions: Mapping[str, Callable[..., Any]], arguments: Any, like: Any) -> Any:
+    """`functions[platform](*arguments)`, or `functions["default"]`; arguments and result are pytrees.
+
+    All functions must give results of the structure and types of `like`, which may be shapes.
+    """
+    leaves, tree = jax.tree.flatten(arguments)
+    like_leaves, like_tree = jax.tree.flatten(like)
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def flat(function: Callable[..., Any]) -> Callable[..., list[Array]]:
+        def call(*leaves: Array) -> list[Array]:
+            with jax.sharding.use_abstract_mesh(mesh):  # lowering may happen outside of it
+                found = function(*tree.unflatten(leaves))
+            assert jax.tree.structure(found) == like_tree, (found, like_tree)
+            return jax.tree.leaves(found)
+
+        return call
+
+    results = tuple(ShapedArray(x.shape, x.dtype) for x in like_leaves)
+    given = {name: flat(function) for name, function in functions.items()}
+    return like_tree.unflatten(platform_p.bind(*leaves, functions=tuple(given.items()), results=results))
+
+
+def _choose(functions: Sequence[tuple[str, Any]], platform: str) -> Callable[..., list[Array]]:
+    given = dict(functions)
+    return given.get(platform, given["default"])
+
+
+def _eagerly(*leaves: Array, **params: Any) -> list[Array]:
+    return jax.jit(lambda *leaves: platform_p.bind(*leaves, **params))(*leaves)
+
+
+def _batch(values: Sequence[Any], dims: Sequence[Any], functions: Any, results: Any) -> tuple[list[Array], list[int]]:
+    size = next(x.shape[dim] for x, dim in zip(values, dims, strict=True) if dim is not None)
+    moved = [x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(values, dims, strict=True)]
+    axes = tuple(None if dim is None else 0 for dim in dims)
+    mapped = tuple((name, jax.vmap(function, in_axes=axes)) for name, function in functions)
+    wide = tuple(ShapedArray((size, *aval.shape), aval.dtype) for aval in results)
+    return platform_p.bind(*moved, functions=mapped, results=wide), [0] * len(wide)
+
+
+def _lowered(platform: str) -> Any:
+    def call(*leaves: Array, functions: Any, results: Any) -> list[Array]:
+        return _choose(functions, platform)(*leaves)
+
+    return mlir.lower_fun(call, multiple_results=True)
+
+
+platform_p = Primitive("by_platform")
+platform_p.multiple_results = True
+platform_p.def_impl(_eagerly)
+platform_p.def_abstract_eval(lambda *_, results, **__: list(results))
+batching.primitive_batchers[platform_p] = _batch
+mlir.register_lowering(platform_p, _lowered("default"))
+for _platform in PLATFORMS:
+    mlir.register_lowering(platform_p, _lowered(_platform), platform=_platform)

@@ -1,0 +1,340 @@
+"""Flash attention for TPU, forward (2205.14135, 2307.08691).
+
+A program has one block of queries of one head and goes through the blocks of keys that it sees. While the weights of
+one block are summed (vector unit), the logits of the next are computed (matrix unit): the scheduler sees two
+independent chains and overlaps them. Keys and values of a head stay in VMEM where they fit, and are streamed from HBM
+otherwise.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from .problem import Operands, Problem
+from .tpu_parts import (
+    LOG2_E,
+    VMEM_LIMIT_BYTES,
+    Pairs,
+    Row,
+    Stream,
+    Strip,
+    dot,
+    in_blocks,
+    offset_input,
+    padded,
+    schedule,
+    side_inputs,
+)
+
+LOWEST = -1e30
+"""Where the running maximum starts: finite, so that a hidden logit, -inf, stays that when it is subtracted."""
+RESIDENT_BYTES = 16 * 2**20
+"""Keys and values of one head up to this size are held in VMEM."""
+
+
+def forward(
+    problem: Problem, operands: Operands, *, block_q: int, block_k: int, strip: int, interpret: Any
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
+    """Attention and the logarithm of the sum of exponentials of each row, -inf where a query sees no key.
+
+    `strip` is how many keys of a block are worked on at a time.
+    """
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (operands.q, operands.k, operands.v))
+    (batch, heads, queries, size), (_, kv_heads, keys, value_size) = q.shape, v.shape
+    group = heads // kv_heads
+    rows = schedule(problem.blocks(operands, block_q, block_k))
+    q, k, v = padded(q, 2, block_q), padded(k, 2, block_k), padded(v, 2, block_k)
+    count, columns = q.shape[2] // block_q, k.shape[2] // block_k
+    resident = k.shape[2] * (_lanes(size) + _lanes(value_size)) * k.dtype.itemsize <= RESIDENT_BYTES
+    mask = side_inputs(problem.mask, problem.sides(operands), block_q, block_k)
+    score = side_inputs(problem.score, operands.score_sides, block_q, block_k)
+    offsets = offset_input(problem, operands)
+
+    def row_spec(which: Any) -> pl.BlockSpec:
+        of_batch, of_head = (n > 1 for n in rows.shape[:2])
+
+        def place(b: Any, n: Any, i: Any) -> Any:
+            return b if of_batch else 0, lax.div(n, group) if of_head else 0, which(i), 0, 0
+
+        return pl.BlockSpec((1, 1, 1, 1, rows.shape[-1]), place, memory_space=pltpu.SMEM)
+
+    def whole_head(width: int) -> pl.BlockSpec:
+        if not resident:
+            return pl.BlockSpec(memory_space=pl.ANY)
+        return pl.BlockSpec((1, 1, columns, block_k, width), lambda b, n, i: (b, lax.div(n, group), 0, 0, 0))
+
+    sizes = {"query": block_q, "whole": lambda b, n, i: (b, n, 0)}
+    streams = [
+        pltpu.VMEM((2, block_k, size), k.dtype),
+        pltpu.VMEM((2, block_k, value_size), v.dtype),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SMEM((1,), jnp.int32),
+    ]
+    kernel = functools.partial(
+        _kernel,
+        problem=problem,
+        strip=math.gcd(block_k, strip),
+        key_length=keys if keys % block_k else None,
+        group=group,
+        counts=(len(mask), len(score), len(offsets)),
+        resident=resident,
+    )
+    out, lse = pl.pallas_call(
+        kernel,
+        grid=(batch, heads, count),
+        in_specs=[
+            row_spec(lambda i: i),
+            row_spec(lambda i: jnp.minimum(i + 1, count - 1)),
+            pl.BlockSpec((1, 1, block_q, size), lambda b, n, i: (b, n, i, 0)),
+            whole_head(size),
+            whole_head(value_size),
+            *[side.spec(lambda b, n, i: (b, n, i), None, sizes) for side in (*mask, *score)],
+            *[pl.BlockSpec(memory_space=pltpu.SMEM) for _ in offsets],
+        ],
+        out_specs=[
+            pl.BlockSpec((1, 1, block_q, value_size), lambda b, n, i: (b, n, i, 0)),
+            pl.BlockSpec((1, 1, 1, block_q), lambda b, n, i: (b, n, 0, i)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, heads, q.shape[2], value_size), problem.out_dtype),
+            jax.ShapeDtypeStruct((batch, heads, 1, q.shape[2]), jnp.float32),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((value_size, block_q), jnp.float32),
+            pltpu.VMEM((block_k, block_q), jnp.float32),
+            *([] if resident else streams),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel" if resident else "arbitrary"),
+            vmem_limit_bytes=VMEM_LIMIT_BYTES,
+        ),
+        name="attention_forward",
+        interpret=interpret,
+    )(rows, rows, q, in_blocks(k, block_k), in_blocks(v, block_k), *(x.array for x in (*mask, *score)), *offsets)
+    return jnp.swapaxes(out[:, :, :queries], 1, 2), lse[:, :, 0, :queries]
+
+
+def _lanes(width: int) -> int:
+    return -(-width // 128) * 128
+
+
+class _Resident:
+    """Keys and values that are in VMEM already."""
+
+    def __init__(self, k_ref: Any, v_ref: Any):
+        self.k_ref, self.v_ref = k_ref, v_ref
+
+    def keys(self, block: Any, number: Any) -> Any:
+        """The keys of a block, the `number`th of this row."""
+        return self.k_ref.at[0, 0, block]
+
+    def values(self, block: Any, number: Any) -> Any:
+        """The values of a block."""
+        return self.v_ref.at[0, 0, block]
+
+    def fetch_first(self) -> None:
+        """Before anything is used."""
+
+    def fetch_next(self, following: Any, number: Any) -> None:
+        """While values of block `number` and keys of the next are used, those after are on their way."""
+
+    def fetch_row(self) -> None:
+        """The first block of the next row is on its way."""
+
+    def wait_last(self) -> None:
+        """Before the values of the last block are used."""
+
+
+class _Streamed(_Resident):
+    """Keys and values that are copied from HBM two blocks ahead, across rows too; copies of all rows are counted on."""
+
+    def __init__(self, k_ref: Any, v_ref: Any, row: Row, following: Row, first: Any, last: Any, streams: Any):
+        k_buffer, v_buffer, k_semaphores, v_semaphores, self.counter = streams
+        self.k_stream = Stream(k_ref, k_buffer, k_semaphores)
+        self.v_stream = Stream(v_ref, v_buffer, v_semaphores)
+        self.row, self.following, self.first, self.last = row, following, first, last
+        self.before = jnp.where(first, 0, self.counter[0])
+        self.counter[0] = self.before + row.count
+
+    def keys(self, block: Any, number: Any) -> Any:
+        """The keys of a block, the `number`th of this row."""
+        return self.k_stream.at(self.before + number)
+
+    def values(self, block: Any, number: Any) -> Any:
+        """The values of a block."""
+        return self.v_stream.at(self.before + number)
+
+    def fetch_first(self) -> None:
+        """Before anything is used."""
+
+        @pl.when(self.first)
+        def _() -> None:
+            self.k_stream.start(self.row.low, 0)
+            self.v_stream.start(self.row.low, 0)
+
+        @pl.when(self.row.count > 1)
+        def _() -> None:
+            self.k_stream.start(self.row.after(self.row.low), self.before + 1)
+
+        self.k_stream.wait(self.before)
+
+    def fetch_next(self, following: Any, number: Any) -> None:
+        """While values of block `number` and keys of the next are used, those after are on their way."""
+
+        @pl.when(number + 2 < self.row.count)
+        def _() -> None:
+            self.k_stream.start(self.row.after(following), self.before + number + 2)
+
+        self.v_stream.start(following, self.before + number + 1)
+        self.k_stream.wait(self.before + number + 1)
+        self.v_stream.wait(self.before + number)
+
+    def fetch_row(self) -> None:
+        """The first block of the next row is on its way."""
+
+        @pl.when(jnp.logical_not(self.last) & (self.following.count > 0))
+        def _() -> None:
+            self.k_stream.start(self.following.low, self.before + self.row.count)
+            self.v_stream.start(self.following.low, self.before + self.row.count)
+
+    def wait_last(self) -> None:
+        """Before the values of the last block are used."""
+        self.v_stream.wait(self.before + self.row.count - 1)
+
+
+def _kernel(
+    row_ref: Any,
+    following_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    *refs: Any,
+    problem: Problem,
+    strip: int,
+    key_length: int | None,
+    group: int,
+    counts: tuple[int, int, int],
+    resident: bool,
+) -> None:
+    masks, scores, offsets = (list(refs[sum(counts[:n]) : sum(counts[: n + 1])]) for n in range(3))
+    out_ref, lse_ref, sum_ref, logits_ref, *streams = refs[sum(counts) :]
+    block_q, block_k = q_ref.shape[2], logits_ref.shape[0]
+    batch, head, index = (pl.program_id(dim) for dim in range(3))
+    row, following = Row(row_ref), Row(following_ref)
+    pairs = Pairs(problem, masks, scores, offsets[0] if offsets else None, key_length)
+    strips = range(0, block_k, strip)
+    has_diagonal = problem.causal and block_q == block_k
+    q = q_ref[0, 0]
+    source = _Resident(k_ref, v_ref)
+    if not resident:
+        kv_head = lax.div(head, group)
+        first, last = index == 0, index == pl.num_programs(2) - 1
+        source = _Streamed(k_ref.at[batch, kv_head], v_ref.at[batch, kv_head], row, following, first, last, streams)
+
+    def produce(block: Any, number: Any, offset: int, highest: Array, kind: str) -> Array:
+        """Logits, to base 2, of a strip of a block, and the running maximum (8, block_q)."""
+        start = offset if kind == "diagonal" else 0  # the queries before see none of these keys
+        key = pl.multiple_of(block * block_k + offset, strip)
+        where = Strip(
+            batch=batch,
+            head=head,
+            query=index * block_q + start,
+            query_slice=slice(start, block_q),
+            queries=block_q - start,
+            key=key,
+            key_slice=pl.ds(key, strip),
+            keys=strip,
+        )
+        logits = pairs.scored(dot(source.keys(block, number)[offset : offset + strip], q[start:], 1, 1), where)
+        logits = logits if kind == "full" else pairs.masked(logits, where)
+        logits_ref[offset : offset + strip, start:] = logits
+        after = jnp.maximum(highest[:, start:], _folded(logits, jnp.max))
+        return jnp.concatenate([highest[:, :start], after], axis=1) if start else after
+
+    def produce_block(block: Any, number: Any, kind: str) -> Array:
+        highest = jnp.full((8, block_q), LOWEST, jnp.float32)
+        for offset in strips:
+            highest = produce(block, number, offset, highest, kind)
+        return highest
+
+    def consume(block: Any, number: Any, offset: int, base: Array, shrink: Array, total: Array, kind: str) -> Array:
+        """Adds a strip's weighted values to the sum, and its weights to the total (8, block_q)."""
+        start = offset if kind == "diagonal" else 0
+        weights = jnp.exp2(logits_ref[offset : offset + strip, start:] - base[:, start:])
+        values = source.values(block, number)[offset : offset + strip]
+        before = sum_ref[:, start:]
+        before = before * shrink if offset == 0 else before
+        sum_ref[:, start:] = before + dot(values, weights.astype(values.dtype), 0, 0)
+        after = total[:, start:] + _folded(weights, jnp.sum)
+        return jnp.concatenate([total[:, :start], after], axis=1) if start else after
+
+    def begin(carry: Any) -> Any:
+        base, highest, total = carry
+        after = jnp.max(highest, axis=0, keepdims=True)
+        shrink = jnp.exp2(base - after)
+        return after, shrink, jnp.broadcast_to(after, highest.shape), total * shrink
+
+    def step(block: Any, ahead: Any, number: Any, carry: Any, kind: str) -> Any:
+        """Consumes a block while the next one, of this kind, is produced in its place."""
+        base, shrink, highest, total = begin(carry)
+        for offset in strips:
+            total = consume(block, number, offset, base, shrink, total, "full")
+            highest = produce(ahead, number + 1, offset, highest, kind)
+        return base, highest, total
+
+    def finish(block: Any, number: Any, carry: Any, kind: str) -> Any:
+        base, shrink, _, total = begin(carry)
+        for offset in strips:
+            total = consume(block, number, offset, base, shrink, total, kind)
+        return base, total
+
+    def partial_or_diagonal(block: Any, run: Any) -> Any:
+        if not has_diagonal:
+            return run("partial")
+        return lax.cond(block == index, lambda: run("diagonal"), lambda: run("partial"))
+
+    def attend() -> Any:
+        source.fetch_first()
+        # The first block is masked whatever it is, which changes nothing of a full one.
+        highest = partial_or_diagonal(row.low, lambda kind: produce_block(row.low, 0, kind))
+
+        def body(number: Any, state: Any) -> Any:
+            block, carry = state
+            ahead = row.after(block)
+            source.fetch_next(ahead, number)
+            carry = lax.cond(
+                row.is_full(ahead),
+                lambda: step(block, ahead, number, carry, "full"),
+                lambda: partial_or_diagonal(ahead, lambda kind: step(block, ahead, number, carry, kind)),
+            )
+            return ahead, carry
+
+        nothing = jnp.full((1, block_q), LOWEST, jnp.float32), highest, jnp.zeros((8, block_q), jnp.float32)
+        block, carry = lax.fori_loop(0, row.count - 1, body, (row.low, nothing))
+        source.fetch_row()
+        source.wait_last()
+        return partial_or_diagonal(block, lambda kind: finish(block, row.count - 1, carry, kind))
+
+    def skip() -> Any:
+        source.fetch_row()
+        return jnp.full((1, block_q), LOWEST, jnp.float32), jnp.zeros((8, block_q), jnp.float32)
+
+    sum_ref[...] = jnp.zeros_like(sum_ref)
+    base, total = lax.cond(row.count > 0, attend, skip)
+    total = jnp.sum(total, axis=0, keepdims=True)
+    seen = total > 0
+    out_ref[0, 0] = (sum_ref[...] * jnp.where(seen, 1 / total, 0.0)).astype(out_ref.dtype).T
+    lse_ref[0, 0] = jnp.where(seen, (base + jnp.log2(total)) / LOG2_E, -jnp.inf)
+
+
+def _folded(x: Array, reduce: Any) -> Array:
+    """(rows, n) reduced to (8, n), by whole vector registers."""
+    return reduce(x.reshape(x.shape[0] // 8, 8, x.shape[1]), axis=0)

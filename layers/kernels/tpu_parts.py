@@ -1,0 +1,253 @@
+"""What the forward and the backward kernel for TPU share.
+
+In both, the logits of a block are computed transposed, keys down the sublanes and queries along the lanes: the running
+maximum and sum of a query are then one lane of a row, and reductions over keys are plain maxima and additions of vector
+registers, with no shuffle across lanes. Axis letters: B batch, T query time, S key time, N query heads, K key/value
+heads, G = N / K, H head dim (Hv of values); a block has block_q queries and block_k keys, and is worked on in strips of
+keys.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from .blocks import EMPTY, FULL, PACKED, Blocks
+from .pairs import PairFunction, Value
+from .problem import Operands, Problem
+
+LOG2_E = math.log2(math.e)
+VMEM_LIMIT_BYTES = 100 * 2**20
+
+
+def dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
+    """A float32 product of two blocks over one dimension of each; float32 inputs keep their precision."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    dims = (((contract_a,), (contract_b,)), ((), ()))
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def padded(x: Array, dim: int, multiple: int, value: Any = 0) -> Array:
+    """Lengthened to a multiple."""
+    missing = -x.shape[dim] % multiple
+    if not missing:
+        return x
+    return jnp.pad(x, [(0, missing if d == dim else 0) for d in range(x.ndim)], constant_values=value)
+
+
+def in_blocks(x: Array, size: int) -> Array:
+    """(B heads rows width) as (B heads blocks size width)."""
+    return x.reshape(*x.shape[:2], -1, size, x.shape[3])
+
+
+# The schedule of a row of blocks --------------------------------------------------------------------------------------
+
+
+def schedule(blocks: Blocks) -> Array:
+    """(B or 1, K or 1, rows, 1, 3 + words): of each row its first block, one past its last, how many, their kinds."""
+    words = jnp.asarray(blocks.words)
+    pairs = jnp.bitwise_or(words, lax.shift_right_logical(words, 1)) & 0x55555555  # kinds 1 and 2 alike
+    count = jnp.sum(lax.population_count(pairs), axis=-1, dtype=jnp.int32)
+    head = jnp.stack([jnp.asarray(blocks.low), jnp.asarray(blocks.high), count], axis=-1)
+    return jnp.concatenate([head, words], axis=-1)[:, :, :, None]
+
+
+class Row:
+    """One row of the schedule, read by the scalar core."""
+
+    def __init__(self, ref: Any):
+        self.ref = ref
+        self.low, self.high, self.count = (ref[0, 0, 0, 0, n] for n in range(3))
+
+    def kind(self, block: Any) -> Any:
+        """EMPTY, PARTIAL or FULL."""
+        word = self.ref[0, 0, 0, 0, 3 + lax.div(block, PACKED)]
+        return lax.shift_right_logical(word, 2 * lax.rem(block, PACKED)) & 3
+
+    def is_full(self, block: Any) -> Any:
+        """Whether every pair of the block is visible."""
+        return self.kind(block) == FULL
+
+    def after(self, block: Any) -> Any:
+        """The next block that is not empty; `high` after the last."""
+
+        def skip(block: Any) -> Any:
+            # Past the last one there is nothing to read: the last block is read instead, which is not empty.
+            return (block < self.high) & (self.kind(jnp.minimum(block, self.high - 1)) == EMPTY)
+
+        return lax.while_loop(skip, lambda block: block + 1, block + 1)
+
+
+# Sides ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SideInput:
+    """A side of a mask or score as an operand of a kernel."""
+
+    value: Value
+    array: Array
+
+    def spec(self, query_block: Callable[..., Any] | None, key_block: Callable[..., Any] | None, size: Any) -> Any:
+        """Its block: of the queries or keys that a program works on (index functions of the grid), else all of them."""
+        if self.value.side == "neither":
+            return pl.BlockSpec(memory_space=pltpu.SMEM)
+        index = query_block if self.value.side == "query" else key_block
+        many = [n > 1 for n in self.array.shape[:2]]
+        length = size[self.value.side] if index is not None else self.array.shape[3]
+
+        def place(*grid: Any) -> Any:
+            batch, head, block = (index or size["whole"])(*grid)
+            return batch if many[0] else 0, head if many[1] else 0, 0, block
+
+        return pl.BlockSpec((1, 1, 1, length), place)
+
+
+def side_inputs(function: PairFunction | None, sides: Sequence[Any], block_q: int, block_k: int) -> list[SideInput]:
+    """Sides as arrays (B or 1, N or 1, 1, padded length), or (B or 1, N or 1) of what depends on neither."""
+    if function is None:
+        return []
+    found = []
+    for value, side in zip(function.sides, sides, strict=True):
+        array = jnp.asarray(side)
+        array = array.astype(jnp.int32) if array.dtype == np.bool_ else array
+        if value.side == "neither":
+            found.append(SideInput(value, array[:, :, 0]))
+        else:
+            block = block_q if value.side == "query" else block_k
+            found.append(SideInput(value, padded(array, 2, block)[:, :, None]))
+    return found
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Where a strip of transposed logits (keys, queries) lies."""
+
+    batch: Any
+    head: Any
+    query: Any
+    """Index of the first query, for the position; `query_slice` where its side vectors lie in their blocks."""
+    query_slice: Any
+    queries: int
+    key: Any
+    key_slice: Any
+    keys: int
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Mask and score of a problem, to be evaluated on strips."""
+
+    problem: Problem
+    mask_refs: list[Any]
+    score_refs: list[Any]
+    offset_ref: Any
+    """The position of each sequence's first query, where it is not known before."""
+    key_length: int | None
+    """How many keys there are, where the last block has some that are padding."""
+
+    def _reader(self, function: PairFunction, refs: Sequence[Any], strip: Strip, score: Any) -> Callable[[Value], Any]:
+        known = dict(zip(function.sides, refs, strict=True))
+
+        def read(value: Value) -> Any:
+            match value.leaf:
+                case "score":
+                    return score
+                case "query":
+                    return self._query(strip)
+                case "key":
+                    return strip.key + lax.broadcasted_iota(jnp.int32, (strip.keys, 1), 0)
+            ref = known[value]
+            if value.side == "neither":
+                found = ref[strip.batch if ref.shape[0] > 1 else 0, strip.head if ref.shape[1] > 1 else 0]
+            elif value.side == "query":
+                found = ref[0, 0, :, strip.query_slice]
+            else:
+                found = _column(ref[0, 0, :, strip.key_slice])
+            return found != 0 if value.dtype == np.bool_ else found
+
+        return read
+
+    def _query(self, strip: Strip) -> Any:
+        offset = self.problem.query_offset if self.offset_ref is None else self.offset_ref[strip.batch]
+        return strip.query + offset + lax.broadcasted_iota(jnp.int32, (1, strip.queries), 1)
+
+    def masked(self, logits: Array, strip: Strip) -> Array:
+        """-inf where a pair does not see each other."""
+        (visible,) = self.problem.mask.evaluate(self._reader(self.problem.mask, self.mask_refs, strip, None))
+        if self.key_length is not None:
+            visible = visible & (strip.key + lax.broadcasted_iota(jnp.int32, (strip.keys, 1), 0) < self.key_length)
+        return jnp.where(jnp.broadcast_to(visible, logits.shape), logits, -jnp.inf)
+
+    def scored(self, products: Array, strip: Strip) -> Array:
+        """The logits, to base 2, of products q k."""
+        function = self.problem.score
+        if function is None:
+            return products * (self.problem.scale * LOG2_E)
+        (score,) = function.evaluate(self._reader(function, self.score_refs, strip, products * self.problem.scale))
+        return score * LOG2_E
+
+    def scored_with_slope(self, products: Array, strip: Strip) -> tuple[Array, Array | None]:
+        """`scored`, and the derivative of the score by scale q k (None: 1)."""
+        function = self.problem.score
+        if function is None:
+            return self.scored(products, strip), None
+
+        def score(logits: Array) -> Array:
+            return function.evaluate(self._reader(function, self.score_refs, strip, logits))[0]
+
+        # A unit tangent gives the derivative of every pair; jax.vjp has no rule inside a kernel.
+        logits, slope = jax.jvp(score, (products * self.problem.scale,), (jnp.ones_like(products),))
+        return logits * LOG2_E, slope
+
+
+def _column(row: Array) -> Array:
+    """A (1, n) row as an (n, 1) column."""
+    return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
+
+
+def offset_input(problem: Problem, operands: Operands) -> list[Array]:
+    """The position of each sequence's first query, where it is not known before."""
+    return [] if operands.query_offset is None else [operands.query_offset]
+
+
+# Copies between HBM and VMEM ------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """Blocks hbm[n] copied to VMEM, some of them in flight: copy number n goes to slot n % slots."""
+
+    def __init__(self, hbm: Any, buffer: Any, semaphores: Any):
+        self.hbm, self.buffer, self.semaphores = hbm, buffer, semaphores
+
+    def at(self, number: Any) -> Any:
+        """Where copy `number` lies."""
+        return self.buffer.at[lax.rem(number, self.buffer.shape[0])]
+
+    def _copy(self, block: Any, number: Any) -> Any:
+        slot = lax.rem(number, self.buffer.shape[0])
+        return pltpu.make_async_copy(self.hbm.at[block], self.buffer.at[slot], self.semaphores.at[slot])
+
+    def start(self, block: Any, number: Any) -> None:
+        """Starts the copy of a block, the `number`th of all."""
+        self._copy(block, number).start()
+
+    def wait(self, number: Any) -> None:
+        """Returns when copy `number` is done."""
+        self._copy(0, number).wait()
+
+
+class WriteBack(Stream):
+    """The same buffer, copied to HBM."""
+
+    def _copy(self, block: Any, number: Any) -> Any:
+        slot = lax.rem(number, self.buffer.shape[0])
+        return pltpu.make_async_copy(self.buffer.at[slot], self.hbm.at[block], self.semaphores.at[slot])

@@ -1,0 +1,130 @@
+"""The kernels for TPU, compiled by the compiler of real TPUs, and looked over for races by Pallas's interpreter."""
+
+import sys
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flaxzoo.layers.kernels import attend, tpu, tpu_backward, tpu_forward
+from flaxzoo.layers.kernels.platform import by_platform
+from flaxzoo.layers.masks import Causal, Chunked, Documents, Full, GlobalTokens, Mask, Window
+from flaxzoo.layers.scores import SoftCap
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+attend_module = sys.modules["flaxzoo.layers.kernels.attend"]
+needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is for Linux on x86-64 alone")
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    mask: Mask = field(default_factory=Causal)
+    length: int = 2048
+    heads: tuple[int, int] = (4, 2)
+    dims: tuple[int, int] = (128, 128)
+    dtype: Any = jnp.bfloat16
+    documents: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+SHAPES = {
+    "causal": Shape(),
+    "full": Shape(Full()),
+    "window": Shape(Causal() & Window(512)),
+    "documents": Shape(documents=True),
+    "soft cap": Shape(options={"score": SoftCap(30.0)}),
+    "chunks": Shape(Causal() & Chunked(1000)),
+    "holes": Shape(Causal() & (GlobalTokens(5) | Window(20))),
+    "head dim 64": Shape(dims=(64, 64)),
+    "head dim 256": Shape(dims=(256, 256)),
+    "MLA": Shape(heads=(4, 4), dims=(192, 128)),
+    "float32": Shape(dtype=jnp.float32, length=1024),
+    "odd": Shape(length=1000, dims=(80, 80)),
+    "streamed": Shape(length=32768, heads=(2, 1)),
+}
+QUICK = [("v5e", "documents"), ("v5p", "soft cap"), ("v6e", "MLA"), ("tpu7x", "window"), ("v5e", "streamed")]
+
+
+def compiled(chip: str, shape: Shape) -> Any:
+    """The gradient of attention, for a chip."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
+    mesh = Mesh(np.array(devices[:1]), ("x",), axis_types=(AxisType.Explicit,))
+    place = NamedSharding(mesh, PartitionSpec())
+
+    def of(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+    def loss(q: Any, k: Any, v: Any, ids: Any) -> Any:
+        mask = shape.mask & Documents(ids) if shape.documents else shape.mask
+        return jnp.sum(attend(q, k, v, mask=mask, **shape.options).astype(jnp.float32))
+
+    (heads, kv_heads), (size, value_size), t = shape.heads, shape.dims, shape.length
+    arrays = [of(shape.dtype, 1, t, n, h) for n, h in ((heads, size), (kv_heads, size), (kv_heads, value_size))]
+    with jax.set_mesh(mesh):
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arrays, of(jnp.int32, 1, t))
+        return traced.lower(lowering_platforms=("tpu",)).compile()
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("chip", "name"),
+    [
+        pytest.param(chip, name, marks=() if (chip, name) in QUICK else pytest.mark.slow)
+        for chip in TOPOLOGIES
+        for name in SHAPES
+    ],
+)
+def test_compiles_for(chip: str, name: str) -> None:
+    program = compiled(chip, SHAPES[name])
+    text = program.as_text()
+    assert "attention_forward" in text
+    assert "attention_backward" in text
+    shape = SHAPES[name]
+    arrays = 4 * shape.length * shape.heads[0] * 256  # float32 arrays of all queries, the widest heads
+    assert program.memory_analysis().temp_size_in_bytes < 8 * arrays + 2**24  # nothing of length x length
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5p", "v6e"])
+@pytest.mark.parametrize("mask", [Causal(), Causal() & Window(4096)], ids=str)
+def test_a_million_tokens_compile_for(chip: str, mask: Mask) -> None:
+    memory = compiled(chip, Shape(mask, length=2**20, heads=(8, 1))).memory_analysis()
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    print(f"{chip} {mask}: {used / 2**30:.1f} GiB, of which temporary {memory.temp_size_in_bytes / 2**30:.1f}")
+    assert used < {"v5p": 95, "v6e": 31}[chip] * 2**30
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("mask", [Causal(), Causal() & (GlobalTokens(5) | Window(20))], ids=["causal", "holes"])
+def test_kernels_have_no_races(monkeypatch: pytest.MonkeyPatch, streamed: bool, mask: Mask) -> None:
+    """Pallas's interpreter carries copies out as a TPU would, and notices what is read before it is there."""
+    monkeypatch.setattr(tpu, "sizes", lambda operands: tpu.Sizes(128, 128, 64))
+    if streamed:
+        monkeypatch.setattr(tpu_forward, "RESIDENT_BYTES", 0)
+        monkeypatch.setattr(tpu_backward, "RESIDENT_BYTES", 0)
+    q, k, v, g = (jax.random.normal(jax.random.key(i), (1, 400, n, 128)) for i, n in enumerate((2, 1, 1, 2)))
+    wanted, back = jax.vjp(lambda q, k, v: attend(q, k, v, mask=mask, implementation="portable"), q, k, v)
+
+    taken: list[Any] = []
+
+    def take(functions: Any, arguments: Any, like: Any) -> Any:
+        taken.extend([functions["default"].args[0], *arguments])
+        return by_platform(functions, arguments, like)
+
+    monkeypatch.setattr(attend_module, "by_platform", take)
+    attend(q, k, v, mask=mask, implementation="tpu")
+    problem, operands = taken
+    interpret = pltpu.InterpretParams(detect_races=True)  # which raises where there is one
+    out, lse = jax.jit(lambda operands: tpu.forward(problem, operands, interpret=interpret))(operands)
+    np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-4)
+    delta = jnp.einsum("BTNV,BTNV->BNT", out, g)
+    grads = jax.jit(lambda *x: tpu.backward(problem, *x, interpret=interpret))(operands, lse, delta, g)
+    for found, expected in zip(grads[:3], back(g), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
