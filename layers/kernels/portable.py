@@ -251,19 +251,22 @@ class _Work:
         """One block of queries: (G block_q Hv), (G block_q)."""
 
         def step(column: Any, masked: bool, carry: Any) -> Any:
-            highest, total, mixed = carry
             logits = self.logits(part, row, column, masked)
-            after = jnp.maximum(highest, jnp.max(logits, axis=-1, keepdims=True))
-            base = jnp.where(after == -jnp.inf, 0.0, after) if masked else after
-            shrink, weights = jnp.exp(highest - base), jnp.exp(logits - base)
-            total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
+            highest = jnp.max(logits, axis=-1, keepdims=True)
+            highest = highest if carry is None else jnp.maximum(carry[0], highest)
+            base = jnp.where(highest == -jnp.inf, 0.0, highest) if masked else highest
+            weights = jnp.exp(logits - base)
+            total = jnp.sum(weights, axis=-1, keepdims=True)
             v = self.cut(part.v, column, self.block_k, 0)
-            weights = self.dropped(part, row, column, weights).astype(v.dtype)
-            return after, total, mixed * shrink + _product("GTS,SV->GTV", weights, v)
+            mixed = _product("GTS,SV->GTV", self.dropped(part, row, column, weights).astype(v.dtype), v)
+            if carry is None:
+                return highest, total, mixed
+            shrink = jnp.exp(carry[0] - base)
+            return highest, carry[1] * shrink + total, carry[2] * shrink + mixed
 
         shape = (self.group, self.block_q)
         start = (jnp.full((*shape, 1), -jnp.inf), jnp.zeros((*shape, 1)), jnp.zeros((*shape, part.v.shape[-1])))
-        highest, total, mixed = self.columns(part, row, step, start)
+        highest, total, mixed = self.columns(part, row, step, None if part.blocks is None else start)
         empty = total == 0.0
         total = jnp.where(empty, 1.0, total)
         return mixed / total, jnp.where(empty, -jnp.inf, highest + jnp.log(total))[..., 0]
@@ -292,14 +295,13 @@ class _Work:
                 logits, pull = jax.vjp(scored, score, floats)
                 logits = jnp.where(self.visible(part, row, column), logits, -jnp.inf) if masked else logits
                 weights = jnp.exp(logits - lse[..., None])
-                kept = self.dropped(part, row, column, jnp.ones_like(weights)) if part.dropout_rows is not None else 1.0
-                weights_grad = _product("GTV,SV->GTS", g_out, v) * kept
+                weights_grad = self.dropped(part, row, column, _product("GTV,SV->GTS", g_out, v))
                 logits_grad = weights * (weights_grad - delta[..., None])
                 score_grad, floats_grad = pull(logits_grad)
                 score_grad = (score_grad * self.problem.scale).astype(q.dtype)
                 q_grad = q_grad + _product("GTS,SH->GTH", score_grad, k)
                 k_grad = self.added(k_grad, column, _transposed_product("GTH,GTS->HS", q, score_grad))
-                weights = (weights * kept).astype(v.dtype)
+                weights = self.dropped(part, row, column, weights).astype(v.dtype)
                 v_grad = self.added(v_grad, column, _transposed_product("GTV,GTS->VS", g_out, weights))
                 return q_grad, k_grad, v_grad, jax.tree.map(jnp.add, side_grads, floats_grad)
 
