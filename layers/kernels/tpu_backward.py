@@ -19,9 +19,9 @@ from jaxtyping import Array
 from .problem import Gradients, Operands, Problem
 from .tpu_parts import (
     LOG2_E,
-    VMEM_LIMIT_BYTES,
     Pairs,
     Row,
+    Sizes,
     Stream,
     Strip,
     WriteBack,
@@ -30,39 +30,33 @@ from .tpu_parts import (
     offset_input,
     padded,
     schedule,
+    schedule_place,
     side_inputs,
 )
 
-RESIDENT_BYTES = 40 * 2**20
-"""What the backward pass holds of one head is kept in VMEM up to this size."""
+RESIDENT_SHARE = 0.4
+"""What the backward pass needs of one head stays in VMEM up to this share of it."""
 
 
 def backward(
-    problem: Problem,
-    operands: Operands,
-    lse: Array,
-    delta: Array,
-    out_grad: Array,
-    *,
-    block_q: int,
-    block_k: int,
-    strip: int,
-    interpret: Any,
+    problem: Problem, operands: Operands, lse: Array, delta: Array, out_grad: Array, sizes: Sizes, interpret: Any
 ) -> Gradients:
     """Gradients; `delta` is the sum over Hv of out * out_grad, less the cotangent of lse (B N T)."""
+    block_q, block_k = sizes.block_q, sizes.block_k
     q, k, v, g = (
         jnp.swapaxes(x, 1, 2) for x in (operands.q, operands.k, operands.v, out_grad.astype(operands.q.dtype))
     )
     (batch, heads, queries, size), (_, kv_heads, keys, value_size) = q.shape, v.shape
     group = heads // kv_heads
-    rows = schedule(problem.blocks(operands, block_q, block_k, transposed=True))
+    blocks = problem.blocks(operands, block_q, block_k, transposed=True)
+    rows = schedule(blocks)
     # 2^(logit - inf) = 0: a query that sees nothing, or is padding, has no gradient.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E)
     stats = jnp.stack([padded(lse, 2, block_q, jnp.inf), padded(delta, 2, block_q)], axis=2)
     q, g, k, v = padded(q, 2, block_q), padded(g, 2, block_q), padded(k, 2, block_k), padded(v, 2, block_k)
     q_blocks, k_blocks = q.shape[2] // block_q, k.shape[2] // block_k
     stats = jnp.moveaxis(stats.reshape(batch, heads, 2, q_blocks, block_q), 2, 3)
-    resident = _resident_bytes(q, k, v) <= RESIDENT_BYTES
+    resident = _resident_bytes(q, k, v) <= RESIDENT_SHARE * sizes.vmem_bytes
     mask = side_inputs(problem.mask, problem.sides(operands), block_q, block_k)
     score = side_inputs(problem.score, operands.score_sides, block_q, block_k)
     offsets = offset_input(problem, operands)
@@ -83,17 +77,17 @@ def backward(
         return spec((1, 1, block_k, width), place)
 
     def row_place(b: Any, h: Any, g: Any, j: Any) -> Any:
-        return b if rows.shape[0] > 1 else 0, h if rows.shape[1] > 1 else 0, j, 0, 0
+        return schedule_place(blocks, b, h), j, 0, 0
 
     def grid_place(*grid: Any) -> Any:
         b, h, g, j = grid if resident else (grid[0], grid[1], grid[3], grid[2])
         return b, h * group + g, j
 
-    sizes = {"key": block_k, "whole": lambda *grid: (*grid_place(*grid)[:2], 0)}
+    whole = {"key": block_k, "whole": lambda *grid: (*grid_place(*grid)[:2], 0)}
     kernel = functools.partial(
         _kernel,
         problem=problem,
-        strip=math.gcd(block_k, strip),
+        strip=math.gcd(block_k, sizes.strip),
         key_length=keys if keys % block_k else None,
         counts=(len(mask), len(score), len(offsets)),
         resident=resident,
@@ -125,13 +119,13 @@ def backward(
         kernel,
         grid=(batch, kv_heads, group, k_blocks) if resident else (batch, kv_heads, k_blocks, group),
         in_specs=[
-            spec((1, 1, 1, 1, rows.shape[-1]), row_place, memory_space=pltpu.SMEM),
+            spec((1, 1, 1, rows.shape[-1]), row_place, memory_space=pltpu.SMEM),
             whole_head(q_blocks, block_q, size),
             key_block(size),
             key_block(value_size),
             whole_head(q_blocks, block_q, value_size),
             whole_head(q_blocks, 2, block_q),
-            *[side.spec(None, grid_place, sizes) for side in (*mask, *score)],
+            *[side.spec(None, grid_place, whole) for side in (*mask, *score)],
             *[pl.BlockSpec(memory_space=pltpu.SMEM) for _ in offsets],
             *([] if resident else [pl.BlockSpec(memory_space=pl.ANY)]),
         ],
@@ -144,7 +138,7 @@ def backward(
         ],
         input_output_aliases={} if resident else {len(inputs): 0},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=sizes.vmem_bytes
         ),
         name="attention_backward",
         interpret=interpret,

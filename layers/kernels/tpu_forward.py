@@ -20,9 +20,9 @@ from jaxtyping import Array, Float
 from .problem import Operands, Problem
 from .tpu_parts import (
     LOG2_E,
-    VMEM_LIMIT_BYTES,
     Pairs,
     Row,
+    Sizes,
     Stream,
     Strip,
     dot,
@@ -30,47 +30,46 @@ from .tpu_parts import (
     offset_input,
     padded,
     schedule,
+    schedule_place,
     side_inputs,
 )
 
 LOWEST = -1e30
 """Where the running maximum starts: finite, so that a hidden logit, -inf, stays that when it is subtracted."""
-RESIDENT_BYTES = 16 * 2**20
-"""Keys and values of one head up to this size are held in VMEM."""
+RESIDENT_SHARE = 0.16
+"""Keys and values of one head up to this share of VMEM stay there."""
 
 
 def forward(
-    problem: Problem, operands: Operands, *, block_q: int, block_k: int, strip: int, interpret: Any
+    problem: Problem, operands: Operands, sizes: Sizes, interpret: Any
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
-    """Attention and the logarithm of the sum of exponentials of each row, -inf where a query sees no key.
-
-    `strip` is how many keys of a block are worked on at a time.
-    """
+    """Attention and the logarithm of the sum of exponentials of each row, -inf where a query sees no key."""
+    block_q, block_k = sizes.block_q, sizes.block_k
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (operands.q, operands.k, operands.v))
     (batch, heads, queries, size), (_, kv_heads, keys, value_size) = q.shape, v.shape
     group = heads // kv_heads
-    rows = schedule(problem.blocks(operands, block_q, block_k))
+    blocks = problem.blocks(operands, block_q, block_k)
+    rows = schedule(blocks)
     q, k, v = padded(q, 2, block_q), padded(k, 2, block_k), padded(v, 2, block_k)
     count, columns = q.shape[2] // block_q, k.shape[2] // block_k
-    resident = k.shape[2] * (_lanes(size) + _lanes(value_size)) * k.dtype.itemsize <= RESIDENT_BYTES
+    head_bytes = k.shape[2] * (_lanes(size) + _lanes(value_size)) * k.dtype.itemsize
+    resident = head_bytes <= RESIDENT_SHARE * sizes.vmem_bytes
     mask = side_inputs(problem.mask, problem.sides(operands), block_q, block_k)
     score = side_inputs(problem.score, operands.score_sides, block_q, block_k)
     offsets = offset_input(problem, operands)
 
     def row_spec(which: Any) -> pl.BlockSpec:
-        of_batch, of_head = (n > 1 for n in rows.shape[:2])
-
         def place(b: Any, n: Any, i: Any) -> Any:
-            return b if of_batch else 0, lax.div(n, group) if of_head else 0, which(i), 0, 0
+            return schedule_place(blocks, b, lax.div(n, group)), which(i), 0, 0
 
-        return pl.BlockSpec((1, 1, 1, 1, rows.shape[-1]), place, memory_space=pltpu.SMEM)
+        return pl.BlockSpec((1, 1, 1, rows.shape[-1]), place, memory_space=pltpu.SMEM)
 
     def whole_head(width: int) -> pl.BlockSpec:
         if not resident:
             return pl.BlockSpec(memory_space=pl.ANY)
         return pl.BlockSpec((1, 1, columns, block_k, width), lambda b, n, i: (b, lax.div(n, group), 0, 0, 0))
 
-    sizes = {"query": block_q, "whole": lambda b, n, i: (b, n, 0)}
+    whole = {"query": block_q, "whole": lambda b, n, i: (b, n, 0)}
     streams = [
         pltpu.VMEM((2, block_k, size), k.dtype),
         pltpu.VMEM((2, block_k, value_size), v.dtype),
@@ -81,7 +80,7 @@ def forward(
     kernel = functools.partial(
         _kernel,
         problem=problem,
-        strip=math.gcd(block_k, strip),
+        strip=math.gcd(block_k, sizes.strip),
         key_length=keys if keys % block_k else None,
         group=group,
         counts=(len(mask), len(score), len(offsets)),
@@ -96,7 +95,7 @@ def forward(
             pl.BlockSpec((1, 1, block_q, size), lambda b, n, i: (b, n, i, 0)),
             whole_head(size),
             whole_head(value_size),
-            *[side.spec(lambda b, n, i: (b, n, i), None, sizes) for side in (*mask, *score)],
+            *[side.spec(lambda b, n, i: (b, n, i), None, whole) for side in (*mask, *score)],
             *[pl.BlockSpec(memory_space=pltpu.SMEM) for _ in offsets],
         ],
         out_specs=[
@@ -114,7 +113,7 @@ def forward(
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel" if resident else "arbitrary"),
-            vmem_limit_bytes=VMEM_LIMIT_BYTES,
+            vmem_limit_bytes=sizes.vmem_bytes,
         ),
         name="attention_forward",
         interpret=interpret,

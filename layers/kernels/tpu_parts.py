@@ -25,7 +25,16 @@ from .pairs import PairFunction, Value
 from .problem import Operands, Problem
 
 LOG2_E = math.log2(math.e)
-VMEM_LIMIT_BYTES = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Queries and keys of a block, the keys of it that are worked on at a time, and the VMEM there is, in bytes."""
+
+    block_q: int
+    block_k: int
+    strip: int
+    vmem_bytes: int = 100 * 2**20
 
 
 def dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
@@ -52,12 +61,19 @@ def in_blocks(x: Array, size: int) -> Array:
 
 
 def schedule(blocks: Blocks) -> Array:
-    """(B or 1, K or 1, rows, 1, 3 + words): of each row its first block, one past its last, how many, their kinds."""
+    """(B or 1 x K or 1, rows, 1, 3 + words): of each row its first block, one past its last, how many, their kinds."""
     words = jnp.asarray(blocks.words)
     pairs = jnp.bitwise_or(words, lax.shift_right_logical(words, 1)) & 0x55555555  # kinds 1 and 2 alike
     count = jnp.sum(lax.population_count(pairs), axis=-1, dtype=jnp.int32)
     head = jnp.stack([jnp.asarray(blocks.low), jnp.asarray(blocks.high), count], axis=-1)
-    return jnp.concatenate([head, words], axis=-1)[:, :, :, None]
+    rows = jnp.concatenate([head, words], axis=-1)
+    return rows.reshape(-1, rows.shape[2], 1, rows.shape[3])
+
+
+def schedule_place(blocks: Blocks, batch: Any, kv_head: Any) -> Any:
+    """Which of the leading dimension of a schedule a program reads."""
+    of_batch, of_head = blocks.low.shape[:2]
+    return (batch if of_batch > 1 else 0) * of_head + (kv_head if of_head > 1 else 0)
 
 
 class Row:
@@ -65,11 +81,11 @@ class Row:
 
     def __init__(self, ref: Any):
         self.ref = ref
-        self.low, self.high, self.count = (ref[0, 0, 0, 0, n] for n in range(3))
+        self.low, self.high, self.count = (ref[0, 0, 0, n] for n in range(3))
 
     def kind(self, block: Any) -> Any:
         """EMPTY, PARTIAL or FULL."""
-        word = self.ref[0, 0, 0, 0, 3 + lax.div(block, PACKED)]
+        word = self.ref[0, 0, 0, 3 + lax.div(block, PACKED)]
         return lax.shift_right_logical(word, 2 * lax.rem(block, PACKED)) & 3
 
     def is_full(self, block: Any) -> Any:

@@ -241,8 +241,8 @@ def tpu_blocks(block_q: int, block_k: int, strip: int, in_vmem: bool) -> Iterato
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tpu, "sizes", lambda operands: tpu.Sizes(block_q, block_k, strip))
         if not in_vmem:
-            patch.setattr(tpu_forward, "RESIDENT_BYTES", 0)
-            patch.setattr(tpu_backward, "RESIDENT_BYTES", 0)
+            patch.setattr(tpu_forward, "RESIDENT_SHARE", 0.0)
+            patch.setattr(tpu_backward, "RESIDENT_SHARE", 0.0)
         yield
 
 

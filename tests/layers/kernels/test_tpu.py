@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 attend_module = sys.modules["flaxzoo.layers.kernels.attend"]
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is for Linux on x86-64 alone")
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def test_kernels_have_no_races(monkeypatch: pytest.MonkeyPatch, streamed: bool, 
     """Pallas's interpreter carries copies out as a TPU would, and notices what is read before it is there."""
     monkeypatch.setattr(tpu, "sizes", lambda operands: tpu.Sizes(128, 128, 64))
     if streamed:
-        monkeypatch.setattr(tpu_forward, "RESIDENT_BYTES", 0)
-        monkeypatch.setattr(tpu_backward, "RESIDENT_BYTES", 0)
+        monkeypatch.setattr(tpu_forward, "RESIDENT_SHARE", 0.0)
+        monkeypatch.setattr(tpu_backward, "RESIDENT_SHARE", 0.0)
     q, k, v, g = (jax.random.normal(jax.random.key(i), (1, 400, n, 128)) for i, n in enumerate((2, 1, 1, 2)))
     wanted, back = jax.vjp(lambda q, k, v: attend(q, k, v, mask=mask, implementation="portable"), q, k, v)
 
