@@ -11,7 +11,7 @@ VENV = PYTHON='$(PYTHON)' GOAL='$(GOAL)' .ci/venv
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test test-slow test-oldest check format bench-train docs constraints clean
+.PHONY: help train test test-slow test-oldest check format bench-train docs docs-attention constraints clean
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,9 @@ docs: .venv/.train ## train anew, and put the picture and the report into docs/
 	.venv/bin/zoo train shakespeare --fresh
 	cp runs/shakespeare/loss.png docs/shakespeare.png
 	sed 's/(loss.png)/(shakespeare.png)/' runs/shakespeare/report.md > docs/shakespeare.md
+
+docs-attention: .venv/.train ## draw the masks of docs/attention.md anew
+	.venv/bin/python docs/attention_pictures.py
 
 constraints: ## write constraints.txt anew, from the newest versions
 	rm -rf .venv-constraints

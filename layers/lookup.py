@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -12,7 +13,7 @@ from jaxtyping import Array, Int, Shaped
 
 
 def lookup(
-    table: Shaped[Array, "..."], *indices: Int[Array, "..."], axes: str, name: str, size: int = 1
+    table: Shaped[Array, "..."] | np.ndarray, *indices: Int[Array, "..."], axes: str, name: str, size: int = 1
 ) -> Shaped[Array, "..."]:
     """`table[indices]`, where `axes` ("B T") says which index each dimension takes: B, N, T or S, or 1 for none.
 
@@ -26,7 +27,7 @@ def lookup(
 
 
 def _gather(table: Any, *indices: Any, **_: Any) -> Array:
-    return table[indices] if indices else table
+    return jnp.asarray(table)[indices] if indices else jnp.asarray(table)
 
 
 lookup_p = Primitive("lookup")

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from .lookup import lookup
@@ -34,6 +35,33 @@ class Mask(abc.ABC):
     def causal(self) -> bool:
         """Whether it is known that no query sees a later key; only what this is sure of is used."""
         return False
+
+    def plot(
+        self,
+        queries: int,
+        keys: int | None = None,
+        *,
+        block: int = 128,
+        title: str | None = None,
+        batch: int = 1,
+        heads: int = 1,
+        head: int = 0,
+    ) -> Any:
+        """A matplotlib figure of what is visible: blocks by color, pairs as dots where there are not too many.
+
+        Args:
+            queries: T.
+            keys: S; as many as queries if not given.
+            block: queries and keys of a block.
+            title: above the picture; the mask itself if not given.
+            batch: sequences that the mask's arrays are of; the first is drawn.
+            heads: query heads that they are of.
+            head: the one that is drawn.
+        """
+        from .kernels.plot import plot  # which needs the `viz` extra
+
+        title = str(self) if title is None else title
+        return plot(self, queries, keys or queries, block, title=title, batch=batch, heads=heads, head=head)
 
     def __and__(self, other: "Mask") -> "Mask":
         return Both(self, other)
@@ -299,7 +327,13 @@ def _per_sequence(number: Any, batch: Index, name: str) -> Any:
 
 
 def _table(
-    table: Bool[Array, "B N T S"], batch: Index, head: Index, query: Index, key: Index, name: str, size: int
+    table: Bool[Array, "B N T S"] | np.ndarray,
+    batch: Index,
+    head: Index,
+    query: Index,
+    key: Index,
+    name: str,
+    size: int,
 ) -> Bool[Array, "..."]:
     """The entry of a table whose first dimensions may be 1."""
     letters = ("B" if table.shape[0] > 1 else "1", "N" if table.shape[1] > 1 else "1")
