@@ -45,8 +45,10 @@ def _choose(functions: Sequence[tuple[str, Any]], platform: str) -> Callable[...
     return given.get(platform, given["default"])
 
 
-def _eagerly(*leaves: Array, **params: Any) -> list[Array]:
-    return jax.jit(lambda *leaves: platform_p.bind(*leaves, **params))(*leaves)
+def _eagerly(*leaves: Array, functions: Any, results: Any) -> list[Array]:
+    if jax.config.jax_disable_jit:
+        return _choose(functions, jax.default_backend())(*leaves)
+    return jax.jit(lambda *leaves: platform_p.bind(*leaves, functions=functions, results=results))(*leaves)
 
 
 def _batch(values: Sequence[Any], dims: Sequence[Any], functions: Any, results: Any) -> tuple[list[Array], list[int]]:
