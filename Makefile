@@ -11,7 +11,7 @@ VENV = PYTHON='$(PYTHON)' GOAL='$(GOAL)' .ci/venv
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test test-slow test-oldest check format bench-train docs docs-attention constraints clean
+.PHONY: help train test test-slow test-oldest check format bench-train bench-attention docs docs-attention constraints clean
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ format: .venv/.test ## format the code and apply the linter's safe fixes
 
 bench-train: .venv/.train ## measure training speed
 	.venv/bin/python benchmarks/train.py $(ARGS)
+
+bench-attention: .venv/.test ## measure attention: TPU by the compiler's schedule, masks, this CPU
+	.venv/bin/python benchmarks/attention.py $(ARGS)
 
 docs: .venv/.train ## train anew, and put the picture and the report into docs/
 	.venv/bin/zoo train shakespeare --fresh
