@@ -14,7 +14,7 @@ VENV = PYTHON='$(PYTHON)' GOAL='$(GOAL)' .ci/venv
 .PHONY: help train test test-slow test-oldest check format bench-train bench-attention docs docs-attention constraints clean
 
 help: ## print this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 
 train: .venv/.train ## train a language model on Shakespeare
 	.venv/bin/zoo train shakespeare $(ARGS)

@@ -149,7 +149,7 @@ def main() -> None:
         print(stop, file=sys.stderr)
         sys.exit(143 if stop.signal_name == "SIGTERM" else 130)
     except KeyboardInterrupt:
-        print("interrupted before there was anything new to save", file=sys.stderr)
+        print("interrupted; what was saved stays", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)

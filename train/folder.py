@@ -68,6 +68,7 @@ class Folder:
             ours = set() if step_folders.steps(self.checkpoints) else {_aside(self.config), self.checkpoints}
             if set(self.path.iterdir()) - ours:
                 raise ValueError(f"{self.path} holds other files than a run's; choose another --name")
+        self.path.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as opened:
             checkpoints = opened.enter_context(Checkpoints(self.checkpoints, keep_last=run.keep_last))
             if checkpoints.steps():

@@ -153,8 +153,6 @@ class Job:
     board: Board
     last: dict[str, float] = field(default_factory=dict)
     saved: int = 0
-    first: int = 0
-    """The first step of this session."""
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=20))
     """Seconds of the latest steps."""
     opened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -214,7 +212,6 @@ class Job:
     def go(self) -> Result:
         """Trains to the last step, evaluates, and writes the report."""
         start = int(self.state["step"])
-        self.first = start + 1
         if start == self.run.steps:
             self.board.say(f"all {start} steps are done already; --fresh starts anew")
         else:
@@ -265,6 +262,8 @@ class Job:
         """Waits for a step's metrics, writes and shows them."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - began
+        if "seconds" in self.last:  # the first step took as long as its compilation
+            self.recent.append(seconds)
         self.last = values | {"seconds": seconds}
         self.recorder.write(step, **self.last)
         if values["bad_steps"] >= self.run.max_bad_steps:
@@ -273,10 +272,7 @@ class Job:
                 f"{values['loss']}, gradient norm {values['gradient_norm']}); none of them changed the model; "
                 + self._calmer()
             )
-        if len(self.recent) == 1 and step == self.first + 1:
-            self.recent.clear()  # the first step took as long as its compilation
-        self.recent.append(seconds)
-        pace = statistics.median(self.recent)
+        pace = statistics.median(self.recent or [seconds])
         speed = self.run.batch * self.run.length / pace
         facts = {"loss": f"{values['loss']:.3f}", "tokens/s": amount(speed)}
         device = self.mesh.devices.flat[0]

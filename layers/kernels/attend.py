@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import math
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -83,8 +83,8 @@ def attend(
     traced_score = None if score is None else pairs.trace(score, score=True)
     split = _Split(q, k, v)
     mask_sides = split.sides(traced_mask, sizes)
-    known = isinstance(offset, int) and not split.cuts(mask_sides)
-    known = known and not any(isinstance(side, Tracer) for side in mask_sides)
+    traced_sides = any(isinstance(side, Tracer) for side in mask_sides)
+    known = isinstance(offset, int) and not traced_sides and not split.cuts(mask_sides)
     rows = split.place(dropout.rows(jnp.asarray(dropout_seed), batch, heads)) if dropout_rate else None
     problem = Problem(
         mask=traced_mask,
@@ -141,21 +141,18 @@ def _check(q: Array, k: Array, v: Array, sinks: Any, dropout_rate: float, dropou
 
 def _choose(implementation: Implementation | None, problem: Problem, operands: Operands) -> dict[str, Any]:
     """The modules that do this, by the platform that is lowered for."""
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise unknown("attention implementation", implementation, IMPLEMENTATIONS)
+    names = get_args(Implementation)
+    if implementation is not None and implementation not in names:
+        raise unknown("attention implementation", implementation, names)
+    if implementation == "portable":
+        return {"default": portable}
     refused = tpu.refusal(problem, operands)
-    if implementation == "tpu":
-        if refused:
-            raise NotImplementedError(f"attention by implementation='tpu': {refused}; 'portable' can do it")
-        return {"tpu": tpu, "default": tpu_interpreted}
-    if implementation is None and not refused:
-        return {"tpu": tpu, "default": portable}
-    if refused:
-        _log.debug("on TPU, attention is left to 'portable': %s", refused)
+    if not refused:
+        return {"tpu": tpu, "default": portable if implementation is None else tpu_interpreted}
+    if implementation is not None:
+        raise NotImplementedError(f"attention by implementation='tpu': {refused}; 'portable' can do it")
+    _log.debug("on TPU, attention is left to 'portable': %s", refused)
     return {"default": portable}
-
-
-IMPLEMENTATIONS = ("reference", "portable", "tpu")
 
 
 def _attention(implementation: Implementation | None, problem: Problem, operands: Operands) -> tuple[Array, Array]:

@@ -38,6 +38,11 @@ class Blocks:
         """EMPTY, PARTIAL or FULL, for the one sequence and head that is left ("rows words")."""
         return self.words[row, column // PACKED] >> 2 * (column % PACKED) & 3
 
+    def kinds(self, columns: int) -> Any:
+        """The kinds of all blocks, "B N rows columns"."""
+        place = np.arange(columns)
+        return self.words[..., place // PACKED] >> 2 * (place % PACKED) & 3
+
     @property
     def nbytes(self) -> int:
         """Bytes of it all."""
@@ -56,11 +61,11 @@ def classify(
 ) -> Blocks:
     """The kinds of all blocks of `block_q` queries and `block_k` keys, for each sequence and key/value head.
 
-    With numbers that are known (no tracers among `sides` and offsets) the result is numpy arrays, known now. A block is
-    EMPTY or FULL only if it is; where the mask depends on pairs in a way that intervals say nothing about, every pair
-    of the blocks in doubt is looked at. With `transposed`, rows are blocks of keys.
+    With numbers that are known (no tracers among `sides` and the offset) the result is numpy arrays, known now. A block
+    is EMPTY or FULL only if it is; where the mask depends on pairs in a way that intervals say nothing about, every
+    pair of the blocks in doubt is looked at. With `transposed`, rows are blocks of keys.
     """
-    traced = any(isinstance(x, Tracer) for x in (*sides, sizes.query_offset, sizes.key_offset))
+    traced = any(isinstance(x, Tracer) for x in (*sides, sizes.query_offset))
     xp: Any = jnp if traced else np
     known = dict(zip(mask.sides, sides if traced else map(np.asarray, sides), strict=True))
     rows, columns = -(-sizes.queries // block_q), -(-sizes.keys // block_k)
@@ -75,7 +80,7 @@ def classify(
         if value.leaf == "query":
             low, high = span(sizes.queries, block_q, sizes.query_offset)
         elif value.leaf == "key":
-            low, high = span(sizes.keys, block_k, sizes.key_offset)
+            low, high = span(sizes.keys, block_k, 0)
         elif value.shape:
             return Interval(known[value], known[value])
         elif value.side == "neither":
@@ -172,6 +177,21 @@ def _looked_at(
     found = jax.lax.map(one, jnp.arange(rows * columns, dtype=jnp.int32))
     must, may = (jnp.moveaxis(x, 0, -1).reshape(*x.shape[1:], rows, columns) for x in found)
     return must, may
+
+
+def padded(x: Any, dim: int, block: int, value: Any = 0) -> Array:
+    """An array lengthened to whole blocks along a dimension."""
+    missing = -x.shape[dim] % block
+    if not missing:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[dim] = (0, missing)
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def block_size(length: int, most: int, multiple: int) -> int:
+    """The size of the blocks of so many queries or keys: no larger than they are, but for a multiple."""
+    return min(most, -(-length // multiple) * multiple)
 
 
 def _packed(xp: Any, kinds: Any) -> Blocks:

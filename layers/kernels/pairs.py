@@ -20,7 +20,6 @@ from jaxtyping import Array, Int
 
 Side = Literal["neither", "query", "key"]
 LEAVES = ("score", "batch", "head", "query", "key")
-LETTERS = {"B": "batch", "N": "head", "T": "query", "S": "key"}
 
 _CHEAP = "add sub mul neg abs max min and or xor not eq ne lt le gt ge select_n convert_element_type sign"
 CHEAP = frozenset(_CHEAP.split())
@@ -34,7 +33,7 @@ nextafter population_count
 ELEMENTWISE = CHEAP | frozenset(_ELEMENTWISE.split())
 
 TRANSPARENT = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat", "checkpoint", "core_call")
-
+"""They call a function, which is taken apart in their place."""
 
 PLACEMENT = ("reshard", "sharding_constraint", "mesh_cast")
 """They say where an array is, and change nothing of it."""
@@ -82,15 +81,14 @@ class Operation:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many sequences, query heads, queries and keys there are, and the position of the first query and key."""
+    """How many sequences, query heads, queries and keys there are, and the position of the first query."""
 
     batch: int
     heads: int
     queries: int
     keys: int
     query_offset: Any = 0
-    """An int, or an Int "" or "B" array; so is the other."""
-    key_offset: Any = 0
+    """An int, or an Int "" or "B" array."""
 
 
 @dataclass(eq=False)
@@ -129,7 +127,17 @@ class PairFunction:
 
     def evaluate(self, read: Callable[[Value], Array]) -> list[Array]:
         """The outputs on arrays of pairs: `read` gives leaves and sides as arrays that broadcast against each other."""
-        return evaluate(self.outputs, self.body, read)
+        known: dict[Value, Array] = {}
+
+        def get(value: Value) -> Array:
+            if value in known:
+                return known[value]
+            return jnp.asarray(value.constant, value.dtype) if is_literal(value) else read(value)
+
+        for operation in self.body:
+            found = apply(operation, [get(value) for value in operation.inputs])
+            known |= dict(zip(operation.outputs, found, strict=True))
+        return [get(output) for output in self.outputs]
 
     @property
     def arrays(self) -> list[Any]:
@@ -244,21 +252,6 @@ def _cheap(value: Value) -> bool:
     return operation is not None and operation.name in CHEAP and all(map(_cheap, operation.inputs))
 
 
-def evaluate(outputs: Sequence[Value], body: Sequence[Operation], read: Callable[[Value], Array]) -> list[Array]:
-    """Applies the operations to arrays. Each array stands for many scalars: its leading dimensions broadcast."""
-    known: dict[Value, Array] = {}
-
-    def get(value: Value) -> Array:
-        if value in known:
-            return known[value]
-        return jnp.asarray(value.constant, value.dtype) if is_literal(value) else read(value)
-
-    for operation in body:
-        inputs = [get(value) for value in operation.inputs]
-        known |= dict(zip(operation.outputs, apply(operation, inputs), strict=True))
-    return [get(output) for output in outputs]
-
-
 def apply(operation: Operation, inputs: Sequence[Array]) -> list[Array]:
     """One operation on arrays whose leading dimensions broadcast."""
     if operation.name == "lookup":
@@ -333,7 +326,7 @@ def positions(sizes: Sizes) -> dict[str, Int[Array, "..."]]:
         "batch": jnp.arange(sizes.batch, dtype=jnp.int32)[:, None, None],
         "head": jnp.arange(sizes.heads, dtype=jnp.int32)[None, :, None],
         "query": along(sizes.queries, sizes.query_offset),
-        "key": along(sizes.keys, sizes.key_offset),
+        "key": along(sizes.keys, 0),
     }
 
 

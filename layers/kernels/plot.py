@@ -20,8 +20,7 @@ def kinds_of(mask: Mask, queries: int, keys: int, block: int, *, batch: int = 1,
     """The kind of every block: (batch or 1, heads or 1, rows, columns) of EMPTY, PARTIAL or FULL."""
     function, sizes = trace(mask.visible), Sizes(batch, heads, queries, keys)
     found = classify(function, function.side_values(sizes), sizes, block, block, kv_heads=heads)
-    columns = np.arange(-(-keys // block))
-    return np.asarray(found.words)[..., columns // 16] >> 2 * (columns % 16) & 3
+    return np.asarray(found.kinds(-(-keys // block)))
 
 
 def plot(mask: Mask, queries: int, keys: int, block: int, *, title: str, batch: int, heads: int, head: int) -> "Figure":

@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from .blocks import EMPTY, FULL, PARTIAL, Blocks
+from .blocks import EMPTY, FULL, PARTIAL, Blocks, block_size, padded
 from .pairs import Value
 from .problem import Gradients, Operands, Problem, differentiable, tangents_of
 
@@ -91,7 +91,7 @@ class _Work:
         self.problem = problem
         (self.batch, queries, heads, _), (self.keys, self.kv_heads) = operands.q.shape, operands.k.shape[1:3]
         self.group = heads // self.kv_heads
-        self.block_q, self.block_k = min(BLOCK, _round_up(queries, 8)), min(BLOCK, _round_up(self.keys, 8))
+        self.block_q, self.block_k = (block_size(length, BLOCK, 8) for length in (queries, self.keys))
         self.row_count, self.column_count = -(-queries // self.block_q), -(-self.keys // self.block_k)
         single = self.row_count * self.column_count == 1
         self.blocks = None if single else problem.blocks(operands, self.block_q, self.block_k)
@@ -106,11 +106,11 @@ class _Work:
         offset = operands.query_offset if problem.query_offset is None else jnp.int32(problem.query_offset)
         assert offset is not None
         rows = operands.dropout_rows
-        grouped = self.padded(jnp.swapaxes(operands.q, 1, 2), -2, self.block_q)
+        grouped = padded(jnp.swapaxes(operands.q, 1, 2), -2, self.block_q)
         return Part(
             q=grouped.reshape(self.batch, self.kv_heads, self.group, *grouped.shape[2:]),
-            k=self.padded(jnp.swapaxes(operands.k, 1, 2), -2, self.block_k),
-            v=self.padded(jnp.swapaxes(operands.v, 1, 2), -2, self.block_k),
+            k=padded(jnp.swapaxes(operands.k, 1, 2), -2, self.block_k),
+            v=padded(jnp.swapaxes(operands.v, 1, 2), -2, self.block_k),
             mask_sides=self.sides_of(problem.mask.sides, problem.sides(operands)),
             score_sides=[] if problem.score is None else self.sides_of(problem.score.sides, operands.score_sides),
             dropout_rows=None if rows is None else self.headed(rows),
@@ -121,31 +121,22 @@ class _Work:
     def sides_of(self, values: Any, sides: list[Any]) -> list[Array]:
         """Sides as (B or 1, K or 1, G or 1, padded length, ...)."""
         blocks = {"query": self.block_q, "key": self.block_k, "neither": 1}
-        padded = (
-            self.padded(jnp.asarray(side), 2, blocks[value.side]) for value, side in zip(values, sides, strict=True)
-        )
-        return [self.headed(side) for side in padded]
+        return [
+            self.headed(padded(jnp.asarray(side), 2, blocks[value.side]))
+            for value, side in zip(values, sides, strict=True)
+        ]
 
     def headed(self, array: Array) -> Array:
         """(B, N or 1, ...) as (B, K or 1, G or 1, ...)."""
         heads = (1, 1) if array.shape[1] == 1 else (self.kv_heads, self.group)
         return array.reshape(array.shape[0], *heads, *array.shape[2:])
 
-    def padded(self, array: Array, axis: int, block: int, value: Any = 0) -> Array:
-        """Lengthened to whole blocks."""
-        missing = -array.shape[axis] % block
-        if not missing:
-            return array
-        widths = [(0, 0)] * array.ndim
-        widths[axis] = (0, missing)
-        return jnp.pad(array, widths, constant_values=value)
-
     def row_arrays(self, wide: Array, *narrow: Array) -> tuple[Array, ...]:
         """Arrays of queries, B T N V and B N T, as (B K G T ...); a row that sees nothing or is padding has lse inf."""
-        wide = self.headed(self.padded(jnp.swapaxes(wide, 1, 2), 2, self.block_q))
+        wide = self.headed(padded(jnp.swapaxes(wide, 1, 2), 2, self.block_q))
         lse, *rest = narrow
-        lse = self.padded(jnp.where(lse == -jnp.inf, jnp.inf, lse), 2, self.block_q, jnp.inf)
-        return wide, *(self.headed(x) for x in (lse, *(self.padded(x, 2, self.block_q) for x in rest)))
+        lse = padded(jnp.where(lse == -jnp.inf, jnp.inf, lse), 2, self.block_q, jnp.inf)
+        return wide, *(self.headed(x) for x in (lse, *(padded(x, 2, self.block_q) for x in rest)))
 
     def each(self, function: Callable[[Any], Any], parts: Any) -> Any:
         """Applies a function to every part; results have leading dimensions (B, K)."""
@@ -193,6 +184,14 @@ class _Work:
             return array
         return jax.lax.dynamic_slice_in_dim(array, index * block, block, axis)
 
+    def queries(self, part: Part, row: Any) -> Array:
+        """The positions of a block of queries, (block_q 1)."""
+        return (part.query_offset + row * self.block_q + jnp.arange(self.block_q, dtype=jnp.int32))[:, None]
+
+    def key_indices(self, column: Any) -> Array:
+        """The indices of a block of keys, (block_k)."""
+        return column * self.block_k + jnp.arange(self.block_k, dtype=jnp.int32)
+
     def read(self, part: Part, row: Any, column: Any, score: Array | None, sides: Any) -> Callable[[Value], Array]:
         """Leaves and sides of a block as arrays that broadcast to (G, block_q, block_k)."""
 
@@ -202,9 +201,9 @@ class _Work:
                     assert score is not None
                     return score
                 case "query":
-                    return (part.query_offset + row * self.block_q + jnp.arange(self.block_q, dtype=jnp.int32))[:, None]
+                    return self.queries(part, row)
                 case "key":
-                    return column * self.block_k + jnp.arange(self.block_k, dtype=jnp.int32)
+                    return self.key_indices(column)
             side = sides[value]
             if value.shape:
                 return side
@@ -219,7 +218,7 @@ class _Work:
         sides = dict(zip(self.problem.mask.sides, part.mask_sides, strict=True))
         (seen,) = self.problem.mask.evaluate(self.read(part, row, column, None, sides))
         if self.keys % self.block_k:
-            seen = seen & (column * self.block_k + jnp.arange(self.block_k) < self.keys)
+            seen = seen & (self.key_indices(column) < self.keys)
         return seen
 
     def scored(self, part: Part, row: Any, column: Any, score: Array, sides: list[Array]) -> Array:
@@ -234,9 +233,8 @@ class _Work:
         """The weights of a block after dropout."""
         if part.dropout_rows is None:
             return weights
-        read = self.read(part, row, column, None, {})
-        query, key = (read(Value(np.int32, (), frozenset([leaf]), leaf=leaf)) for leaf in ("query", "key"))
-        return weights * self.problem.kept(part.dropout_rows[..., None], query, key)
+        kept = self.problem.kept(part.dropout_rows[..., None], self.queries(part, row), self.key_indices(column))
+        return weights * kept
 
     def logits(self, part: Part, row: Any, column: Any, masked: bool) -> Array:
         """The scores of a block, -inf where a pair does not see each other."""
@@ -394,17 +392,9 @@ def _kinds(blocks: Blocks) -> list[int]:
     """The kinds of blocks there may be between the first and the last of a row."""
     if isinstance(blocks.low, Tracer):
         return [EMPTY, PARTIAL, FULL]
-    columns = np.arange(int(blocks.high.max(initial=0)))
-    found = np.concatenate([np.asarray(_all_kinds(blocks, columns)[np.asarray(_within(blocks, columns))]), []])
-    return sorted({int(kind) for kind in found}) or [EMPTY]
-
-
-def _all_kinds(blocks: Blocks, columns: np.ndarray) -> Any:
-    return blocks.words[..., columns // 16] >> 2 * (columns % 16) & 3
-
-
-def _within(blocks: Blocks, columns: np.ndarray) -> Any:
-    return (columns >= blocks.low[..., None]) & (columns < blocks.high[..., None])
+    place = np.arange(int(np.max(blocks.high, initial=0)))
+    within = (place >= blocks.low[..., None]) & (place < blocks.high[..., None])
+    return sorted(set(blocks.kinds(len(place))[within].tolist())) or [EMPTY]
 
 
 def _joined(x: Array) -> Array:
@@ -431,7 +421,3 @@ def _reduced(x: Array, side: Array) -> Array:
     if side.shape[0] == 1 and x.shape[0] > 1:
         x = jnp.sum(x, axis=0, keepdims=True)
     return x[:, :, : side.shape[2]]
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

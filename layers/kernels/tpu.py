@@ -8,19 +8,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from . import tpu_backward, tpu_forward
+from .blocks import block_size
 from .problem import Gradients, Operands, Problem, differentiable
-from .tpu_parts import Sizes as Sizes
+from .tpu_parts import BlockSizes as BlockSizes
 
 CHIPS = {
-    "TPU v4": Sizes(512, 512, 128, 14 * 2**20),
-    "TPU v6 lite": Sizes(1024, 1024, 256),
-    "TPU7x": Sizes(1024, 1024, 256),
+    "TPU v4": BlockSizes(512, 512, 128, 14 * 2**20),
+    "TPU v6 lite": BlockSizes(1024, 1024, 256),
+    "TPU7x": BlockSizes(1024, 1024, 256),
 }
 """The best by the schedules of the TPU compiler, by device kind, where they are not `USUAL`.
 
 Blocks of 2048 are up to 9 % faster and take five times as long to compile.
 """
-USUAL = Sizes(1024, 1024, 128)
+USUAL = BlockSizes(1024, 1024, 128)
 
 
 def refusal(problem: Problem, operands: Operands) -> str | None:
@@ -37,16 +38,16 @@ def refusal(problem: Problem, operands: Operands) -> str | None:
     return None
 
 
-def sizes(operands: Operands) -> Sizes:
+def sizes(operands: Operands) -> BlockSizes:
     """The blocks for these shapes, on the chip that is lowered for."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     best = CHIPS.get(device.device_kind if device else jax.devices()[0].device_kind, USUAL)
-    block_q, block_k = (min(best.block_q, _round_up(x.shape[1], 128)) for x in (operands.q, operands.k))
-    return replace(best, block_q=block_q, block_k=block_k)
+    queries, keys = operands.q.shape[1], operands.k.shape[1]
+    return replace(best, block_q=block_size(queries, best.block_q, 128), block_k=block_size(keys, best.block_k, 128))
 
 
 def forward(
-    problem: Problem, operands: Operands, *, interpret: Any = False, chosen: Sizes | None = None
+    problem: Problem, operands: Operands, *, interpret: Any = False, chosen: BlockSizes | None = None
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
     """Attention and the logarithm of the sum of exponentials of each row, -inf where a query sees no key."""
     return tpu_forward.forward(problem, operands, chosen or sizes(operands), interpret)
@@ -60,11 +61,7 @@ def backward(
     out_grad: Array,
     *,
     interpret: Any = False,
-    chosen: Sizes | None = None,
+    chosen: BlockSizes | None = None,
 ) -> Gradients:
     """Gradients; `delta` is the sum over Hv of out * out_grad, less the cotangent of lse (B N T)."""
     return tpu_backward.backward(problem, operands, lse, delta, out_grad, chosen or sizes(operands), interpret)
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -16,19 +16,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from .blocks import padded
 from .problem import Gradients, Operands, Problem
 from .tpu_parts import (
     LOG2_E,
+    BlockSizes,
     Pairs,
     Row,
-    Sizes,
     Stream,
     Strip,
     WriteBack,
     dot,
     in_blocks,
     offset_input,
-    padded,
     schedule,
     schedule_place,
     side_inputs,
@@ -39,7 +39,7 @@ RESIDENT_SHARE = 0.4
 
 
 def backward(
-    problem: Problem, operands: Operands, lse: Array, delta: Array, out_grad: Array, sizes: Sizes, interpret: Any
+    problem: Problem, operands: Operands, lse: Array, delta: Array, out_grad: Array, sizes: BlockSizes, interpret: Any
 ) -> Gradients:
     """Gradients; `delta` is the sum over Hv of out * out_grad, less the cotangent of lse (B N T)."""
     block_q, block_k = sizes.block_q, sizes.block_k

@@ -17,18 +17,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from .blocks import padded
 from .problem import Operands, Problem
 from .tpu_parts import (
     LOG2_E,
+    BlockSizes,
     Pairs,
     Row,
-    Sizes,
     Stream,
     Strip,
     dot,
     in_blocks,
     offset_input,
-    padded,
     schedule,
     schedule_place,
     side_inputs,
@@ -41,7 +41,7 @@ RESIDENT_SHARE = 0.16
 
 
 def forward(
-    problem: Problem, operands: Operands, sizes: Sizes, interpret: Any
+    problem: Problem, operands: Operands, sizes: BlockSizes, interpret: Any
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
     """Attention and the logarithm of the sum of exponentials of each row, -inf where a query sees no key."""
     block_q, block_k = sizes.block_q, sizes.block_k

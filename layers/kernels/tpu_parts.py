@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from .blocks import EMPTY, FULL, PACKED, Blocks
+from .blocks import EMPTY, FULL, PACKED, Blocks, padded
 from .pairs import PairFunction, Value
 from .problem import Operands, Problem
 
@@ -28,7 +28,7 @@ LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
-class Sizes:
+class BlockSizes:
     """Queries and keys of a block, the keys of it that are worked on at a time, and the VMEM there is, in bytes."""
 
     block_q: int
@@ -42,14 +42,6 @@ def dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     dims = (((contract_a,), (contract_b,)), ((), ()))
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def padded(x: Array, dim: int, multiple: int, value: Any = 0) -> Array:
-    """Lengthened to a multiple."""
-    missing = -x.shape[dim] % multiple
-    if not missing:
-        return x
-    return jnp.pad(x, [(0, missing if d == dim else 0) for d in range(x.ndim)], constant_values=value)
 
 
 def in_blocks(x: Array, size: int) -> Array:

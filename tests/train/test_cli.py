@@ -287,8 +287,8 @@ def test_a_tokenizer_of_another_vocabulary(say: Command, trained: Path, text: Pa
 def test_runs_that_is_a_file(say: Command, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     error = error_of(say("train", "shakespeare", "--runs", "file"))
-    assert error.startswith("cannot write checkpoints in file/shakespeare/checkpoints: NotADirectoryError: Not a dir")
-    assert "choose another folder" in error
+    assert error.startswith("cannot write file/shakespeare: NotADirectoryError: Not a directory; ")
+    assert "choose another --runs folder" in error
 
 
 def test_a_traceback_where_it_is_asked_for(zoo: Zoo) -> None:

@@ -86,8 +86,8 @@ def test_compiles_for(chip: str, name: str) -> None:
     assert "attention_forward" in text
     assert "attention_backward" in text
     shape = SHAPES[name]
-    arrays = 4 * shape.length * shape.heads[0] * 256  # float32 arrays of all queries, the widest heads
-    assert program.memory_analysis().temp_size_in_bytes < 8 * arrays + 2**24  # nothing of length x length
+    queries = 4 * shape.length * shape.heads[0] * 256  # in float32 and the widest heads
+    assert program.memory_analysis().temp_size_in_bytes < 3 * queries < 4 * shape.heads[0] * shape.length**2
 
 
 @needs_libtpu
@@ -105,7 +105,7 @@ def test_a_million_tokens_compile_for(chip: str, mask: Mask) -> None:
 @pytest.mark.parametrize("mask", [Causal(), Causal() & (GlobalTokens(5) | Window(20))], ids=["causal", "holes"])
 def test_kernels_have_no_races(monkeypatch: pytest.MonkeyPatch, streamed: bool, mask: Mask) -> None:
     """Pallas's interpreter carries copies out as a TPU would, and notices what is read before it is there."""
-    monkeypatch.setattr(tpu, "sizes", lambda operands: tpu.Sizes(128, 128, 64))
+    monkeypatch.setattr(tpu, "sizes", lambda operands: tpu.BlockSizes(128, 128, 64))
     if streamed:
         monkeypatch.setattr(tpu_forward, "RESIDENT_SHARE", 0.0)
         monkeypatch.setattr(tpu_backward, "RESIDENT_SHARE", 0.0)
@@ -123,8 +123,8 @@ def test_kernels_have_no_races(monkeypatch: pytest.MonkeyPatch, streamed: bool, 
     problem, operands = taken
     interpret = pltpu.InterpretParams(detect_races=True)  # which raises where there is one
     out, lse = jax.jit(lambda operands: tpu.forward(problem, operands, interpret=interpret))(operands)
-    np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-5)
     delta = jnp.einsum("BTNV,BTNV->BNT", out, g)
     grads = jax.jit(lambda *x: tpu.backward(problem, *x, interpret=interpret))(operands, lse, delta, g)
     for found, expected in zip(grads[:3], back(g), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
