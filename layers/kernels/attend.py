@@ -78,13 +78,15 @@ def attend(
     offset = query_offset if isinstance(query_offset, int) else jnp.asarray(query_offset, jnp.int32)
     if not isinstance(offset, int) and offset.shape not in ((), (batch,)):
         raise ValueError(f"query_offset is a number or one for each of B={batch} sequences, got shape {offset.shape}")
-    sizes = pairs.Sizes(batch, heads, queries, keys, offset)
+    fixed = isinstance(offset, int)
+    query_positions = None if fixed else offset.reshape(-1, 1, 1) + jnp.arange(queries, dtype=jnp.int32)
+    sizes = pairs.Sizes(batch, heads, queries, keys, offset if fixed else query_positions)
     traced_mask = pairs.trace(mask.visible)
     traced_score = None if score is None else pairs.trace(score, score=True)
     split = _Split(q, k, v)
     mask_sides = split.sides(traced_mask, sizes)
     traced_sides = any(isinstance(side, Tracer) for side in mask_sides)
-    known = isinstance(offset, int) and not traced_sides and not split.cuts(mask_sides)
+    known = fixed and not traced_sides and not split.cuts(mask_sides)
     rows = split.place(dropout.rows(jnp.asarray(dropout_seed), batch, heads)) if dropout_rate else None
     problem = Problem(
         mask=traced_mask,
@@ -92,9 +94,9 @@ def attend(
         scale=1 / math.sqrt(size) if scale is None else float(scale),
         out_dtype=q.dtype if sinks is None else jnp.float32,
         dropout_rate=dropout_rate,
-        query_offset=offset if isinstance(offset, int) else None,
+        query_offset=offset if fixed else 0,
         mask_sides=[np.asarray(side) for side in mask_sides] if known else None,
-        causal=mask.causal and isinstance(offset, int) and offset <= 0,
+        causal=mask.causal and fixed and offset <= 0,
     )
     operands = Operands(
         q=q,
@@ -103,7 +105,7 @@ def attend(
         mask_sides=[] if known else [split.place(side) for side in mask_sides],
         score_sides=[] if traced_score is None else [split.place(x) for x in split.sides(traced_score, sizes)],
         dropout_rows=rows,
-        query_offset=None if isinstance(offset, int) else split.place(jnp.broadcast_to(offset, (batch,))),
+        query_positions=None if query_positions is None else split.place(query_positions),
     )
     if known and not problem.blocks(operands, portable.BLOCK, portable.BLOCK).high.any():
         raise ValueError(
@@ -230,19 +232,19 @@ class _Split:
         They are computed as on one device: a function that looks arrays up says nothing about meshes. Under a mesh they
         are never known now, for its devices may be there to compile for alone.
         """
-        fixed = isinstance(sizes.query_offset, int)
+        fixed = isinstance(sizes.query, int)
         if jax.sharding.get_abstract_mesh().empty:
             with jax.ensure_compile_time_eval() if function.known and fixed else contextlib.nullcontext():
                 return function.side_values(sizes)
 
-        def compute(arrays: list[Array], offset: list[Array]) -> list[Array]:
-            known = sizes if fixed else dataclasses.replace(sizes, query_offset=offset[0])
+        def compute(arrays: list[Array], places: list[Array]) -> list[Array]:
+            known = sizes if fixed else dataclasses.replace(sizes, query=places[0])
             return function.side_values(known, arrays)
 
         specs = [self.spec(shape) for shape in function.side_shapes(sizes)]
         # Jitted, because numbers made one by one belong to the mesh around, whatever mode that is in here.
         spread: Any = jax.sharding.auto_axes(jax.jit(compute), out_sharding=specs)
-        return spread(function.arrays, [] if fixed else [sizes.query_offset])
+        return spread(function.arrays, [] if fixed else [sizes.query])
 
     def run(self, function: Any, operands: Operands) -> tuple[Array, Array]:
         """Calls a function of operands on each device's own part of them."""

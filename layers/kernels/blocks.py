@@ -61,26 +61,26 @@ def classify(
 ) -> Blocks:
     """The kinds of all blocks of `block_q` queries and `block_k` keys, for each sequence and key/value head.
 
-    With numbers that are known (no tracers among `sides` and the offset) the result is numpy arrays, known now. A block
+    With numbers that are known (no tracers among `sides` and positions) the result is numpy arrays, known now. A block
     is EMPTY or FULL only if it is; where the mask depends on pairs in a way that intervals say nothing about, every
     pair of the blocks in doubt is looked at. With `transposed`, rows are blocks of keys.
     """
-    traced = any(isinstance(x, Tracer) for x in (*sides, sizes.query_offset))
+    traced = any(isinstance(x, Tracer) for x in (*sides, sizes.query, sizes.key))
     xp: Any = jnp if traced else np
     known = dict(zip(mask.sides, sides if traced else map(np.asarray, sides), strict=True))
     rows, columns = -(-sizes.queries // block_q), -(-sizes.keys // block_k)
 
-    def span(count: int, block: int, offset: Any) -> tuple[Any, Any]:
+    def span(count: int, block: int, place: Any) -> tuple[Any, Any]:
+        if not isinstance(place, int):
+            return _extremes(xp, xp.asarray(place), block)
         first = np.arange(0, count, block, dtype=np.int32)
-        offset = xp.asarray(offset, np.int32)
-        offset = offset[:, None, None] if offset.ndim else offset  # (B 1 blocks)
-        return first + offset, np.minimum(first + block, count) - 1 + offset
+        return first + place, np.minimum(first + block, count) - 1 + place
 
     def read(value: Value) -> Bounds:
         if value.leaf == "query":
-            low, high = span(sizes.queries, block_q, sizes.query_offset)
+            low, high = span(sizes.queries, block_q, sizes.query)
         elif value.leaf == "key":
-            low, high = span(sizes.keys, block_k, 0)
+            low, high = span(sizes.keys, block_k, sizes.key)
         elif value.shape:
             return Interval(known[value], known[value])
         elif value.side == "neither":

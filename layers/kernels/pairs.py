@@ -81,14 +81,16 @@ class Operation:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many sequences, query heads, queries and keys there are, and the position of the first query."""
+    """How many sequences, query heads, queries and keys there are, and where they are."""
 
     batch: int
     heads: int
     queries: int
     keys: int
-    query_offset: Any = 0
-    """An int, or an Int "" or "B" array."""
+    query: Any = 0
+    """The position of the first query, an int; or of all, Int "B 1 T" (B may be 1)."""
+    key: Any = 0
+    """The position of the first key, or of all."""
 
 
 @dataclass(eq=False)
@@ -318,15 +320,14 @@ def _side_value(side: Value, sizes: Sizes, constants: dict[Value, Any]) -> Array
 def positions(sizes: Sizes) -> dict[str, Int[Array, "..."]]:
     """Index arrays that broadcast to B N T (or S)."""
 
-    def along(count: int, offset: Any) -> Array:
-        offset = jnp.asarray(offset, jnp.int32)
-        return jnp.arange(count, dtype=jnp.int32)[None, None] + (offset[:, None, None] if offset.ndim else offset)
+    def along(count: int, place: Any) -> Array:
+        return place + jnp.arange(count, dtype=jnp.int32)[None, None] if isinstance(place, int) else place
 
     return {
         "batch": jnp.arange(sizes.batch, dtype=jnp.int32)[:, None, None],
         "head": jnp.arange(sizes.heads, dtype=jnp.int32)[None, :, None],
-        "query": along(sizes.queries, sizes.query_offset),
-        "key": along(sizes.keys, 0),
+        "query": along(sizes.queries, sizes.query),
+        "key": along(sizes.keys, sizes.key),
     }
 
 
@@ -343,16 +344,16 @@ def _in_order(operation: Operation, table: Array, sizes: Sizes) -> Array | None:
         shape[place[leaf]] = size
     table = table.reshape(shape)
     if "query" in leaves:
-        if not isinstance(sizes.query_offset, int):
+        if not isinstance(sizes.query, int):
             return None
-        table = table[:, :, sizes.query_offset : sizes.query_offset + sizes.queries]
+        table = table[:, :, sizes.query : sizes.query + sizes.queries]
     return table
 
 
 def _check_lookup(operation: Operation, sizes: Sizes) -> None:
     """Raises ValueError where an array that is looked up in has another shape than its axes say."""
     table, cell = operation.inputs[0], operation.params["size"]
-    first = sizes.query_offset if isinstance(sizes.query_offset, int) else 0
+    first = sizes.query if isinstance(sizes.query, int) else 0
     wanted = {"B": sizes.batch, "N": sizes.heads, "T": -(-(first + sizes.queries) // cell), "S": -(-sizes.keys // cell)}
     for letter, size in zip(operation.params["axes"].split(), table.shape, strict=True):
         fits = size >= wanted[letter] if letter == "T" else size == wanted.get(letter, size)

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from .blocks import EMPTY, FULL, PARTIAL, Blocks, block_size, padded
-from .pairs import Value
+from .pairs import Value, positions
 from .problem import Gradients, Operands, Problem, differentiable, tangents_of
 
 BLOCK = 512
@@ -37,7 +37,8 @@ class Part:
     """(G or 1, T or S or 1)."""
     score_sides: list[Array]
     dropout_rows: Array | None
-    query_offset: Int[Array, ""]
+    query_positions: Int[Array, " T"]
+    key_positions: Int[Array, " S"]
     blocks: Blocks | None
     """None: there is a single one."""
 
@@ -102,10 +103,8 @@ class _Work:
 
     def parts_of(self, operands: Operands) -> Part:
         """All parts: arrays with leading dimensions (B or 1, K or 1)."""
-        problem = self.problem
-        offset = operands.query_offset if problem.query_offset is None else jnp.int32(problem.query_offset)
-        assert offset is not None
-        rows = operands.dropout_rows
+        problem, rows = self.problem, operands.dropout_rows
+        places = positions(problem.sizes(operands))
         grouped = padded(jnp.swapaxes(operands.q, 1, 2), -2, self.block_q)
         return Part(
             q=grouped.reshape(self.batch, self.kv_heads, self.group, *grouped.shape[2:]),
@@ -114,7 +113,8 @@ class _Work:
             mask_sides=self.sides_of(problem.mask.sides, problem.sides(operands)),
             score_sides=[] if problem.score is None else self.sides_of(problem.score.sides, operands.score_sides),
             dropout_rows=None if rows is None else self.headed(rows),
-            query_offset=jnp.asarray(offset, jnp.int32).reshape(-1, 1),
+            query_positions=padded(places["query"], 2, self.block_q),
+            key_positions=padded(places["key"], 2, self.block_k),
             blocks=jax.tree.map(jnp.asarray, self.blocks),
         )
 
@@ -184,13 +184,13 @@ class _Work:
             return array
         return jax.lax.dynamic_slice_in_dim(array, index * block, block, axis)
 
-    def queries(self, part: Part, row: Any) -> Array:
+    def query_places(self, part: Part, row: Any) -> Array:
         """The positions of a block of queries, (block_q 1)."""
-        return (part.query_offset + row * self.block_q + jnp.arange(self.block_q, dtype=jnp.int32))[:, None]
+        return self.cut(part.query_positions, row, self.block_q, 0)[:, None]
 
-    def key_indices(self, column: Any) -> Array:
-        """The indices of a block of keys, (block_k)."""
-        return column * self.block_k + jnp.arange(self.block_k, dtype=jnp.int32)
+    def key_places(self, part: Part, column: Any) -> Array:
+        """The positions of a block of keys, (block_k)."""
+        return self.cut(part.key_positions, column, self.block_k, 0)
 
     def read(self, part: Part, row: Any, column: Any, score: Array | None, sides: Any) -> Callable[[Value], Array]:
         """Leaves and sides of a block as arrays that broadcast to (G, block_q, block_k)."""
@@ -201,9 +201,9 @@ class _Work:
                     assert score is not None
                     return score
                 case "query":
-                    return self.queries(part, row)
+                    return self.query_places(part, row)
                 case "key":
-                    return self.key_indices(column)
+                    return self.key_places(part, column)
             side = sides[value]
             if value.shape:
                 return side
@@ -218,7 +218,7 @@ class _Work:
         sides = dict(zip(self.problem.mask.sides, part.mask_sides, strict=True))
         (seen,) = self.problem.mask.evaluate(self.read(part, row, column, None, sides))
         if self.keys % self.block_k:
-            seen = seen & (self.key_indices(column) < self.keys)
+            seen = seen & (column * self.block_k + jnp.arange(self.block_k, dtype=jnp.int32) < self.keys)
         return seen
 
     def scored(self, part: Part, row: Any, column: Any, score: Array, sides: list[Array]) -> Array:
@@ -233,7 +233,9 @@ class _Work:
         """The weights of a block after dropout."""
         if part.dropout_rows is None:
             return weights
-        kept = self.problem.kept(part.dropout_rows[..., None], self.queries(part, row), self.key_indices(column))
+        kept = self.problem.kept(
+            part.dropout_rows[..., None], self.query_places(part, row), self.key_places(part, column)
+        )
         return weights * kept
 
     def logits(self, part: Part, row: Any, column: Any, masked: bool) -> Array:

@@ -22,9 +22,11 @@ class Operands(NamedTuple):
     """Of the mask (pairs.py), (B or 1, N or 1, T or S or 1); none where they are known now."""
     score_sides: list[Shaped[Array, "..."]]
     """Of the score; those that are floating-point get gradients."""
-    dropout_rows: UInt32[Array, "B N 1"] | None
-    query_offset: Int[Array, "..."] | None
-    """Position of the first query, for all sequences or for each; None where it is known now."""
+    dropout_rows: UInt32[Array, "B N 1"] | None = None
+    query_positions: Int[Array, "..."] | None = None
+    """B 1 T, where B may be 1; None where they run from `Problem.query_offset` on."""
+    key_positions: Int[Array, "..."] | None = None
+    """B 1 S, where B may be 1; None where they run from 0 on."""
 
 
 @dataclass(eq=False)
@@ -36,19 +38,20 @@ class Problem:
     scale: float
     out_dtype: Any
     dropout_rate: float = 0.0
-    query_offset: int | None = 0
-    """None: in the operands."""
+    query_offset: int = 0
     causal: bool = False
     """A promise that no query at index i sees a key after i."""
     mask_sides: list[np.ndarray] | None = None
-    """The mask's sides where all of them, and the offset, are known now."""
+    """The mask's sides where all of them, and the positions, are known now."""
     known_blocks: dict[tuple[Any, ...], Blocks] = field(default_factory=dict)
 
     def sizes(self, operands: Operands) -> Sizes:
         """How many of everything."""
         (batch, queries, heads, _), keys = operands.q.shape, operands.k.shape[1]
-        offset = operands.query_offset if self.query_offset is None else self.query_offset
-        return Sizes(batch, heads, queries, keys, offset)
+        query, key = operands.query_positions, operands.key_positions
+        return Sizes(
+            batch, heads, queries, keys, self.query_offset if query is None else query, 0 if key is None else key
+        )
 
     def sides(self, operands: Operands) -> list[Any]:
         """The mask's sides."""
@@ -57,7 +60,7 @@ class Problem:
     def blocks(self, operands: Operands, block_q: int, block_k: int, *, transposed: bool = False) -> Blocks:
         """The kinds of all blocks; numpy arrays where they are known now."""
         sizes, kv_heads = self.sizes(operands), operands.k.shape[2]
-        if self.mask_sides is None or self.query_offset is None:
+        if self.mask_sides is None:
             return classify(
                 self.mask, self.sides(operands), sizes, block_q, block_k, kv_heads=kv_heads, transposed=transposed
             )

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from .blocks import padded
+from .pairs import Value
 from .problem import Gradients, Operands, Problem
 from .tpu_parts import (
     LOG2_E,
@@ -28,7 +29,6 @@ from .tpu_parts import (
     WriteBack,
     dot,
     in_blocks,
-    offset_input,
     schedule,
     schedule_place,
     side_inputs,
@@ -57,9 +57,7 @@ def backward(
     q_blocks, k_blocks = q.shape[2] // block_q, k.shape[2] // block_k
     stats = jnp.moveaxis(stats.reshape(batch, heads, 2, q_blocks, block_q), 2, 3)
     resident = _resident_bytes(q, k, v) <= RESIDENT_SHARE * sizes.vmem_bytes
-    mask = side_inputs(problem.mask, problem.sides(operands), block_q, block_k)
-    score = side_inputs(problem.score, operands.score_sides, block_q, block_k)
-    offsets = offset_input(problem, operands)
+    sides = side_inputs(problem, operands, block_q, block_k)
 
     def spec(shape: tuple[int, ...], place: Any, **options: Any) -> pl.BlockSpec:
         """A block by a function of (batch, kv head, member of its group, block of keys), in the order of the grid."""
@@ -89,7 +87,7 @@ def backward(
         problem=problem,
         strip=math.gcd(block_k, sizes.strip),
         key_length=keys if keys % block_k else None,
-        counts=(len(mask), len(score), len(offsets)),
+        side_keys=[side.key for side in sides],
         resident=resident,
     )
     held = k_blocks if resident else 1
@@ -112,8 +110,7 @@ def backward(
         v,
         in_blocks(g, block_q),
         stats,
-        *(side.array for side in (*mask, *score)),
-        *offsets,
+        *(side.array for side in sides),
     ]
     q_grad, k_grad, v_grad = pl.pallas_call(
         kernel,
@@ -125,8 +122,7 @@ def backward(
             key_block(value_size),
             whole_head(q_blocks, block_q, value_size),
             whole_head(q_blocks, 2, block_q),
-            *[side.spec(None, grid_place, whole) for side in (*mask, *score)],
-            *[pl.BlockSpec(memory_space=pltpu.SMEM) for _ in offsets],
+            *[side.spec(None, grid_place, whole) for side in sides],
             *([] if resident else [pl.BlockSpec(memory_space=pl.ANY)]),
         ],
         out_specs=[whole_head(q_blocks, block_q, size), key_block(size, last=True), key_block(value_size, last=True)],
@@ -168,14 +164,12 @@ def _kernel(
     problem: Problem,
     strip: int,
     key_length: int | None,
-    counts: tuple[int, int, int],
+    side_keys: list[Value | str],
     resident: bool,
 ) -> None:
-    masks, scores, offsets = (list(refs[sum(counts[:n]) : sum(counts[: n + 1])]) for n in range(3))
-    rest = (
-        refs[sum(counts) :] if resident else refs[sum(counts) + 1 :]
-    )  # the first of them are the zeros dq begins with
-    dq_ref, dk_ref, dv_ref, dk_sums, dv_sums, *scratch = rest
+    side_refs, refs = dict(zip(side_keys, refs, strict=False)), refs[len(side_keys) :]
+    refs = refs if resident else refs[1:]  # the zeros that dq begins with
+    dq_ref, dk_ref, dv_ref, dk_sums, dv_sums, *scratch = refs
     block_q, block_k = q_ref.shape[3], k_ref.shape[2]
     batch, kv_head = pl.program_id(0), pl.program_id(1)
     member, index = (pl.program_id(dim) for dim in ((2, 3) if resident else (3, 2)))
@@ -183,7 +177,7 @@ def _kernel(
     head = kv_head * group + member
     dk_sum, dv_sum = (ref.at[index if resident else 0] for ref in (dk_sums, dv_sums))
     row = Row(row_ref)
-    pairs = Pairs(problem, masks, scores, offsets[0] if offsets else None, key_length)
+    pairs = Pairs(problem, side_refs, key_length)
     strips = range(0, block_k, strip)
 
     if resident:

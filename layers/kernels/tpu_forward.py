@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from .blocks import padded
+from .pairs import Value
 from .problem import Operands, Problem
 from .tpu_parts import (
     LOG2_E,
@@ -28,7 +29,6 @@ from .tpu_parts import (
     Strip,
     dot,
     in_blocks,
-    offset_input,
     schedule,
     schedule_place,
     side_inputs,
@@ -54,9 +54,7 @@ def forward(
     count, columns = q.shape[2] // block_q, k.shape[2] // block_k
     head_bytes = k.shape[2] * (_lanes(size) + _lanes(value_size)) * k.dtype.itemsize
     resident = head_bytes <= RESIDENT_SHARE * sizes.vmem_bytes
-    mask = side_inputs(problem.mask, problem.sides(operands), block_q, block_k)
-    score = side_inputs(problem.score, operands.score_sides, block_q, block_k)
-    offsets = offset_input(problem, operands)
+    sides = side_inputs(problem, operands, block_q, block_k)
 
     def row_spec(which: Any) -> pl.BlockSpec:
         def place(b: Any, n: Any, i: Any) -> Any:
@@ -83,7 +81,7 @@ def forward(
         strip=math.gcd(block_k, sizes.strip),
         key_length=keys if keys % block_k else None,
         group=group,
-        counts=(len(mask), len(score), len(offsets)),
+        side_keys=[side.key for side in sides],
         resident=resident,
     )
     out, lse = pl.pallas_call(
@@ -95,8 +93,7 @@ def forward(
             pl.BlockSpec((1, 1, block_q, size), lambda b, n, i: (b, n, i, 0)),
             whole_head(size),
             whole_head(value_size),
-            *[side.spec(lambda b, n, i: (b, n, i), None, whole) for side in (*mask, *score)],
-            *[pl.BlockSpec(memory_space=pltpu.SMEM) for _ in offsets],
+            *[side.spec(lambda b, n, i: (b, n, i), None, whole) for side in sides],
         ],
         out_specs=[
             pl.BlockSpec((1, 1, block_q, value_size), lambda b, n, i: (b, n, i, 0)),
@@ -117,7 +114,7 @@ def forward(
         ),
         name="attention_forward",
         interpret=interpret,
-    )(rows, rows, q, in_blocks(k, block_k), in_blocks(v, block_k), *(x.array for x in (*mask, *score)), *offsets)
+    )(rows, rows, q, in_blocks(k, block_k), in_blocks(v, block_k), *(side.array for side in sides))
     return jnp.swapaxes(out[:, :, :queries], 1, 2), lse[:, :, 0, :queries]
 
 
@@ -220,15 +217,15 @@ def _kernel(
     strip: int,
     key_length: int | None,
     group: int,
-    counts: tuple[int, int, int],
+    side_keys: list[Value | str],
     resident: bool,
 ) -> None:
-    masks, scores, offsets = (list(refs[sum(counts[:n]) : sum(counts[: n + 1])]) for n in range(3))
-    out_ref, lse_ref, sum_ref, logits_ref, *streams = refs[sum(counts) :]
+    side_refs, refs = dict(zip(side_keys, refs, strict=False)), refs[len(side_keys) :]
+    out_ref, lse_ref, sum_ref, logits_ref, *streams = refs
     block_q, block_k = q_ref.shape[2], logits_ref.shape[0]
     batch, head, index = (pl.program_id(dim) for dim in range(3))
     row, following = Row(row_ref), Row(following_ref)
-    pairs = Pairs(problem, masks, scores, offsets[0] if offsets else None, key_length)
+    pairs = Pairs(problem, side_refs, key_length)
     strips = range(0, block_k, strip)
     has_diagonal = problem.causal and block_q == block_k
     q = q_ref[0, 0]

@@ -8,7 +8,7 @@ keys.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from .blocks import EMPTY, FULL, PACKED, Blocks, padded
-from .pairs import PairFunction, Value
+from .pairs import Side, Value
 from .problem import Operands, Problem
 
 LOG2_E = math.log2(math.e)
@@ -99,18 +99,21 @@ class Row:
 
 @dataclass(frozen=True)
 class SideInput:
-    """A side of a mask or score as an operand of a kernel."""
+    """An operand of a kernel with a number for each query or key, or for each sequence and head."""
 
-    value: Value
+    key: Value | str
+    """A side of the mask or the score, or "query" or "key": their positions."""
+    side: Side | None
     array: Array
+    """(B or 1, N or 1, 1, padded length), or (B or 1, N or 1) of what depends on neither."""
 
     def spec(self, query_block: Callable[..., Any] | None, key_block: Callable[..., Any] | None, size: Any) -> Any:
         """Its block: of the queries or keys that a program works on (index functions of the grid), else all of them."""
-        if self.value.side == "neither":
+        if self.side == "neither":
             return pl.BlockSpec(memory_space=pltpu.SMEM)
-        index = query_block if self.value.side == "query" else key_block
+        index = query_block if self.side == "query" else key_block
         many = [n > 1 for n in self.array.shape[:2]]
-        length = size[self.value.side] if index is not None else self.array.shape[3]
+        length = size[self.side] if index is not None else self.array.shape[3]
 
         def place(*grid: Any) -> Any:
             batch, head, block = (index or size["whole"])(*grid)
@@ -119,19 +122,24 @@ class SideInput:
         return pl.BlockSpec((1, 1, 1, length), place)
 
 
-def side_inputs(function: PairFunction | None, sides: Sequence[Any], block_q: int, block_k: int) -> list[SideInput]:
-    """Sides as arrays (B or 1, N or 1, 1, padded length), or (B or 1, N or 1) of what depends on neither."""
-    if function is None:
-        return []
-    found = []
-    for value, side in zip(function.sides, sides, strict=True):
-        array = jnp.asarray(side)
+def side_inputs(problem: Problem, operands: Operands, block_q: int, block_k: int) -> list[SideInput]:
+    """The sides of mask and score, and positions where they are not known before."""
+    found: list[SideInput] = []
+
+    def add(key: Any, side: Side | None, array: Array) -> None:
         array = array.astype(jnp.int32) if array.dtype == np.bool_ else array
-        if value.side == "neither":
-            found.append(SideInput(value, array[:, :, 0]))
+        if side == "neither":
+            found.append(SideInput(key, side, array[:, :, 0]))
         else:
-            block = block_q if value.side == "query" else block_k
-            found.append(SideInput(value, padded(array, 2, block)[:, :, None]))
+            found.append(SideInput(key, side, padded(array, 2, block_q if side == "query" else block_k)[:, :, None]))
+
+    for function, sides in ((problem.mask, problem.sides(operands)), (problem.score, operands.score_sides)):
+        for value, side in zip(() if function is None else function.sides, sides, strict=True):
+            add(value, value.side, jnp.asarray(side))
+    if operands.query_positions is not None:
+        add("query", "query", operands.query_positions)
+    if operands.key_positions is not None:
+        add("key", "key", operands.key_positions)
     return found
 
 
@@ -142,7 +150,7 @@ class Strip:
     batch: Any
     head: Any
     query: Any
-    """Index of the first query, for the position; `query_slice` where its side vectors lie in their blocks."""
+    """Index of the first query; `query_slice` where its side vectors lie in their blocks."""
     query_slice: Any
     queries: int
     key: Any
@@ -155,44 +163,39 @@ class Pairs:
     """Mask and score of a problem, to be evaluated on strips."""
 
     problem: Problem
-    mask_refs: list[Any]
-    score_refs: list[Any]
-    offset_ref: Any
-    """The position of each sequence's first query, where it is not known before."""
+    refs: dict[Value | str, Any]
+    """Of the side inputs, by their keys."""
     key_length: int | None
     """How many keys there are, where the last block has some that are padding."""
 
-    def _reader(self, function: PairFunction, refs: Sequence[Any], strip: Strip, score: Any) -> Callable[[Value], Any]:
-        known = dict(zip(function.sides, refs, strict=True))
-
+    def _reader(self, strip: Strip, score: Any) -> Callable[[Value], Any]:
         def read(value: Value) -> Any:
-            match value.leaf:
-                case "score":
-                    return score
-                case "query":
-                    return self._query(strip)
-                case "key":
-                    return strip.key + lax.broadcasted_iota(jnp.int32, (strip.keys, 1), 0)
-            ref = known[value]
-            if value.side == "neither":
-                found = ref[strip.batch if ref.shape[0] > 1 else 0, strip.head if ref.shape[1] > 1 else 0]
-            elif value.side == "query":
+            if value.leaf == "score":
+                return score
+            ref = self.refs.get(value.leaf or value)
+            if value.side == "query":
+                if ref is None:
+                    first = strip.query + self.problem.query_offset
+                    return first + lax.broadcasted_iota(jnp.int32, (1, strip.queries), 1)
                 found = ref[0, 0, :, strip.query_slice]
+            elif value.side == "key":
+                found = self._keys(strip) if ref is None else _column(ref[0, 0, :, strip.key_slice])
             else:
-                found = _column(ref[0, 0, :, strip.key_slice])
+                assert ref is not None
+                found = ref[strip.batch if ref.shape[0] > 1 else 0, strip.head if ref.shape[1] > 1 else 0]
             return found != 0 if value.dtype == np.bool_ else found
 
         return read
 
-    def _query(self, strip: Strip) -> Any:
-        offset = self.problem.query_offset if self.offset_ref is None else self.offset_ref[strip.batch]
-        return strip.query + offset + lax.broadcasted_iota(jnp.int32, (1, strip.queries), 1)
+    def _keys(self, strip: Strip) -> Any:
+        """The indices of its keys."""
+        return strip.key + lax.broadcasted_iota(jnp.int32, (strip.keys, 1), 0)
 
     def masked(self, logits: Array, strip: Strip) -> Array:
         """-inf where a pair does not see each other."""
-        (visible,) = self.problem.mask.evaluate(self._reader(self.problem.mask, self.mask_refs, strip, None))
+        (visible,) = self.problem.mask.evaluate(self._reader(strip, None))
         if self.key_length is not None:
-            visible = visible & (strip.key + lax.broadcasted_iota(jnp.int32, (strip.keys, 1), 0) < self.key_length)
+            visible = visible & (self._keys(strip) < self.key_length)
         return jnp.where(jnp.broadcast_to(visible, logits.shape), logits, -jnp.inf)
 
     def scored(self, products: Array, strip: Strip) -> Array:
@@ -200,7 +203,7 @@ class Pairs:
         function = self.problem.score
         if function is None:
             return products * (self.problem.scale * LOG2_E)
-        (score,) = function.evaluate(self._reader(function, self.score_refs, strip, products * self.problem.scale))
+        (score,) = function.evaluate(self._reader(strip, products * self.problem.scale))
         return score * LOG2_E
 
     def scored_with_slope(self, products: Array, strip: Strip) -> tuple[Array, Array | None]:
@@ -210,7 +213,7 @@ class Pairs:
             return self.scored(products, strip), None
 
         def score(logits: Array) -> Array:
-            return function.evaluate(self._reader(function, self.score_refs, strip, logits))[0]
+            return function.evaluate(self._reader(strip, logits))[0]
 
         # A unit tangent gives the derivative of every pair; jax.vjp has no rule inside a kernel.
         logits, slope = jax.jvp(score, (products * self.problem.scale,), (jnp.ones_like(products),))
@@ -220,11 +223,6 @@ class Pairs:
 def _column(row: Array) -> Array:
     """A (1, n) row as an (n, 1) column."""
     return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
-
-
-def offset_input(problem: Problem, operands: Operands) -> list[Array]:
-    """The position of each sequence's first query, where it is not known before."""
-    return [] if operands.query_offset is None else [operands.query_offset]
 
 
 # Copies between HBM and VMEM ------------------------------------------------------------------------------------------
