@@ -20,9 +20,10 @@ from ..scores import Score
 from ..sharding import spec_of
 from ..spec import unknown
 from . import dropout, pairs, portable, reference, tpu, tpu_interpreted
+from .context import Method, plan
 from .linear import linear
 from .platform import by_platform
-from .problem import Gradients, Operands, Problem, tangents_of
+from .problem import Gradients, Operands, Problem, gradients_like, tangents_of
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ def attend(
     dropout_rate: float = 0.0,
     dropout_seed: int | Int[Array, ""] | None = None,
     return_lse: bool = False,
+    context_axis: str | None = None,
+    context: Method = "ring",
     implementation: Implementation | None = None,
 ) -> Any:
     """softmax(score(scale q k^T) + mask) v, over groups of N / K query heads that share a key/value head.
@@ -65,6 +68,9 @@ def attend(
         dropout_seed: an integer; needed for dropout.
         return_lse: return also the logarithm of the sum of exponentials of each row, float32 B N T: -inf where a query
             sees no key.
+        context_axis: the mesh axis that the length of q, k and v is split over, if one is. Rows stay in their order.
+        context: what the devices of that axis do. In a "ring" keys and values travel from one to the next, and nobody
+            ever holds more than two parts of them; with "all_gather" every device holds all.
         implementation: "reference" is the plain definition, with all T x S logits; "portable" goes block by block,
             with memory linear in the lengths; "tpu" runs kernels (interpreted where there is no TPU). By default each
             platform's first that can do it; a debug log says why one could not.
@@ -83,10 +89,14 @@ def attend(
     sizes = pairs.Sizes(batch, heads, queries, keys, offset if fixed else query_positions)
     traced_mask = pairs.trace(mask.visible)
     traced_score = None if score is None else pairs.trace(score, score=True)
-    split = _Split(q, k, v)
+    split = _Split(q, k, v, context_axis)
+    shared = None
+    if context_axis is not None:
+        shared = plan(traced_mask, sizes, context_axis, split.context_devices, context)
+        query_positions = pairs.positions(sizes)["query"]
     mask_sides = split.sides(traced_mask, sizes)
     traced_sides = any(isinstance(side, Tracer) for side in mask_sides)
-    known = fixed and not traced_sides and not split.cuts(mask_sides)
+    known = fixed and shared is None and not traced_sides and not split.cuts(mask_sides)
     rows = split.place(dropout.rows(jnp.asarray(dropout_seed), batch, heads)) if dropout_rate else None
     problem = Problem(
         mask=traced_mask,
@@ -96,7 +106,8 @@ def attend(
         dropout_rate=dropout_rate,
         query_offset=offset if fixed else 0,
         mask_sides=[np.asarray(side) for side in mask_sides] if known else None,
-        causal=mask.causal and fixed and offset <= 0,
+        causal=mask.causal and fixed and offset <= 0 and shared is None,
+        context=shared,
     )
     operands = Operands(
         q=q,
@@ -106,8 +117,10 @@ def attend(
         score_sides=[] if traced_score is None else [split.place(x) for x in split.sides(traced_score, sizes)],
         dropout_rows=rows,
         query_positions=None if query_positions is None else split.place(query_positions),
+        key_positions=None if shared is None else split.place(pairs.positions(sizes)["key"]),
     )
-    if known and not problem.blocks(operands, portable.BLOCK, portable.BLOCK).high.any():
+    some = problem.blocks(operands, portable.BLOCK, portable.BLOCK).high.any() if known else True
+    if not some or (context_axis is not None and shared is None):
         raise ValueError(
             f"the mask hides every key from every query: {mask} for T={queries}, S={keys}, {query_offset=}"
         )
@@ -159,20 +172,29 @@ def _choose(implementation: Implementation | None, problem: Problem, operands: O
 
 def _attention(implementation: Implementation | None, problem: Problem, operands: Operands) -> tuple[Array, Array]:
     """Attention and the logarithm of its sums, by an implementation."""
+    context = problem.context
+    if context is not None:
+        operands = context.spread(problem, operands)
     if implementation == "reference":  # with the derivatives that JAX finds, of any order
-        return reference.forward(problem, operands)
-    chosen = _choose(implementation, problem, operands)
-    return _blockwise(tuple(chosen.items()), problem, operands)
+        out, lse = reference.forward(problem, context.gathered(problem, operands) if context else operands)
+    else:
+        out, lse = _blockwise(tuple(_choose(implementation, problem, operands).items()), problem, operands)
+    return (out, lse) if context is None else (context.restored(out, 1), context.restored(lse, 2))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _blockwise(chosen: Any, problem: Problem, operands: Operands) -> tuple[Array, Array]:
     """Attention whose derivatives, forward and reverse, are computed block by block as it is."""
-    (batch, length, heads, _), size = operands.q.shape, operands.v.shape[3]
-    out = jax.ShapeDtypeStruct((batch, length, heads, size), problem.out_dtype)
-    lse = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
-    functions = {name: partial(module.forward, problem) for name, module in chosen}
-    return by_platform(functions, (operands,), (out, lse))
+
+    def attention(problem: Problem, operands: Operands) -> tuple[Array, Array]:
+        (batch, length, heads, _), size = operands.q.shape, operands.v.shape[3]
+        out = jax.ShapeDtypeStruct((batch, length, heads, size), problem.out_dtype)
+        lse = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+        functions = {name: partial(module.forward, problem) for name, module in chosen}
+        return by_platform(functions, (operands,), (out, lse))
+
+    context = problem.context
+    return context.forward(attention, problem, operands) if context else attention(problem, operands)
 
 
 @_blockwise.defjvp
@@ -183,39 +205,52 @@ def _blockwise_jvp(chosen: Any, problem: Problem, primals: tuple[Operands], tang
 
     def forward(saved: Any, moved: Gradients) -> Any:
         operands, out, lse = saved
+        context = problem.context
+        if context is not None:
+            return context.tangent(portable.tangent, problem, operands, out, lse, moved)
         return portable.tangent(problem, operands, out, lse, moved)
 
     def transpose(saved: Any, cotangents: Any) -> Gradients:
         (operands, out, lse), (out_grad, lse_grad) = saved, cotangents
         weighted = jnp.sum(out.astype(jnp.float32) * out_grad.astype(jnp.float32), axis=-1)
         delta = jnp.swapaxes(weighted, 1, 2) - lse_grad
-        functions = {name: partial(module.backward, problem) for name, module in chosen}
-        return by_platform(functions, (operands, lse, delta, out_grad), tangents_of(operands))
+
+        def gradients(problem: Problem, *arguments: Any) -> Gradients:
+            functions = {name: partial(module.backward, problem) for name, module in chosen}
+            return by_platform(functions, arguments, gradients_like(problem, arguments[0]))
+
+        backward = partial(problem.context.backward, gradients) if problem.context else gradients
+        return backward(problem, operands, lse, delta, out_grad)
 
     return (out, lse), linear(forward, transpose, (operands, out, lse), tangents_of(moved), like=(out, lse))
 
 
 class _Split:
-    """How queries, keys and values are split over the mesh: batch and heads alike, nothing else."""
+    """How queries, keys and values are split over the mesh: along batch, length and heads, all alike."""
 
-    def __init__(self, q: Array, k: Array, v: Array):
-        batch, length, heads, dim = spec_of(q)
-        self.batch, self.heads = batch, heads
-        for x in (k, v):
-            if spec_of(x) != (batch, None, heads, None) or length is not None or dim is not None:
-                raise ValueError(
-                    "q, k, v may be split over the mesh along batch and heads, all alike, "
-                    f"got {spec_of(q)}, {spec_of(k)}, {spec_of(v)}"
-                )
+    def __init__(self, q: Array, k: Array, v: Array, context_axis: str | None):
+        self.batch, _, self.heads, _ = spec_of(q)
+        self.context = context_axis
+        if any(spec_of(x) != (self.batch, context_axis, self.heads, None) for x in (q, k, v)):
+            lengths = "not along their length" if context_axis is None else f"along their length over {context_axis}"
+            raise ValueError(
+                f"q, k, v may be split over the mesh along batch and heads, all alike, and with {context_axis=} must "
+                f"be split {lengths}, got {spec_of(q)}, {spec_of(k)}, {spec_of(v)}"
+            )
 
     @property
     def whole(self) -> bool:
         """Whether nothing is split."""
-        return self.batch is None and self.heads is None
+        return self.batch is None and self.heads is None and self.context is None
+
+    @property
+    def context_devices(self) -> int:
+        """Over how many devices the length is split."""
+        return jax.sharding.get_abstract_mesh().shape[self.context]
 
     def spec(self, shape: tuple[int, ...]) -> PartitionSpec:
-        """How an array (B or 1, N or 1, ...) or (B) is split."""
-        names = (self.batch, self.heads)
+        """How an array (B or 1, N or 1, length or 1, ...) is split."""
+        names = (self.batch, self.heads, self.context)
         return PartitionSpec(*(None if size == 1 else name for size, name in zip(shape, names, strict=False)))
 
     def cuts(self, sides: list[Array]) -> bool:
@@ -250,6 +285,7 @@ class _Split:
         """Calls a function of operands on each device's own part of them."""
         if self.whole:
             return function(operands)
-        wide, narrow = PartitionSpec(self.batch, None, self.heads, None), PartitionSpec(self.batch, self.heads, None)
+        wide = PartitionSpec(self.batch, self.context, self.heads, None)
+        narrow = PartitionSpec(self.batch, self.heads, self.context)
         specs = jax.tree.map(lambda x: self.spec(x.shape), operands)._replace(q=wide, k=wide, v=wide)
         return jax.shard_map(function, in_specs=(specs,), out_specs=(wide, narrow), check_vma=False)(operands)

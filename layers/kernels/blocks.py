@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from .intervals import Bounds, Interval, bounds
 from .pairs import PairFunction, Sizes, Value, positions
@@ -69,30 +69,7 @@ def classify(
     xp: Any = jnp if traced else np
     known = dict(zip(mask.sides, sides if traced else map(np.asarray, sides), strict=True))
     rows, columns = -(-sizes.queries // block_q), -(-sizes.keys // block_k)
-
-    def span(count: int, block: int, place: Any) -> tuple[Any, Any]:
-        if not isinstance(place, int):
-            return _extremes(xp, xp.asarray(place), block)
-        first = np.arange(0, count, block, dtype=np.int32)
-        return first + place, np.minimum(first + block, count) - 1 + place
-
-    def read(value: Value) -> Bounds:
-        if value.leaf == "query":
-            low, high = span(sizes.queries, block_q, sizes.query)
-        elif value.leaf == "key":
-            low, high = span(sizes.keys, block_k, sizes.key)
-        elif value.shape:
-            return Interval(known[value], known[value])
-        elif value.side == "neither":
-            low = high = known[value]
-        else:
-            low, high = _extremes(xp, known[value], block_q if value.side == "query" else block_k)
-        if "query" in value.depends:
-            return Interval(low[..., None], high[..., None])
-        return Interval(low[..., None, :], high[..., None, :])
-
-    found, sure = bounds(mask, read, xp)
-    found = Interval(np.False_, np.True_) if found is None else found
+    found, sure = _bounds(xp, mask, known, sizes, block_q, block_k)
     must, may = (_grouped(xp, x, kv_heads, join) for x, join in ((found.low, xp.all), (found.high, xp.any)))
     if not sure:
         with contextlib.nullcontext() if traced else jax.ensure_compile_time_eval():
@@ -103,6 +80,52 @@ def classify(
         must = must & (np.arange(columns) < columns - 1)
     kinds = may.astype(np.int32) + must.astype(np.int32)
     return _packed(xp, xp.swapaxes(kinds, -1, -2) if transposed else kinds)
+
+
+def may_see(mask: PairFunction, sizes: Sizes, block_q: int, block_k: int) -> Bool[np.ndarray, "rows columns"]:
+    """Whether any pair of a block may be visible in any sequence and head, knowing nothing of the sides."""
+    (found, _), shape = (
+        _bounds(np, mask, {}, sizes, block_q, block_k),
+        (-(-sizes.queries // block_q), -(-sizes.keys // block_k)),
+    )
+    some = np.broadcast_to(found.high, np.broadcast_shapes(np.shape(found.high), shape))
+    return some.reshape(-1, *shape).any(axis=0)
+
+
+def _bounds(
+    xp: Any, mask: PairFunction, known: dict[Value, Any], sizes: Sizes, block_q: int, block_k: int
+) -> tuple[Interval, bool]:
+    """What the mask may be on each block, from the sides that are known, and whether that is all there is to know."""
+
+    def span(count: int, block: int, place: Any) -> Any:
+        if isinstance(place, Tracer) and xp is np:
+            return None
+        if not isinstance(place, int):
+            return _extremes(xp, xp.asarray(place), block)
+        first = np.arange(0, count, block, dtype=np.int32)
+        return first + place, np.minimum(first + block, count) - 1 + place
+
+    def read(value: Value) -> Bounds:
+        if value.leaf:
+            of_query = value.leaf == "query"
+            ends = span(*((sizes.queries, block_q, sizes.query) if of_query else (sizes.keys, block_k, sizes.key)))
+        elif value not in known:
+            return None
+        elif value.shape:
+            return Interval(known[value], known[value])
+        elif value.side == "neither":
+            ends = known[value], known[value]
+        else:
+            ends = _extremes(xp, known[value], block_q if value.side == "query" else block_k)
+        if ends is None:
+            return None
+        low, high = ends
+        if "query" in value.depends:
+            return Interval(low[..., None], high[..., None])
+        return Interval(low[..., None, :], high[..., None, :])
+
+    found, sure = bounds(mask, read, xp)
+    return found or Interval(np.False_, np.True_), sure
 
 
 def _extremes(xp: Any, side: Any, block: int) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from .blocks import EMPTY, FULL, PARTIAL, Blocks, block_size, padded
 from .pairs import Value, positions
-from .problem import Gradients, Operands, Problem, differentiable, tangents_of
+from .problem import Gradients, Operands, Problem, differentiable, gradients_like
 
 BLOCK = 512
 """Queries and keys of a block."""
@@ -59,12 +59,12 @@ def backward(problem: Problem, operands: Operands, lse: Array, delta: Array, g_o
     work = _Work(problem, operands)
     rows = work.row_arrays(g_out, lse, delta)
     q, k, v, sides = work.each(lambda args: work.backward(*args), (work.part, rows))
-    found_q = _ungrouped(q, operands.q.shape[1], operands.q.dtype)
+    like_q, *like, like_sides = gradients_like(problem, operands)
+    found_q = _ungrouped(q, like_q.shape[1], like_q.dtype)
     found_k, found_v = (
-        jnp.swapaxes(x, 1, 2)[:, : y.shape[1]].astype(y.dtype) for x, y in ((k, operands.k), (v, operands.v))
+        jnp.swapaxes(x, 1, 2)[:, : y.shape[1]].astype(y.dtype) for x, y in zip((k, v), like, strict=True)
     )
-    wanted = tangents_of(operands)[3]
-    return found_q, found_k, found_v, [_reduced(x, side) for x, side in zip(sides, wanted, strict=True)]
+    return found_q, found_k, found_v, [_reduced(x, side) for x, side in zip(sides, like_sides, strict=True)]
 
 
 def tangent(
@@ -415,11 +415,11 @@ def _rows_of(x: Array, length: int) -> Array:
     return x.reshape(x.shape[0], -1, x.shape[3])[:, :, :length]
 
 
-def _reduced(x: Array, side: Array) -> Array:
+def _reduced(x: Array, side: Any) -> Array:
     """The gradient of a side from those of all parts (B K G length ...): summed where the side is shared."""
     x = x.reshape(x.shape[0], -1, *x.shape[3:])
     if side.shape[1] == 1 and x.shape[1] > 1:
         x = jnp.sum(x, axis=1, keepdims=True)
     if side.shape[0] == 1 and x.shape[0] > 1:
         x = jnp.sum(x, axis=0, keepdims=True)
-    return x[:, :, : side.shape[2]]
+    return x[:, :, : side.shape[2]].astype(side.dtype)

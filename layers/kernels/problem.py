@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped, UInt32
@@ -37,12 +38,16 @@ class Problem:
     score: PairFunction | None
     scale: float
     out_dtype: Any
+    gradient_dtype: Any = None
+    """None: each gradient has the dtype of its array."""
     dropout_rate: float = 0.0
     query_offset: int = 0
     causal: bool = False
     """A promise that no query at index i sees a key after i."""
     mask_sides: list[np.ndarray] | None = None
     """The mask's sides where all of them, and the positions, are known now."""
+    context: Any = None
+    """How devices share the sequence (context.py)."""
     known_blocks: dict[tuple[Any, ...], Blocks] = field(default_factory=dict)
 
     def sizes(self, operands: Operands) -> Sizes:
@@ -80,6 +85,13 @@ class Problem:
 def differentiable(side: Any) -> bool:
     """Whether a side of the score gets a gradient."""
     return jnp.issubdtype(side.dtype, jnp.floating)
+
+
+def gradients_like(problem: Problem, operands: Operands) -> "Gradients":
+    """Shapes and types of the gradients."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, problem.gradient_dtype or x.dtype), tangents_of(operands)
+    )
 
 
 Gradients = tuple[Array, Array, Array, list[Array]]

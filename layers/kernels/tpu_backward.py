@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from .blocks import padded
 from .pairs import Value
-from .problem import Gradients, Operands, Problem
+from .problem import Gradients, Operands, Problem, gradients_like
 from .tpu_parts import (
     LOG2_E,
     BlockSizes,
@@ -91,8 +91,9 @@ def backward(
         resident=resident,
     )
     held = k_blocks if resident else 1
+    like_q, like_k, like_v, _ = gradients_like(problem, operands)
     if resident:
-        q_shape = jax.ShapeDtypeStruct((batch, heads, q_blocks, block_q, size), q.dtype)
+        q_shape = jax.ShapeDtypeStruct((batch, heads, q_blocks, block_q, size), like_q.dtype)
         scratch: list[Any] = [pltpu.VMEM((q_blocks, size, block_q), jnp.float32)]
     else:
         q_shape = jax.ShapeDtypeStruct((batch, heads, q_blocks, size, block_q), jnp.float32)
@@ -126,7 +127,11 @@ def backward(
             *([] if resident else [pl.BlockSpec(memory_space=pl.ANY)]),
         ],
         out_specs=[whole_head(q_blocks, block_q, size), key_block(size, last=True), key_block(value_size, last=True)],
-        out_shape=[q_shape, jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        out_shape=[
+            q_shape,
+            jax.ShapeDtypeStruct(k.shape, like_k.dtype),
+            jax.ShapeDtypeStruct(v.shape, like_v.dtype),
+        ],
         scratch_shapes=[
             pltpu.VMEM((held, block_k, size), jnp.float32),
             pltpu.VMEM((held, block_k, value_size), jnp.float32),
@@ -140,7 +145,7 @@ def backward(
         interpret=interpret,
     )(*inputs, *([] if resident else [jnp.zeros(q_shape.shape, q_shape.dtype)]))
     if not resident:
-        q_grad = jnp.swapaxes((q_grad * problem.scale).astype(q.dtype), 3, 4)
+        q_grad = jnp.swapaxes((q_grad * problem.scale).astype(like_q.dtype), 3, 4)
     q_grad = q_grad.reshape(batch, heads, -1, size)[:, :, :queries]
     found = (q_grad, k_grad[:, :, :keys], v_grad[:, :, :keys])
     return jnp.swapaxes(found[0], 1, 2), jnp.swapaxes(found[1], 1, 2), jnp.swapaxes(found[2], 1, 2), []
