@@ -96,7 +96,7 @@ def attend(
         query_positions = pairs.positions(sizes)["query"]
     mask_sides = split.sides(traced_mask, sizes)
     traced_sides = any(isinstance(side, Tracer) for side in mask_sides)
-    known = fixed and shared is None and not traced_sides and not split.cuts(mask_sides)
+    known = fixed and context_axis is None and not traced_sides and not split.cuts(mask_sides)
     rows = split.place(dropout.rows(jnp.asarray(dropout_seed), batch, heads)) if dropout_rate else None
     problem = Problem(
         mask=traced_mask,
@@ -106,7 +106,7 @@ def attend(
         dropout_rate=dropout_rate,
         query_offset=offset if fixed else 0,
         mask_sides=[np.asarray(side) for side in mask_sides] if known else None,
-        causal=mask.causal and fixed and offset <= 0 and shared is None,
+        causal=mask.causal and fixed and offset <= 0 and context_axis is None,
         context=shared,
     )
     operands = Operands(
