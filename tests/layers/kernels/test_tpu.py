@@ -1,5 +1,7 @@
 """The kernels for TPU, compiled by the compiler of real TPUs, and looked over for races by Pallas's interpreter."""
 
+import itertools
+import re
 import sys
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -88,6 +90,36 @@ def test_compiles_for(chip: str, name: str) -> None:
     shape = SHAPES[name]
     queries = 4 * shape.length * shape.heads[0] * 256  # in float32 and the widest heads
     assert program.memory_analysis().temp_size_in_bytes < 3 * queries < 4 * shape.heads[0] * shape.length**2
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", ["v5e", pytest.param("tpu7x", marks=pytest.mark.slow)])
+def test_in_a_ring_keys_travel_while_a_kernel_runs(chip: str) -> None:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
+    mesh = Mesh(np.array(devices[:4]), ("context",), axis_types=(AxisType.Explicit,))
+    place = NamedSharding(mesh, PartitionSpec(None, "context"))
+    shapes = [jax.ShapeDtypeStruct((1, 8192, n, 128), jnp.bfloat16, sharding=place) for n in (4, 2, 2)]
+
+    def loss(q: Any, k: Any, v: Any) -> Any:
+        return jnp.sum(attend(q, k, v, mask=Causal(), context_axis="context").astype(jnp.float32))
+
+    with jax.set_mesh(mesh):
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*shapes)
+        text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    assert "all-gather" not in text
+    kernels = r"%(attention_\w+)\.\d+ = .* custom-call\("
+    bodies = [
+        body for body in re.findall(r"^%.*? \{$.*?^\}$", text, re.MULTILINE | re.DOTALL) if re.search(kernels, body)
+    ]
+    assert sorted(name for body in bodies for name in re.findall(kernels, body)) == [
+        "attention_backward",
+        "attention_forward",
+    ]
+    for body, arrays in zip(bodies, (3, 5), strict=True):  # k, v and positions; and the gradients of k and v
+        events = re.findall(r"= .* (collective-permute-start|custom-call|collective-permute-done)\(", body)
+        events = [event.removeprefix("collective-permute-") for event in events]
+        assert [event for event, _ in itertools.groupby(events)] == ["start", "custom-call", "done"]
+        assert events.count("start") == events.count("done") == arrays
 
 
 @needs_libtpu
