@@ -84,10 +84,8 @@ def classify(
 
 def may_see(mask: PairFunction, sizes: Sizes, block_q: int, block_k: int) -> Bool[np.ndarray, "rows columns"]:
     """Whether any pair of a block may be visible in any sequence and head, knowing nothing of the sides."""
-    (found, _), shape = (
-        _bounds(np, mask, {}, sizes, block_q, block_k),
-        (-(-sizes.queries // block_q), -(-sizes.keys // block_k)),
-    )
+    found, _ = _bounds(np, mask, {}, sizes, block_q, block_k)
+    shape = -(-sizes.queries // block_q), -(-sizes.keys // block_k)
     some = np.broadcast_to(found.high, np.broadcast_shapes(np.shape(found.high), shape))
     return some.reshape(-1, *shape).any(axis=0)
 
@@ -106,9 +104,10 @@ def _bounds(
         return first + place, np.minimum(first + block, count) - 1 + place
 
     def read(value: Value) -> Bounds:
-        if value.leaf:
-            of_query = value.leaf == "query"
-            ends = span(*((sizes.queries, block_q, sizes.query) if of_query else (sizes.keys, block_k, sizes.key)))
+        if value.leaf == "query":
+            ends = span(sizes.queries, block_q, sizes.query)
+        elif value.leaf == "key":
+            ends = span(sizes.keys, block_k, sizes.key)
         elif value not in known:
             return None
         elif value.shape:

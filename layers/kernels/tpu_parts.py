@@ -172,7 +172,7 @@ class Pairs:
         def read(value: Value) -> Any:
             if value.leaf == "score":
                 return score
-            ref = self.refs.get(value.leaf or value)
+            ref = self.refs.get(value.leaf if value.leaf in ("query", "key") else value)
             if value.side == "query":
                 if ref is None:
                     first = strip.query + self.problem.query_offset

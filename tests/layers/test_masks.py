@@ -170,7 +170,7 @@ def test_blocks_are_never_called_empty_or_full_that_are_not(case, block_q, block
             lambda b, h, q, k: jnp.sin(q.astype(jnp.float32)) + jnp.cos(k.astype(jnp.float32)) > h.astype(jnp.float32)
         ),
     ],
-    ids=str,
+    ids=lambda mask: type(mask).__name__,
 )
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_blocks_are_called_what_they_are(mask, size):
