@@ -26,15 +26,9 @@ USUAL = BlockSizes(1024, 1024, 128)
 
 def refusal(problem: Problem, operands: Operands) -> str | None:
     """Why the kernels can't do this; None where they can."""
-    if operands.q.dtype == jnp.float16:
-        return "TPU has no float16 products: use bfloat16"
-    if operands.dropout_rows is not None:
-        return "dropout is not in the kernels"
     for name, function in (("mask", problem.mask), ("score", problem.score)):
         if function is not None and not function.elementwise:
             return f"the {name} looks up an array by query and key at once"
-    if any(differentiable(side) for side in operands.score_sides):
-        return "the score has parameters that get gradients"
     return None
 
 

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from .blocks import padded
-from .pairs import Value
+from .pairs import Side, Value
 from .problem import Operands, Problem
 from .tpu_parts import (
     LOG2_E,
@@ -32,6 +32,7 @@ from .tpu_parts import (
     schedule,
     schedule_place,
     side_inputs,
+    sides_of,
 )
 
 LOWEST = -1e30
@@ -54,7 +55,7 @@ def forward(
     count, columns = q.shape[2] // block_q, k.shape[2] // block_k
     head_bytes = k.shape[2] * (_lanes(size) + _lanes(value_size)) * k.dtype.itemsize
     resident = head_bytes <= RESIDENT_SHARE * sizes.vmem_bytes
-    sides = side_inputs(problem, operands, block_q, block_k)
+    sides = side_inputs(sides_of(problem, operands), block_q, block_k)
 
     def row_spec(which: Any) -> pl.BlockSpec:
         def place(b: Any, n: Any, i: Any) -> Any:
@@ -81,7 +82,7 @@ def forward(
         strip=math.gcd(block_k, sizes.strip),
         key_length=keys if keys % block_k else None,
         group=group,
-        side_keys=[side.key for side in sides],
+        sides=[(side.key, side.side) for side in sides],
         resident=resident,
     )
     out, lse = pl.pallas_call(
@@ -217,11 +218,11 @@ def _kernel(
     strip: int,
     key_length: int | None,
     group: int,
-    side_keys: list[Value | str],
+    sides: list[tuple[Value | str, Side]],
     resident: bool,
 ) -> None:
-    side_refs, refs = dict(zip(side_keys, refs, strict=False)), refs[len(side_keys) :]
-    out_ref, lse_ref, sum_ref, logits_ref, *streams = refs
+    side_refs = {key: (side, ref) for (key, side), ref in zip(sides, refs, strict=False)}
+    out_ref, lse_ref, sum_ref, logits_ref, *streams = refs[len(sides) :]
     block_q, block_k = q_ref.shape[2], logits_ref.shape[0]
     batch, head, index = (pl.program_id(dim) for dim in range(3))
     row, following = Row(row_ref), Row(following_ref)
@@ -235,11 +236,10 @@ def _kernel(
         first, last = index == 0, index == pl.num_programs(2) - 1
         source = _Streamed(k_ref.at[batch, kv_head], v_ref.at[batch, kv_head], row, following, first, last, streams)
 
-    def produce(block: Any, number: Any, offset: int, highest: Array, kind: str) -> Array:
-        """Logits, to base 2, of a strip of a block, and the running maximum (8, block_q)."""
+    def place(block: Any, offset: int, kind: str) -> Strip:
         start = offset if kind == "diagonal" else 0  # the queries before see none of these keys
         key = pl.multiple_of(block * block_k + offset, strip)
-        where = Strip(
+        return Strip(
             batch=batch,
             head=head,
             query=index * block_q + start,
@@ -249,6 +249,11 @@ def _kernel(
             key_slice=pl.ds(key, strip),
             keys=strip,
         )
+
+    def produce(block: Any, number: Any, offset: int, highest: Array, kind: str) -> Array:
+        """Logits, to base 2, of a strip of a block, and the running maximum (8, block_q)."""
+        where = place(block, offset, kind)
+        start = block_q - where.queries
         logits = pairs.scored(dot(source.keys(block, number)[offset : offset + strip], q[start:], 1, 1), where)
         logits = logits if kind == "full" else pairs.masked(logits, where)
         logits_ref[offset : offset + strip, start:] = logits
@@ -263,13 +268,15 @@ def _kernel(
 
     def consume(block: Any, number: Any, offset: int, base: Array, shrink: Array, total: Array, kind: str) -> Array:
         """Adds a strip's weighted values to the sum, and its weights to the total (8, block_q)."""
-        start = offset if kind == "diagonal" else 0
-        weights = jnp.exp2(logits_ref[offset : offset + strip, start:] - base[:, start:])
+        where = place(block, offset, kind)
+        start = block_q - where.queries
+        weights, kept = jnp.exp2(logits_ref[offset : offset + strip, start:] - base[:, start:]), pairs.kept(where)
+        after = total[:, start:] + _folded(weights, jnp.sum)
+        weights = weights if kept is None else weights * kept
         values = source.values(block, number)[offset : offset + strip]
         before = sum_ref[:, start:]
         before = before * shrink if offset == 0 else before
         sum_ref[:, start:] = before + dot(values, weights.astype(values.dtype), 0, 0)
-        after = total[:, start:] + _folded(weights, jnp.sum)
         return jnp.concatenate([total[:, :start], after], axis=1) if start else after
 
     def begin(carry: Any) -> Any:

@@ -102,7 +102,7 @@ class SideInput:
     """An operand of a kernel with a number for each query or key, or for each sequence and head."""
 
     key: Value | str
-    """A side of the mask or the score, or "query" or "key": their positions."""
+    """A side of the mask or the score; "query" or "key", their positions; or "dropout", the numbers of its rows."""
     side: Side | None
     array: Array
     """(B or 1, N or 1, 1, padded length), or (B or 1, N or 1) of what depends on neither."""
@@ -122,25 +122,36 @@ class SideInput:
         return pl.BlockSpec((1, 1, 1, length), place)
 
 
-def side_inputs(problem: Problem, operands: Operands, block_q: int, block_k: int) -> list[SideInput]:
-    """The sides of mask and score, and positions where they are not known before."""
-    found: list[SideInput] = []
+Sides = list[tuple[Value | str, Side, Array]]
+"""What a kernel reads besides q, k and v, and what it is for each of: (B or 1, N or 1, T or S or 1)."""
 
-    def add(key: Any, side: Side | None, array: Array) -> None:
-        array = array.astype(jnp.int32) if array.dtype == np.bool_ else array
-        if side == "neither":
-            found.append(SideInput(key, side, array[:, :, 0]))
-        else:
-            found.append(SideInput(key, side, padded(array, 2, block_q if side == "query" else block_k)[:, :, None]))
 
+def sides_of(problem: Problem, operands: Operands) -> Sides:
+    """The sides of mask and score, the rows of dropout, and positions where they are not known before."""
+    found: Sides = []
     for function, sides in ((problem.mask, problem.sides(operands)), (problem.score, operands.score_sides)):
         for value, side in zip(() if function is None else function.sides, sides, strict=True):
-            add(value, value.side, jnp.asarray(side))
+            assert value.side is not None
+            found.append((value, value.side, jnp.asarray(side)))
+    if operands.dropout_rows is not None:
+        found.append(("dropout", "neither", operands.dropout_rows))
     if operands.query_positions is not None:
-        add("query", "query", operands.query_positions)
+        found.append(("query", "query", operands.query_positions))
     if operands.key_positions is not None:
-        add("key", "key", operands.key_positions)
+        found.append(("key", "key", operands.key_positions))
     return found
+
+
+def side_inputs(sides: Sides, block_q: int, block_k: int) -> list[SideInput]:
+    """Sides in whole blocks, as int32 or float32."""
+
+    def one(key: Value | str, side: Side, array: Array) -> SideInput:
+        array = array.astype(jnp.float32 if jnp.issubdtype(array.dtype, jnp.floating) else jnp.int32)
+        if side == "neither":
+            return SideInput(key, side, array[:, :, 0])
+        return SideInput(key, side, padded(array, 2, block_q if side == "query" else block_k)[:, :, None])
+
+    return [one(*side) for side in sides]
 
 
 @dataclass(frozen=True)
@@ -160,64 +171,99 @@ class Strip:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Mask and score of a problem, to be evaluated on strips."""
+    """Mask, score and dropout of a problem, to be evaluated on strips."""
 
     problem: Problem
-    refs: dict[Value | str, Any]
+    refs: dict[Value | str, tuple[Side, Any]]
     """Of the side inputs, by their keys."""
     key_length: int | None
     """How many keys there are, where the last block has some that are padding."""
 
-    def _reader(self, strip: Strip, score: Any) -> Callable[[Value], Any]:
-        def read(value: Value) -> Any:
-            if value.leaf == "score":
-                return score
-            ref = self.refs.get(value.leaf if value.leaf in ("query", "key") else value)
-            if value.side == "query":
-                if ref is None:
-                    first = strip.query + self.problem.query_offset
-                    return first + lax.broadcasted_iota(jnp.int32, (1, strip.queries), 1)
-                found = ref[0, 0, :, strip.query_slice]
-            elif value.side == "key":
-                found = self._keys(strip) if ref is None else _column(ref[0, 0, :, strip.key_slice])
-            else:
-                assert ref is not None
-                found = ref[strip.batch if ref.shape[0] > 1 else 0, strip.head if ref.shape[1] > 1 else 0]
-            return found != 0 if value.dtype == np.bool_ else found
+    def _side(self, key: Value | str, strip: Strip) -> Any:
+        """A side: (1, queries), (keys, 1) or a number."""
+        side, ref = self.refs[key]
+        if side == "query":
+            return ref[0, 0, :, strip.query_slice]
+        if side == "key":
+            return _column(ref[0, 0, :, strip.key_slice])
+        return ref[strip.batch if ref.shape[0] > 1 else 0, strip.head if ref.shape[1] > 1 else 0]
 
-        return read
+    def _queries(self, strip: Strip) -> Any:
+        """The positions of its queries."""
+        if "query" in self.refs:
+            return self._side("query", strip)
+        first = strip.query + self.problem.query_offset
+        return first + lax.broadcasted_iota(jnp.int32, (1, strip.queries), 1)
 
-    def _keys(self, strip: Strip) -> Any:
+    def _indices(self, strip: Strip) -> Any:
         """The indices of its keys."""
         return strip.key + lax.broadcasted_iota(jnp.int32, (strip.keys, 1), 0)
 
+    def _keys(self, strip: Strip) -> Any:
+        """The positions of its keys."""
+        return self._side("key", strip) if "key" in self.refs else self._indices(strip)
+
+    def _reader(self, strip: Strip, given: dict[Value | str, Any]) -> Callable[[Value], Any]:
+        """Reads leaves and sides; some are given, by Value or "score"."""
+
+        def read(value: Value) -> Any:
+            if (value.leaf or value) in given:
+                return given[value.leaf or value]
+            if value.leaf == "query":
+                return self._queries(strip)
+            if value.leaf == "key":
+                return self._keys(strip)
+            found = self._side(value, strip)
+            return found != 0 if value.dtype == np.bool_ else found.astype(value.dtype)
+
+        return read
+
     def masked(self, logits: Array, strip: Strip) -> Array:
         """-inf where a pair does not see each other."""
-        (visible,) = self.problem.mask.evaluate(self._reader(strip, None))
+        (visible,) = self.problem.mask.evaluate(self._reader(strip, {}))
         if self.key_length is not None:
-            visible = visible & (self._keys(strip) < self.key_length)
+            visible = visible & (self._indices(strip) < self.key_length)
         return jnp.where(jnp.broadcast_to(visible, logits.shape), logits, -jnp.inf)
+
+    def kept(self, strip: Strip) -> Array | None:
+        """What dropout multiplies the weights with; None without dropout."""
+        if "dropout" not in self.refs:
+            return None
+        return self.problem.kept(self._side("dropout", strip), self._queries(strip), self._keys(strip))
 
     def scored(self, products: Array, strip: Strip) -> Array:
         """The logits, to base 2, of products q k."""
         function = self.problem.score
         if function is None:
             return products * (self.problem.scale * LOG2_E)
-        (score,) = function.evaluate(self._reader(strip, products * self.problem.scale))
+        (score,) = function.evaluate(self._reader(strip, {"score": products * self.problem.scale}))
         return score * LOG2_E
 
-    def scored_with_slope(self, products: Array, strip: Strip) -> tuple[Array, Array | None]:
-        """`scored`, and the derivative of the score by scale q k (None: 1)."""
+    def scored_with_slopes(self, products: Array, strip: Strip) -> tuple[Array, Array | None, list[Array]]:
+        """`scored`, and the derivatives of the score by scale q k (None: 1) and by each trained side."""
         function = self.problem.score
         if function is None:
-            return self.scored(products, strip), None
+            return self.scored(products, strip), None, []
+        names = ["score", *trained(self.problem)]
+        inputs = [products * self.problem.scale, *(self._side(x, strip).astype(x.dtype) for x in names[1:])]
+        known = dict(zip(names, inputs, strict=True))
 
-        def score(logits: Array) -> Array:
-            return function.evaluate(self._reader(strip, logits))[0]
+        def along(name: Value | str) -> tuple[Array, Array]:
+            # A unit tangent gives the derivative of every pair; jax.vjp has no rule inside a kernel.
+            def score(x: Array) -> Array:
+                (found,) = function.evaluate(self._reader(strip, known | {name: x}))
+                return jnp.broadcast_to(found, products.shape)
 
-        # A unit tangent gives the derivative of every pair; jax.vjp has no rule inside a kernel.
-        logits, slope = jax.jvp(score, (products * self.problem.scale,), (jnp.ones_like(products),))
-        return logits * LOG2_E, slope
+            return jax.jvp(score, (known[name],), (jnp.ones_like(known[name]),))
+
+        (logits, slope), *rest = map(along, names)
+        return logits * LOG2_E, slope, [slope for _, slope in rest]
+
+
+def trained(problem: Problem) -> list[Value]:
+    """The sides of the score that get gradients."""
+    sides = () if problem.score is None else problem.score.sides
+    return [value for value in sides if jnp.issubdtype(value.dtype, jnp.floating)]
 
 
 def _column(row: Array) -> Array:

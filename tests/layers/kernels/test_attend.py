@@ -257,13 +257,8 @@ VARIANTS: dict[str, Any] = {
 REFUSED_BY_TPU = {
     "blocks": "the mask looks up an array by query and key at once",
     "dense": "the mask looks up an array by query and key at once",
-    "alibi": "the score has parameters that get gradients",
-    "alibi, offset": "the score has parameters that get gradients",
     "relative bias": "the score looks up an array by query and key at once",
     "relative bias, both ways": "the score looks up an array by query and key at once",
-    "score of a user's own": "the score has parameters that get gradients",
-    "dropout": "dropout is not in the kernels",
-    "everything": "dropout is not in the kernels",
 }
 
 
