@@ -164,7 +164,9 @@ def backward(
         interpret=interpret,
     )(*inputs, *([] if resident else [jnp.zeros(q_shape.shape, q_shape.dtype)]))
     if not resident:
-        side_grads += [q_grad[:, :, :, row] for row in range(params.first_row, params.first_row + len(params.along_queries))]
+        side_grads += [
+            q_grad[:, :, :, row] for row in range(params.first_row, params.first_row + len(params.along_queries))
+        ]
         q_grad = jnp.swapaxes((q_grad[:, :, :, :size] * problem.scale).astype(like_q.dtype), 3, 4)
     q_grad = q_grad.reshape(batch, heads, -1, size)[:, :, :queries]
     found = (q_grad, k_grad[:, :, :keys], v_grad[:, :, :keys])
@@ -233,7 +235,9 @@ def _kernel(
     refs = refs[len(sides) + (not resident) :]  # after the zeros that dq begins with
     dq_ref, dk_ref, dv_ref, *refs = refs
     key_refs, refs = refs[: len(params.along_keys)], refs[len(params.along_keys) :]
-    query_refs, refs = (refs[: len(params.along_queries)], refs[len(params.along_queries) :]) if resident else ([], refs)
+    query_refs, refs = (
+        (refs[: len(params.along_queries)], refs[len(params.along_queries) :]) if resident else ([], refs)
+    )
     dk_sums, dv_sums, *scratch = refs
     block_q, (block_k, size) = q_ref.shape[3], k_ref.shape[2:]
     batch, kv_head = pl.program_id(0), pl.program_id(1)

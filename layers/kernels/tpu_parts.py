@@ -284,13 +284,14 @@ class Stream:
         """Where copy `number` lies."""
         return self.buffer.at[lax.rem(number, self.buffer.shape[0])]
 
-    def _copy(self, block: Any, number: Any) -> Any:
+    def _copy(self, block: Any, number: Any, hbm: Any = None) -> Any:
         slot = lax.rem(number, self.buffer.shape[0])
-        return pltpu.make_async_copy(self.hbm.at[block], self.buffer.at[slot], self.semaphores.at[slot])
+        source = (self.hbm if hbm is None else hbm).at[block]
+        return pltpu.make_async_copy(source, self.buffer.at[slot], self.semaphores.at[slot])
 
-    def start(self, block: Any, number: Any) -> None:
-        """Starts the copy of a block, the `number`th of all."""
-        self._copy(block, number).start()
+    def start(self, block: Any, number: Any, hbm: Any = None) -> None:
+        """Starts the copy of a block, the `number`th of all, from the same array or another."""
+        self._copy(block, number, hbm).start()
 
     def wait(self, number: Any) -> None:
         """Returns when copy `number` is done."""
@@ -300,6 +301,7 @@ class Stream:
 class WriteBack(Stream):
     """The same buffer, copied to HBM."""
 
-    def _copy(self, block: Any, number: Any) -> Any:
+    def _copy(self, block: Any, number: Any, hbm: Any = None) -> Any:
         slot = lax.rem(number, self.buffer.shape[0])
-        return pltpu.make_async_copy(self.buffer.at[slot], self.hbm.at[block], self.semaphores.at[slot])
+        target = (self.hbm if hbm is None else hbm).at[block]
+        return pltpu.make_async_copy(self.buffer.at[slot], target, self.semaphores.at[slot])

@@ -137,7 +137,7 @@ def test_a_million_tokens_compile_for(chip: str, mask: Mask) -> None:
 @pytest.mark.parametrize("mask", [Causal(), Causal() & (GlobalTokens(5) | Window(20))], ids=["causal", "holes"])
 def test_kernels_have_no_races(monkeypatch: pytest.MonkeyPatch, streamed: bool, mask: Mask) -> None:
     """Pallas's interpreter carries copies out as a TPU would, and notices what is read before it is there."""
-    monkeypatch.setattr(tpu, "sizes", lambda operands: tpu.BlockSizes(128, 128, 64))
+    monkeypatch.setattr(tpu, "sizes", lambda *_: tpu.BlockSizes(128, 128, 64))
     if streamed:
         monkeypatch.setattr(tpu_forward, "RESIDENT_SHARE", 0.0)
         monkeypatch.setattr(tpu_backward, "RESIDENT_SHARE", 0.0)
