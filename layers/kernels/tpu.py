@@ -11,6 +11,7 @@ from . import tpu_backward, tpu_forward
 from .blocks import block_size
 from .problem import Gradients, Operands, Problem, gradients_like
 from .tpu_parts import BlockSizes as BlockSizes
+from .tpu_parts import tabled
 
 CHIPS = {
     "TPU v4": BlockSizes(512, 512, 128, 14 * 2**20),
@@ -27,18 +28,25 @@ USUAL = BlockSizes(1024, 1024, 128)
 def refusal(problem: Problem, operands: Operands) -> str | None:
     """Why the kernels can't do this; None where they can."""
     for name, function in (("mask", problem.mask), ("score", problem.score)):
-        if function is not None and not function.elementwise:
-            return f"the {name} looks up an array by query and key at once"
+        lookups = [] if function is None else function.lookups
+        able = [tabled(operation, operands.k.shape[1], sizes(operands)) for operation in lookups]
+        if lookups and (name == "score" or operands.key_positions is not None or not all(able)):
+            return f"the {name} looks up an array by query and key at once, other than cells of 2^n positions"
     return None
 
 
 def sizes(operands: Operands, as_one: int = 1) -> BlockSizes:
-    """The blocks for these shapes, on the chip that is lowered for; so many heads are taken as one if their queries fit."""
+    """The blocks for these shapes, on the chip that is lowered for.
+
+    `as_one` heads are taken as one if their queries fit a block. Such a block is done sooner than its keys are read:
+    larger ones leave fewer gaps between the copies.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     best = CHIPS.get(device.device_kind if device else jax.devices()[0].device_kind, USUAL)
     queries, keys = operands.q.shape[1], operands.k.shape[1]
-    queries *= as_one if queries * as_one <= best.block_q else 1
-    return replace(best, block_q=block_size(queries, best.block_q, 128), block_k=block_size(keys, best.block_k, 128))
+    few = as_one > 1 and queries * as_one <= best.block_q
+    block_q = block_size(queries * as_one if few else queries, best.block_q, 128)
+    return replace(best, block_q=block_q, block_k=block_size(keys, best.block_k * (2 if few else 1), 128))
 
 
 def forward(

@@ -25,6 +25,7 @@ from .problem import Gradients, Operands, Problem, gradients_like
 from .tpu_parts import (
     LOG2_E,
     BlockSizes,
+    Key,
     Pairs,
     Row,
     Stream,
@@ -61,7 +62,7 @@ def backward(
     q, g, k, v = padded(q, 2, block_q), padded(g, 2, block_q), padded(k, 2, block_k), padded(v, 2, block_k)
     q_blocks, k_blocks = q.shape[2] // block_q, k.shape[2] // block_k
     stats = jnp.moveaxis(stats.reshape(batch, heads, 2, q_blocks, block_q), 2, 3)
-    sides = side_inputs(sides_of(problem, operands), block_q, block_k)
+    sides = side_inputs(sides_of(problem, operands, block_k), block_q, block_k)
     params = _Trained(problem, size)
     resident = _resident_bytes(q, k, v, params) <= RESIDENT_SHARE * sizes.vmem_bytes
 
@@ -170,7 +171,8 @@ def backward(
         q_grad = jnp.swapaxes((q_grad[:, :, :, :size] * problem.scale).astype(like_q.dtype), 3, 4)
     q_grad = q_grad.reshape(batch, heads, -1, size)[:, :, :queries]
     found = (q_grad, k_grad[:, :, :keys], v_grad[:, :, :keys])
-    return *(jnp.swapaxes(x, 1, 2) for x in found), params.gradients(side_grads, operands, like_sides)
+    q_grad, k_grad, v_grad = (jnp.swapaxes(x, 1, 2) for x in found)
+    return q_grad, k_grad, v_grad, params.gradients(side_grads, operands, like_sides)
 
 
 class _Trained:
@@ -227,18 +229,16 @@ def _kernel(
     problem: Problem,
     strip: int,
     key_length: int | None,
-    sides: list[tuple[Value | str, Side]],
+    sides: list[tuple[Key, Side]],
     params: _Trained,
     resident: bool,
 ) -> None:
-    side_refs = {key: (side, ref) for (key, side), ref in zip(sides, refs, strict=False)}
-    refs = refs[len(sides) + (not resident) :]  # after the zeros that dq begins with
-    dq_ref, dk_ref, dv_ref, *refs = refs
-    key_refs, refs = refs[: len(params.along_keys)], refs[len(params.along_keys) :]
-    query_refs, refs = (
-        (refs[: len(params.along_queries)], refs[len(params.along_queries) :]) if resident else ([], refs)
-    )
-    dk_sums, dv_sums, *scratch = refs
+    side_refs: dict[Key, tuple[Side, Any]] = {key: (side, ref) for (key, side), ref in zip(sides, refs, strict=False)}
+    # After the zeros that dq begins with, where it is streamed.
+    dq_ref, dk_ref, dv_ref, *others = refs[len(sides) + (not resident) :]
+    key_refs, others = others[: len(params.along_keys)], others[len(params.along_keys) :]
+    query_refs = others[: len(params.along_queries)] if resident else []
+    dk_sums, dv_sums, *scratch = others[len(query_refs) :]
     block_q, (block_k, size) = q_ref.shape[3], k_ref.shape[2:]
     batch, kv_head = pl.program_id(0), pl.program_id(1)
     member, index = (pl.program_id(dim) for dim in ((2, 3) if resident else (3, 2)))

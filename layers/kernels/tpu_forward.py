@@ -9,7 +9,7 @@ otherwise.
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from .blocks import Blocks, padded
-from .pairs import Side, Value, positions
+from .pairs import Side, positions
 from .problem import Operands, Problem
 from .tpu_parts import (
     LOG2_E,
     BlockSizes,
+    Key,
     Pairs,
     Row,
     SideInput,
@@ -51,7 +52,7 @@ def forward(
     (batch, queries, heads, _), (_, keys, _, value_size) = operands.q.shape, operands.v.shape
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (operands.q, operands.k, operands.v))
     blocks = problem.blocks(operands, sizes.block_q, sizes.block_k)
-    sides = sides_of(problem, operands)
+    sides = sides_of(problem, operands, sizes.block_k)
     packed = packs(operands, sides, sizes.block_q)
     if packed:
         q = q.reshape(batch, k.shape[1], -1, q.shape[3])
@@ -87,12 +88,12 @@ def _packed(problem: Problem, operands: Operands, sides: Sides) -> Sides:
     places = positions(problem.sizes(operands))["query"]
     given: Sides = [side for side in sides if side[0] != "query"]
 
-    def one(key: Value | str, side: Side, array: Array) -> tuple[Value | str, Side, Array]:
+    def one(key: Key, side: Side, array: Array) -> tuple[Key, Side, Array]:
         if side == "key" or (side == "neither" and array.shape[1] == 1):
             return key, side, array
         own = heads if array.shape[1] > 1 else heads // kv_heads
-        wide = jnp.broadcast_to(array, (array.shape[0], own, queries))
-        return key, "query", wide.reshape(array.shape[0], -1, heads // kv_heads * queries)
+        wide = jnp.broadcast_to(array, (array.shape[0], own, queries, *array.shape[3:]))
+        return key, "query", wide.reshape(array.shape[0], -1, heads // kv_heads * queries, *array.shape[3:])
 
     return [one(*side) for side in [*given, ("query", "query", places)]]
 
@@ -116,7 +117,7 @@ class _Grid:
         return self.batch > 1 and not self.resident
 
     @property
-    def semantics(self) -> tuple[str, str, str]:
+    def semantics(self) -> tuple[Literal["parallel", "arbitrary"], ...]:
         """What of it cores may share."""
         if self.resident:
             return "parallel", "parallel", "parallel"
@@ -310,10 +311,10 @@ def _kernel(
     problem: Problem,
     strip: int,
     key_length: int | None,
-    sides: list[tuple[Value | str, Side]],
+    sides: list[tuple[Key, Side]],
     grid: _Grid,
 ) -> None:
-    side_refs = {key: (side, ref) for (key, side), ref in zip(sides, refs, strict=False)}
+    side_refs: dict[Key, tuple[Side, Any]] = {key: (side, ref) for (key, side), ref in zip(sides, refs, strict=False)}
     out_ref, lse_ref, sum_ref, logits_ref, *streams = refs[len(sides) :]
     block_q, block_k = q_ref.shape[2], logits_ref.shape[0]
     batch, head, index = (pl.program_id(dim) for dim in range(3))

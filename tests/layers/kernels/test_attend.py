@@ -268,8 +268,6 @@ VARIANTS: dict[str, Any] = {
     "tpu streamed": functools.partial(tpu_blocks, 16, 32, 16, False),
 }
 REFUSED_BY_TPU = {
-    "blocks": "the mask looks up an array by query and key at once",
-    "dense": "the mask looks up an array by query and key at once",
     "relative bias": "the score looks up an array by query and key at once",
     "relative bias, both ways": "the score looks up an array by query and key at once",
 }
