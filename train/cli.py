@@ -99,8 +99,7 @@ def generate(
         tokenizer,
         [prompt] * samples,
         max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
+        sampling=zoo.Sampling(temperature=temperature, top_k=top_k),
         stop=(str(tokenizer.id_to_token(separator(tokenizer))),),
         seed=seed,
     )

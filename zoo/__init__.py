@@ -9,4 +9,9 @@ from ..layers.norm import RMSNorm as RMSNorm
 from ..layers.rope import Rope as Rope
 from .decoder import Decoder as Decoder
 from .decoder import DecoderModel as DecoderModel
+from .generate import Completion as Completion
+from .generate import complete as complete
 from .generate import generate as generate
+from .generate import stream as stream
+from .sampling import GREEDY as GREEDY
+from .sampling import Sampling as Sampling
