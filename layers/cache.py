@@ -121,14 +121,12 @@ class KeyValueCache:
         # The first queries see keys that the last ones overwrite: those from before this call go in front.
         positions = start[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)
         positions = jnp.concatenate([self._held(start - 1), jnp.where(real, positions, -1)], axis=1)
-        joined = (
-            jnp.concatenate([_as(old.read(dtype), new), new], axis=1)
-            for old, new in (
-                (self.key, type(self.key).of(key).read(dtype)),
-                (self.value, type(self.value).of(value).read(dtype)),
-            )
+        return (
+            after,
+            _joined(self.key, key),
+            _joined(self.value, value),
+            KeysAt(positions, mask),
         )
-        return after, *joined, KeysAt(positions, mask)
 
     def _held(self, last: Int[Array, " B"]) -> Int[Array, "B S"]:
         """The position of the token in each slot, negative where there is none yet, when `last` is the latest."""
@@ -150,9 +148,14 @@ class KeyValueCache:
         return dataclasses.replace(self, **stored)
 
 
+def _joined(old: Vectors, new: Float[Array, "B T K H"]) -> Float[Array, "B U K H"]:
+    """Remembered vectors and new ones, which look as they will be remembered."""
+    return jnp.concatenate([_as(old.read(new.dtype), new), type(old).of(new).read(new.dtype)], axis=1)
+
+
 def _zeros(axes: str, shape: tuple[int, ...], dtype: Any) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
-    return zeros(shape, dtype, () if mesh.empty else partition(axes, mesh))
+    return zeros(shape, dtype, () if mesh.empty else tuple(partition(axes, mesh)))
 
 
 def _put(slots: Array, new: Array, index: Int[Array, "B T"]) -> Array:

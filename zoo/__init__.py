@@ -15,3 +15,4 @@ from .generate import generate as generate
 from .generate import stream as stream
 from .sampling import GREEDY as GREEDY
 from .sampling import Sampling as Sampling
+from .speculative import Speculation as Speculation

@@ -11,7 +11,9 @@ from tokenizers import Tokenizer
 
 from .decoder import DecoderModel
 from .sampling import Sampling
-from .session import STRIDE, Drawn, Session, Speed
+from .session import Drawn, Session, Speed
+from .speculative import Speculation
+from .state import STRIDE
 from .stream import TextStream
 
 STOP = ("<|endoftext|>",)
@@ -55,6 +57,8 @@ def complete(
     log_probs: bool = False,
     dtype: Any = jnp.float32,
     cache_dtype: Any = None,
+    speculation: Speculation | None = None,
+    draft: DecoderModel | None = None,
 ) -> list[Completion]:
     """Continues each prompt.
 
@@ -73,10 +77,13 @@ def complete(
         log_probs: return the log-probability of each token, too.
         dtype: what the model computes in.
         cache_dtype: of keys and values; int8 stores them quantized. By default, `dtype`.
+        speculation: guess tokens ahead by looking up what followed the latest ones in the text (zoo/speculative.py).
+        draft: a smaller model of the same vocabulary that guesses tokens ahead, as many as `speculation` says.
 
     Raises:
         ValueError: on no prompts, max_tokens below 1, an empty stop string, an empty prompt with no token to start
-            from, or more tokens than the model has learned positions for.
+            from, more tokens than the model has learned positions for,
+            or a draft model of another vocabulary.
     """
     writing, rows = _begin(
         model,
@@ -90,6 +97,8 @@ def complete(
         log_probs=log_probs,
         dtype=dtype,
         cache_dtype=cache_dtype,
+        speculation=speculation,
+        draft=draft,
     )
     for _ in writing.pieces(rows, max_tokens, lambda: STRIDE):
         pass
@@ -152,6 +161,8 @@ def _begin(
     log_probs: bool = False,
     dtype: Any = jnp.float32,
     cache_dtype: Any = None,
+    speculation: Speculation | None = None,
+    draft: DecoderModel | None = None,
 ) -> tuple["Writing", list[list[int]]]:
     """A session for prompts, and their tokens."""
     _check(model, prompts, max_tokens, stop)
@@ -171,6 +182,8 @@ def _begin(
         log_probs=log_probs,
         dtype=dtype,
         cache_dtype=cache_dtype,
+        speculation=speculation,
+        draft=draft,
     )
     return Writing(session, [TextStream(tokenizer, stop, ends) for _ in rows]), rows
 

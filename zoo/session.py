@@ -15,55 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
-from ..layers.mixer import Places
 from ..layers.sharding import whole
-from .decoder import Caches, DecoderModel
+from .decoder import Caches, Decoder, DecoderModel
 from .sampling import Filters, Sampling, row_keys
+from .speculative import Speculation
+from .speculative import advance as _advance_by_guesses
+from .state import STRIDE, State, log_prob_of, places_from
 
 CHUNK = 512
 """Tokens of a prompt that are read at once: so many bound the memory of a long one."""
-STRIDE = 32
-"""Tokens drawn at most before the host looks at them."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class State:
-    """Where the rows are, beside what is in the caches."""
-
-    lengths: Int[Array, " B"]
-    """Tokens in the caches."""
-    token: Int[Array, " B"]
-    """The latest token, which is not in the caches yet."""
-    drawn: Int[Array, " B"]
-    """How many tokens have been drawn."""
-    left: Int[Array, " B"]
-    """How many more may be; 0: the row is done."""
-    keys: Key[Array, " B"]
-    seen: Bool[Array, "B V"] | None
-    """The tokens of each row, where there is a penalty on them."""
-    history: Int[Array, "B S"] | None = None
-    """The tokens of each row, where drafts are looked up in them."""
-
-    def push(self, token: Int[Array, " B"], ends: Int[Array, " E"]) -> "State":
-        """After one more drawn token of every row that is not done; one of `ends` ends its row."""
-        active = self.left > 0
-        left = jnp.where(jnp.any(token[:, None] == ends, axis=1), 0, self.left - 1)
-        row = jnp.arange(token.shape[0], dtype=jnp.int32)
-        seen = self.seen if self.seen is None else self.seen.at[row, token].max(active)
-        history = self.history
-        if history is not None:
-            history = history.at[row, jnp.where(active, self.lengths, history.shape[1])].set(token, mode="drop")
-        return replace(
-            self,
-            token=jnp.where(active, token, self.token),
-            drawn=self.drawn + active.astype(jnp.int32),
-            left=jnp.where(active, left, 0),
-            seen=seen,
-            history=history,
-        )
 
 
 @dataclass
@@ -115,6 +77,8 @@ class Session:
         log_probs: whether the logarithm of each drawn token's probability is kept, by the model before any filter.
         dtype: what the model computes in.
         cache_dtype: of the caches; int8 quantizes them; None: as `dtype`.
+        speculation: how tokens are guessed ahead; None: they are not, but with a draft model.
+        draft: a model that guesses.
     """
 
     def __init__(
@@ -129,8 +93,18 @@ class Session:
         log_probs: bool = False,
         dtype: Any = jnp.float32,
         cache_dtype: Any = None,
+        speculation: Speculation | None = None,
+        draft: DecoderModel | None = None,
     ):
+        if draft is not None and draft.spec.vocab != model.spec.vocab:
+            raise ValueError(
+                f"a draft model must have the model's vocabulary, got {draft.spec.vocab} and {model.spec.vocab}"
+            )
         self.model, self.batch, self.dtype, self.log_probs = model, batch, dtype, log_probs
+        self.speculation, self.draft = (
+            Speculation() if draft is not None and speculation is None else speculation,
+            draft,
+        )
         self.length = rounded(length)
         self.ends = set(ends)
         self.ids: list[list[int]] = [[] for _ in range(batch)]
@@ -140,9 +114,9 @@ class Session:
         with self._mesh():
             self.filters = sampling.traced(vocab)
             self.end_ids = jnp.asarray([*ends, -1], jnp.int32)
-            self.caches = jax.jit(
-                lambda: model.spec.cache(batch, self.length, dtype if cache_dtype is None else cache_dtype)
-            )()
+            kept = dtype if cache_dtype is None else cache_dtype
+            self.caches: Any = _caches(model.spec, batch, self.length, kept)
+            self.draft_caches: Any = None if draft is None else _caches(draft.spec, batch, self.length, kept)
             zeros = jnp.zeros(batch, jnp.int32)
             self.state = State(
                 lengths=zeros,
@@ -151,6 +125,9 @@ class Session:
                 left=zeros,
                 keys=jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch)),
                 seen=jnp.zeros((batch, vocab), bool) if self.filters.penalised else None,
+                history=None
+                if speculation is None or draft is not None
+                else jnp.zeros((batch, self.length), jnp.int32),
             )
 
     def read(self, rows: Sequence[Sequence[int]], max_tokens: int) -> list[Drawn]:
@@ -167,9 +144,10 @@ class Session:
                 for line, row in zip(tokens, rows, strict=True):
                     part = row[first : first + CHUNK]
                     line[: len(part)] = part
-                logits, self.caches, self.state = _prefill(
-                    self.model, self.caches, self.state, tokens, here, starts + first, logits, dtype=self.dtype
-                )
+                before, at = self.state, (tokens, here, starts + first, logits)
+                logits, self.caches, self.state = _prefill(self.model, self.caches, before, *at, dtype=self.dtype)
+                if self.draft is not None:
+                    _, self.draft_caches, _ = _prefill(self.draft, self.draft_caches, before, *at, dtype=self.dtype)
             self.state = replace(
                 self.state,
                 left=jnp.full(self.batch, max_tokens, jnp.int32),
@@ -186,16 +164,21 @@ class Session:
         """Draws up to `limit` more tokens of each row that is not done."""
         began = time.perf_counter()
         with self._mesh():
-            self.caches, self.state, *out = _advance(
-                self.model,
-                self.caches,
-                self.state,
-                self.filters,
-                self.end_ids,
-                jnp.int32(min(limit, STRIDE)),
-                log_probs=self.log_probs,
-                dtype=self.dtype,
-            )
+            rest = self.state, self.filters, self.end_ids, jnp.int32(min(limit, STRIDE))
+            if self.speculation is None:
+                self.caches, self.state, *out = _advance(
+                    self.model, self.caches, *rest, log_probs=self.log_probs, dtype=self.dtype
+                )
+            else:
+                self.caches, self.draft_caches, self.state, *out = _advance_by_guesses(
+                    self.model,
+                    self.draft,
+                    self.caches,
+                    self.draft_caches,
+                    *rest,
+                    speculation=self.speculation,
+                    dtype=self.dtype,
+                )
         found = self._taken(*map(np.asarray, out))
         self.speed.tokens += sum(len(row.ids) for row in found)
         self.speed.seconds += time.perf_counter() - began
@@ -225,6 +208,11 @@ class Session:
         return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext()
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _caches(spec: Decoder, batch: int, length: int, dtype: Any) -> Caches:
+    return spec.cache(batch, length, dtype)
+
+
 @partial(jax.jit, static_argnames="dtype", donate_argnames="caches")
 def _prefill(
     model: DecoderModel,
@@ -238,14 +226,9 @@ def _prefill(
     dtype: Any,
 ) -> tuple[Float[Array, "B V"], Caches, State]:
     """Reads right-padded stretches of rows; the logits after the last token of each row that has any here."""
-    width, some = tokens.shape[1], counts > 0
-    index = jnp.arange(width, dtype=jnp.int32)
-    real = index < counts[:, None]
-    # Padding stands at its row's last place: scalings of RoPE that look at the largest position do not see it.
-    positions = starts[:, None] + jnp.minimum(index, jnp.maximum(counts[:, None] - 1, 0))
-    places = Places(
-        positions=jnp.where(some[:, None], positions, state.lengths[:, None]), segments=real.astype(jnp.int32)
-    )
+    some = counts > 0
+    places = places_from(jnp.where(some, starts, state.lengths), counts, tokens.shape[1])
+    real = places.segments > 0
     hidden, after = model.hidden(tokens, places, caches, dtype=dtype)
     assert after is not None
     last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
@@ -255,7 +238,7 @@ def _prefill(
     if seen is not None:
         seen = seen.at[row, tokens].max(real)
     if history is not None:
-        history = history.at[row, jnp.where(real, positions, history.shape[1])].set(tokens, mode="drop")
+        history = history.at[row, jnp.where(real, places.positions, history.shape[1])].set(tokens, mode="drop")
     lengths = jnp.where(some, starts + counts, state.lengths)
     return logits, after, replace(state, lengths=lengths, seen=seen, history=history)
 
@@ -265,7 +248,7 @@ def _first(
     state: State, logits: Float[Array, "B V"], filters: Filters, ends: Int[Array, " E"]
 ) -> tuple[State, Int[Array, " B"], Float[Array, " B"]]:
     token = filters.choose(logits, state.seen, row_keys(state.keys, state.drawn))
-    return state.push(token, ends), token, log_prob_of(logits, token)
+    return state.push(token, ends, state.left > 0), token, log_prob_of(logits, token)
 
 
 @partial(jax.jit, static_argnames=("log_probs", "dtype"), donate_argnames="caches")
@@ -286,14 +269,14 @@ def _advance(
     def step(carry: Any) -> Any:
         step, caches, state, tokens, logs, counts = carry
         active = state.left > 0
-        places = Places(positions=state.lengths[:, None], segments=active[:, None].astype(jnp.int32))
+        places = places_from(state.lengths, active.astype(jnp.int32), 1)
         logits, caches = model(state.token[:, None], places, caches, dtype=dtype)
         logits = whole(logits[:, 0])
         state = replace(state, lengths=state.lengths + active.astype(jnp.int32))
         token = filters.choose(logits, state.seen, row_keys(state.keys, state.drawn))
         tokens = tokens.at[:, step].set(token)
         logs = logs.at[:, step].set(log_prob_of(logits, token)) if log_probs else logs
-        return step + 1, caches, state.push(token, ends), tokens, logs, counts + active.astype(jnp.int32)
+        return step + 1, caches, state.push(token, ends, active), tokens, logs, counts + active.astype(jnp.int32)
 
     def goes_on(carry: Any) -> Any:
         step, _, state, *_ = carry
@@ -309,9 +292,3 @@ def _advance(
     )
     _, caches, state, tokens, logs, counts = jax.lax.while_loop(goes_on, step, start)
     return caches, state, tokens, logs, counts
-
-
-def log_prob_of(logits: Float[Array, "... V"], token: Int[Array, "..."]) -> Float[Array, "..."]:
-    """The logarithm of the probability of a token."""
-    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
