@@ -93,16 +93,16 @@ def write(decoder: Decoder, model_type: str | None = None) -> tuple[Family, dict
     families = FAMILIES if model_type is None else (find({"model_type": model_type}),)
     closest: tuple[int, str, str] | None = None
     for family in families:
-        fields = {"model_type": family.model_types[0], "architectures": [family.architecture]}
+        fields: dict[str, Any] = {"model_type": family.model_types[0], "architectures": [family.architecture]}
         try:
             fields |= family.write(decoder)
-            differences = _differences(decoder, read(fields))
+            unlike = differences(decoder, read(fields))
         except ValueError as error:
-            differences = [str(error)]
-        if not differences:
+            unlike = [str(error)]
+        if not unlike:
             return family, fields
-        if closest is None or len(differences) < closest[0]:
-            closest = (len(differences), fields["model_type"], "; ".join(differences[:8]))
+        if closest is None or len(unlike) < closest[0]:
+            closest = (len(unlike), family.model_types[0], "; ".join(unlike[:8]))
     assert closest is not None
     wanted = (
         f"the family {model_type!r} cannot" if model_type else f"no family can; the closest, {closest[1]!r}, cannot"
@@ -110,7 +110,7 @@ def write(decoder: Decoder, model_type: str | None = None) -> tuple[Family, dict
     raise Inexpressible(f"this decoder has no Hugging Face config: {wanted} express {closest[2]}")
 
 
-def _differences(decoder: Decoder, other: Decoder) -> list[str]:
+def differences(decoder: Decoder, other: Decoder) -> list[str]:
     """The settings in which two decoders compute differently; how their blocks are stacked is none."""
 
     def flat(decoder: Decoder) -> dict[str, Any]:
