@@ -1,4 +1,4 @@
-"""Language models as values, and generation."""
+"""Language models as values, weights in and out, and generation."""
 
 from ..layers.attention import Attention as Attention
 from ..layers.block import Block as Block
@@ -13,6 +13,9 @@ from .generate import Completion as Completion
 from .generate import complete as complete
 from .generate import generate as generate
 from .generate import stream as stream
+from .load import load as load
+from .load import open_source as open_source
 from .sampling import GREEDY as GREEDY
 from .sampling import Sampling as Sampling
+from .save import save as save
 from .speculative import Speculation as Speculation
