@@ -7,6 +7,8 @@ from ..layers.mlp import GatedMLP as GatedMLP
 from ..layers.norm import LayerNorm as LayerNorm
 from ..layers.norm import RMSNorm as RMSNorm
 from ..layers.rope import Rope as Rope
+from .chat import ChatTemplate as ChatTemplate
+from .chat import Conversation as Conversation
 from .decoder import Decoder as Decoder
 from .decoder import DecoderModel as DecoderModel
 from .generate import Completion as Completion

@@ -3,7 +3,14 @@
 import re
 from pathlib import Path
 
-PATTERNS = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*.json")
+PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*.json",
+    "chat_template.jinja",
+)
 """The files that are fetched: never code, never a pickle."""
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
+from ..layers.cache import KeyValueCache
 from ..layers.sharding import whole
 from .decoder import Caches, Decoder, DecoderModel
 from .sampling import Filters, Sampling, row_keys
@@ -105,7 +106,7 @@ class Session:
             Speculation() if draft is not None and speculation is None else speculation,
             draft,
         )
-        self.length = rounded(length)
+        self.room = rounded(length)
         self.ends = set(ends)
         self.ids: list[list[int]] = [[] for _ in range(batch)]
         """The tokens of each row; those in the caches, and the latest one."""
@@ -115,8 +116,8 @@ class Session:
             self.filters = sampling.traced(vocab)
             self.end_ids = jnp.asarray([*ends, -1], jnp.int32)
             kept = dtype if cache_dtype is None else cache_dtype
-            self.caches: Any = _caches(model.spec, batch, self.length, kept)
-            self.draft_caches: Any = None if draft is None else _caches(draft.spec, batch, self.length, kept)
+            self.caches: Any = _caches(model.spec, batch, self.room, kept)
+            self.draft_caches: Any = None if draft is None else _caches(draft.spec, batch, self.room, kept)
             zeros = jnp.zeros(batch, jnp.int32)
             self.state = State(
                 lengths=zeros,
@@ -125,9 +126,7 @@ class Session:
                 left=zeros,
                 keys=jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch)),
                 seen=jnp.zeros((batch, vocab), bool) if self.filters.penalised else None,
-                history=None
-                if speculation is None or draft is not None
-                else jnp.zeros((batch, self.length), jnp.int32),
+                history=None if speculation is None or draft is not None else jnp.zeros((batch, self.room), jnp.int32),
             )
 
     def read(self, rows: Sequence[Sequence[int]], max_tokens: int) -> list[Drawn]:
@@ -148,17 +147,35 @@ class Session:
                 logits, self.caches, self.state = _prefill(self.model, self.caches, before, *at, dtype=self.dtype)
                 if self.draft is not None:
                     _, self.draft_caches, _ = _prefill(self.draft, self.draft_caches, before, *at, dtype=self.dtype)
-            self.state = replace(
-                self.state,
-                left=jnp.full(self.batch, max_tokens, jnp.int32),
-                drawn=jnp.zeros(self.batch, jnp.int32),
-            )
+            self.state = replace(self.state, left=jnp.full(self.batch, max_tokens, jnp.int32))
             self.state, token, log_prob = _first(self.state, logits, self.filters, self.end_ids)
         for ids, row in zip(self.ids, rows, strict=True):
             ids.extend(row)
         found = self._taken(np.asarray(token)[:, None], np.asarray(log_prob)[:, None], np.ones(self.batch, np.int32))
         self.speed.first_token_seconds = time.perf_counter() - began
         return found
+
+    def rewind(self, ids: Sequence[int]) -> int:
+        """Makes the one row go on from what it has in common with `ids`, and says how many tokens that is.
+
+        One token of `ids` at least is left to read. Where a ring has forgotten what is needed, it is all of them.
+        """
+        assert self.batch == 1, self.batch
+        self.speed = Speed()
+        (own,), (held,) = self.ids, np.asarray(self.state.lengths).tolist()
+        shared = 0
+        while shared < min(held, len(ids) - 1) and own[shared] == ids[shared]:
+            shared += 1
+        caches = jax.tree.leaves((self.caches, self.draft_caches), is_leaf=lambda x: isinstance(x, KeyValueCache))
+        if held - shared > min((x.rewinds for x in caches if isinstance(x, KeyValueCache)), default=held):
+            shared = 0
+        self.ids = [list(ids[:shared])]
+        with self._mesh():
+            seen = self.state.seen
+            if seen is not None:
+                seen = (seen & False).at[0, jnp.asarray(ids[:shared], jnp.int32)].set(True)
+            self.state = replace(self.state, lengths=self.state.lengths * 0 + shared, seen=seen)
+        return shared
 
     def advance(self, limit: int = STRIDE) -> list[Drawn]:
         """Draws up to `limit` more tokens of each row that is not done."""

@@ -333,7 +333,7 @@ def test_compiled_programs_are_kept_where_the_user_says(
     monkeypatch.setenv("FLAXZOO_CACHE", str(tmp_path / "cache"))
     try:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine") if chosen else None)
-        loop._use_compilation_cache()
+        loop.use_compilation_cache()
         expected = tmp_path / "mine" if chosen else tmp_path / "cache" / "jax"
         assert jax.config.jax_compilation_cache_dir == str(expected)
     finally:
