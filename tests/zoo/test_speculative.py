@@ -127,7 +127,7 @@ def test_sampled_text_follows_the_model(models, decoders):
     sampling, rows = Sampling(temperature=0.5), 4000
     tokenizer = Tokenizer(WordLevel({str(i): i for i in range(3)}, unk_token="0"))
     for options in ({"draft": draft}, {"speculation": Speculation(tokens=2)}):
-        found = complete(model, tokenizer, [[0, 1]] * rows, max_tokens=3, sampling=sampling, stop=(), seed=3, **options)
+        found = complete(model, tokenizer, [[0, 1]] * rows, max_tokens=3, sampling=sampling, stop=(), seed=5, **options)
         counts = np.zeros((3, 3))
         for one in found:
             counts[one.ids[1], one.ids[2]] += 1
