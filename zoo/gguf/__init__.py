@@ -1,0 +1,3 @@
+"""GGUF, the format of llama.cpp: read as a source of weights, and written."""
+
+from .file import GgufFile as GgufFile
