@@ -185,7 +185,7 @@ QWEN3_MOE = Architecture(
     fields=(
         *DENSE,
         EXPERTS,
-        Field("expert_count", "num_experts"),
+        Field("expert_count", "num_experts", also="num_local_experts"),
         Field("expert_feed_forward_length", "moe_intermediate_size"),
     ),
     implied={**SILU, "attention_bias": False, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
@@ -366,6 +366,11 @@ PHI3 = Architecture(
 )
 
 
+def read_gpt2(metadata: Metadata, config: Config) -> Config:
+    hidden = metadata.get("feed_forward_length")
+    return {"n_inner": None if hidden == 4 * config["n_embd"] else hidden}
+
+
 def write_gpt2(config: Config) -> dict[str, Any]:
     return {"feed_forward_length": config.get("n_inner") or 4 * config["n_embd"]}
 
@@ -398,6 +403,6 @@ GPT2 = Architecture(
         *linear("ffn_down", "mlp.c_proj", TURNED, bias=SAME),
     ),
     layers="transformer.h",
-    read=lambda metadata, config: {"n_inner": metadata.get("feed_forward_length")},
+    read=read_gpt2,
     write=write_gpt2,
 )

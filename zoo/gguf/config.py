@@ -71,6 +71,8 @@ class Field:
     """Where the key is missing, on reading; where the field is missing or None, on writing."""
     zero: Any = REQUIRED
     """What the config has where the metadata have 0."""
+    also: str = ""
+    """What the field is called in newer configs."""
 
     def read(self, metadata: Metadata) -> Any:
         """The field's value."""
@@ -79,7 +81,7 @@ class Field:
 
     def write(self, config: Config) -> Any:
         """The key's value; None where the key is left out."""
-        value = config.get(self.name)
+        value = config.get(self.name, config.get(self.also))
         if value is None and self.zero is None:
             return self.kind(0)
         if value is None and self.default is REQUIRED:

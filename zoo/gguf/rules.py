@@ -106,6 +106,8 @@ class Pair:
     gguf: str
     hf: str
     change: Change = SAME
+    written: bool = True
+    """False for a layout that files had once."""
 
     def to_hf(self, file: Tensors, config: Config) -> Iterator[Made]:
         """See Rule."""
@@ -113,7 +115,7 @@ class Pair:
 
     def to_gguf(self, checkpoint: Tensors, config: Config) -> Iterator[Made]:
         """See Rule."""
-        return self._made(checkpoint, config, self.hf, self.gguf, self.change.to_gguf)
+        return self._made(checkpoint, config, self.hf, self.gguf, self.change.to_gguf) if self.written else iter(())
 
     def _made(self, tensors: Tensors, config: Config, old: str, new: str, change: Any) -> Iterator[Made]:
         if (info := tensors.tensors.get(old)) is not None:
@@ -122,7 +124,7 @@ class Pair:
 
     def at(self, gguf: str, hf: str) -> "Pair":
         """See Rule."""
-        return Pair(gguf + self.gguf, hf + self.hf, self.change)
+        return replace(self, gguf=gguf + self.gguf, hf=hf + self.hf)
 
 
 @dataclass(frozen=True)
