@@ -39,7 +39,9 @@ class Metadata:
         if kind is float and isinstance(value, float):
             return shortest(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{self.architecture}.{key} must be one {kind.__name__} for all layers, got {value!r:.200}")
+            raise ValueError(
+                f"{self.architecture}.{key} must be one {kind.__name__} for all layers, got {value!r:.200}"
+            )
         return value
 
     def has(self, key: str) -> bool:
@@ -149,7 +151,9 @@ def write_rope(config: Config) -> dict[str, Any]:
         return values
     known = ("factor", "rope_type", "original_max_position_embeddings", "beta_fast", "beta_slow")
     if kind != "yarn" or any(
-        value is not None for name, value in scaling.items() if name not in (*known, "partial_rotary_factor", "truncate")
+        value is not None
+        for name, value in scaling.items()
+        if name not in (*known, "partial_rotary_factor", "truncate")
     ):
         raise ValueError(f"this RoPE scaling cannot be said in GGUF: {scaling}")
     return values | {

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 
 from ..source import TensorInfo
 from .architecture import Architecture
+from .architectures import ARCHITECTURES
 from .blocks import decode
-from .catalog import ARCHITECTURES
 from .config import Metadata
 from .header import Header, Stored, read_header
 from .rules import Made

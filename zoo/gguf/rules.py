@@ -7,8 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from ..source import TensorInfo
-
-Config = Mapping[str, Any]
+from .config import Config
 
 
 @runtime_checkable

@@ -9,8 +9,8 @@ import numpy as np
 
 from ..source import Source, TensorInfo
 from .architecture import Architecture
+from .architectures import ARCHITECTURES
 from .blocks import Format, encode, format_of, package
-from .catalog import ARCHITECTURES
 from .file import SPECIAL, listed
 from .rules import Made
 from .tokenizer_out import write_tokenizer

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from .words import WORDS, Words
 
@@ -61,9 +61,8 @@ def _array(metadata: Mapping[str, Any], name: str, kind: type, count: int | None
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[Tokenizer, Words]:
     name = metadata.get("tokenizer.ggml.pre")
-    if name not in WORDS:
+    if (words := WORDS.get(str(name))) is None:
         raise ValueError(f"tokenizer.ggml.pre = {name!r:.100} is not supported; known are {', '.join(sorted(WORDS))}")
-    words = WORDS[name]
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = []
     for merge in _array(metadata, "merges", str):
@@ -113,13 +112,12 @@ def merges_of(tokens: Sequence[str], scores: Sequence[float], types: Sequence[in
     plain = {
         token: index for index, (token, type) in enumerate(zip(tokens, types, strict=True)) if type in (NORMAL, UNUSED)
     }
-    merges = []
-    for whole, index in plain.items():
+    merges: list[tuple[str, str]] = []
+    for whole in sorted(plain, key=lambda token: -scores[plain[token]]):
         splits = [(whole[:at], whole[at:]) for at in range(1, len(whole))]
-        pairs = [(plain[left], plain[right]) for left, right in splits if left in plain and right in plain]
-        merges += [(-scores[index], left, right) for left, right in sorted(pairs)]
-    merges.sort(key=lambda merge: merge[0])
-    return [(tokens[left], tokens[right]) for _, left, right in merges]
+        found = [(left, right) for left, right in splits if left in plain and right in plain]
+        merges += sorted(found, key=lambda pair: (plain[pair[0]], plain[pair[1]]))
+    return merges
 
 
 def _add_special(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
@@ -133,15 +131,17 @@ def _add_ends(tokenizer: Tokenizer, metadata: Mapping[str, Any], tokens: list[st
     ends: list[list[tuple[str, int]]] = []
     for name, default in (("bos", begins), ("eos", False)):
         index = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        wanted = metadata.get(f"tokenizer.ggml.add_{name}_token", default and index is not None)
-        if wanted and not (isinstance(index, int) and 0 <= index < len(tokens)):
+        if not metadata.get(f"tokenizer.ggml.add_{name}_token", default and index is not None):
+            ends.append([])
+        elif isinstance(index, int) and 0 <= index < len(tokens):
+            ends.append([(tokens[index], index)])
+        else:
             raise ValueError(f"tokenizer.ggml.{name}_token_id must be one of {len(tokens)} tokens, got {index!r}")
-        ends.append([(tokens[index], index)] if wanted else [])
     begin, end = ends
     if begin or end:
-        names = {name: [token for token, _ in side] for name, side in (("b", begin), ("e", end))}
-        single = [*names["b"], "$A", *names["e"]]
-        pair = [*single, *(f"{token}:1" for token in names["b"]), "$B:1", *(f"{token}:1" for token in names["e"])]
+        before, after = [token for token, _ in begin], [token for token, _ in end]
+        single = [*before, "$A", *after]
+        pair = [*single, *(f"{token}:1" for token in before), "$B:1", *(f"{token}:1" for token in after)]
         tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
             single=single, pair=pair, special_tokens=[*begin, *end]
         )

@@ -110,7 +110,7 @@ def _scores(tokens: list[str], types: list[int], merges: list[tuple[str, ...]]) 
     scores = [order.get(token, 0.0) for token in tokens]
     if merges_of(tokens, scores, types) != merges:
         raise ValueError(
-            "GGUF orders a SentencePiece tokenizer's merges by one score for each token, which these merges do not follow"
+            "GGUF orders a SentencePiece tokenizer's merges by one score for each token, and these have another order"
         )
     return scores
 

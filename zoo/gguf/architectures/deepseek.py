@@ -1,13 +1,13 @@
-"""The architectures whose attention or experts are laid out in ways of their own: DeepSeek-V2 and V3, GPT-OSS."""
+"""DeepSeek-V2 and V3."""
 
 from typing import Any
 
 import numpy as np
 
-from .architecture import Architecture
-from .architectures import DENSE, EXPERTS, GATED, SILU, SIZES, WINDOW, attention, experts, norms, top, with_head
-from .config import Config, Field, Metadata, check_fields, read_rope, rope, shortest, write_rope
-from .rules import TURNED, Joined, Pair, Rule, linear
+from ..architecture import Architecture
+from ..config import Config, Field, Metadata, check_fields, read_rope, rope, shortest, write_rope
+from ..rules import Joined, Pair, Rule, linear
+from .parts import EXPERTS, GATED, SILU, SIZES, TWO_NORMS, experts, norms, top
 
 SOFTMAX, SIGMOID = 1, 2
 """Values of `expert_gating_func`."""
@@ -33,8 +33,8 @@ KV_B = Joined(
     split_keys_and_values,
 )
 DEEPSEEK_RULES: tuple[Rule, ...] = (
-    *norms(attn_norm="input_layernorm", ffn_norm="post_attention_layernorm"),
-    *norms(attn_q_a_norm="self_attn.q_a_layernorm", attn_kv_a_norm="self_attn.kv_a_layernorm"),
+    *norms(TWO_NORMS),
+    *norms({"attn_q_a_norm": "self_attn.q_a_layernorm", "attn_kv_a_norm": "self_attn.kv_a_layernorm"}),
     *linear("attn_q", "self_attn.q_proj"),
     *linear("attn_q_a", "self_attn.q_a_proj"),
     *linear("attn_q_b", "self_attn.q_b_proj"),
@@ -74,6 +74,7 @@ def sigmoid(metadata: Metadata) -> bool:
 
 
 def read_deepseek(metadata: Metadata, config: Config) -> Config:
+    """The sizes of heads, and YaRN."""
     # Files with `key_length_mla` say of the other lengths what they are in the compressed cache.
     of = "_mla" if metadata.has("attention.key_length_mla") else ""
     scaling: Config | None = None
@@ -92,11 +93,13 @@ def read_deepseek(metadata: Metadata, config: Config) -> Config:
 
 
 def read_deepseek2(metadata: Metadata, config: Config) -> Config:
+    """As `read_deepseek`; groups of experts are chosen among where there are any."""
     method = "greedy" if config["n_group"] == 1 else "group_limited_greedy"
     return {**read_deepseek(metadata, config), "topk_method": method}
 
 
 def write_deepseek(config: Config) -> dict[str, Any]:
+    """The inverse of `read_deepseek`."""
     base, scaling = rope(config)
     scale, same = scaling.pop("mscale_all_dim", None), scaling.pop("mscale", None)
     if scale != same:
@@ -116,6 +119,7 @@ def write_deepseek(config: Config) -> dict[str, Any]:
 
 
 def write_deepseek2(config: Config) -> dict[str, Any]:
+    """The inverse of `read_deepseek2`."""
     check_fields(config, {"topk_method": ("greedy",) if config["n_group"] in (None, 1) else ("group_limited_greedy",)})
     return write_deepseek(config)
 
@@ -144,69 +148,4 @@ DEEPSEEK3 = Architecture(
     layer_rules=DEEPSEEK_RULES,
     read=read_deepseek,
     write=write_deepseek,
-)
-
-
-def interleave(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-    """Gate and up in turn along the last dimension."""
-    return np.stack([gate, up], axis=-1).reshape(*gate.shape[:-1], -1)
-
-
-def interleaved(gguf: str, hf: str, turned: bool) -> Joined:
-    """The rule for GPT-OSS's gates, which Hugging Face mixes with what they gate; matrices are turned besides."""
-
-    def turn(x: np.ndarray) -> np.ndarray:
-        return x.swapaxes(-1, -2) if turned else x
-
-    return Joined(
-        (f"ffn_gate_exps.{gguf}", f"ffn_up_exps.{gguf}"),
-        hf,
-        (lambda a, _: (a[0], a[2], 2 * a[1])) if turned else (lambda a, _: (a[0], 2 * a[1])),
-        lambda gate, up: interleave(turn(gate), turn(up)),
-        lambda x, _: (turn(x[..., ::2]), turn(x[..., 1::2])),
-    )
-
-
-def gpt_oss_layers(config: Config) -> list[str]:
-    """Windows on every other layer, the first included."""
-    return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(config["num_hidden_layers"])]
-
-
-def read_gpt_oss(metadata: Metadata, config: Config) -> Config:
-    found = with_head(metadata, config)
-    if "rope_scaling" in found:
-        found["rope_scaling"] = {**found["rope_scaling"], "truncate": False}
-    return {**found, "layer_types": gpt_oss_layers(config)}
-
-
-def write_gpt_oss(config: Config) -> dict[str, Any]:
-    check_fields(config, {"layer_types": (gpt_oss_layers(config),)})
-    return {**write_rope(config), **dict.fromkeys(("attention.key_length", "attention.value_length"), config["head_dim"])}
-
-
-GPT_OSS = Architecture(
-    name="gpt-oss",
-    model_type="gpt_oss",
-    model_class="GptOssForCausalLM",
-    fields=(
-        *(field for field in DENSE if field.name != "intermediate_size"),
-        Field("expert_feed_forward_length", "intermediate_size"),
-        Field("expert_count", "num_local_experts"),
-        EXPERTS,
-        WINDOW,
-    ),
-    implied={**SILU, "attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
-    rules=top(),
-    layer_rules=(
-        *norms(attn_norm="input_layernorm", post_attention_norm="post_attention_layernorm"),
-        *attention(),
-        Pair("attn_sinks.weight", "self_attn.sinks"),
-        *linear("ffn_gate_inp", "mlp.router"),
-        interleaved("weight", "mlp.experts.gate_up_proj", turned=True),
-        interleaved("bias", "mlp.experts.gate_up_proj_bias", turned=False),
-        Pair("ffn_down_exps.weight", "mlp.experts.down_proj", TURNED),
-        Pair("ffn_down_exps.bias", "mlp.experts.down_proj_bias"),
-    ),
-    read=read_gpt_oss,
-    write=write_gpt_oss,
 )
