@@ -77,14 +77,14 @@ def encode(x: np.ndarray, format: Format) -> np.ndarray:
     """The bytes of a tensor in F32 or one of QUANTIZATIONS: `[..., bytes of a row]` for Q8_0, else plain numbers.
 
     Raises:
-        ValueError: a number is too large for F16, as whose multiples Q8_0 stores them too.
+        ValueError: a number is too large: for F16, or for a multiple of an F16 up to 127, as which Q8_0 stores it.
     """
     x = np.asarray(x).astype(np.float32)
     if format.name == "F32":
         return x
-    largest = float(np.max(np.abs(x), initial=0)) / (127 if format.name == "Q8_0" else 1)
-    if not largest <= np.finfo(np.float16).max:
-        raise ValueError(f"{format.name} holds magnitudes up to 65504 (a block's largest / 127), got {largest:g}")
+    largest, most = float(np.max(np.abs(x), initial=0)), 65504.0 * (127 if format.name == "Q8_0" else 1)
+    if not largest <= most:
+        raise ValueError(f"{format.name} holds magnitudes up to {most:.0f}, got {largest:g}")
     if format.name == "F16":
         return x.astype(np.float16)
     return package().quantize(x, package().GGMLQuantizationType[format.name])

@@ -17,8 +17,8 @@ from .header import Header, Stored, read_header
 from .rules import Made
 from .tokenizer import read_tokenizer
 
-SPECIAL = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-"""Fields of the config that are keys `tokenizer.ggml.*_token_id`."""
+SPECIAL = {"bos_token_id": ("bos",), "eos_token_id": ("eos", "eot", "eom"), "pad_token_id": ("padding",)}
+"""Fields of the config that are keys `tokenizer.ggml.*_token_id`; a text, a turn and a message may end differently."""
 
 
 class GgufFile:
@@ -127,9 +127,10 @@ def _config(file: GgufFile, metadata: Metadata) -> dict[str, Any]:
     config["vocab_size"] = metadata.rows
     config["tie_word_embeddings"] = "output.weight" not in file.header.tensors
     config["torch_dtype"] = file.header.tensors["token_embd.weight"].format.dtype.name
-    for field, name in SPECIAL.items():
-        if isinstance(found := metadata.values.get(f"tokenizer.ggml.{name}_token_id"), int):
-            config[field] = found
+    for field, names in SPECIAL.items():
+        ids = [metadata.values.get(f"tokenizer.ggml.{name}_token_id") for name in names]
+        if found := list(dict.fromkeys(index for index in ids if isinstance(index, int))):
+            config[field] = found if len(found) > 1 else found[0]
     return config
 
 

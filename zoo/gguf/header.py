@@ -139,7 +139,7 @@ class _Reader:
     def fits(self, count: int, size: int, what: str) -> None:
         left = self.size - self.at
         if count * size > left:
-            raise self.error(f"{what} need at least {count * size} bytes, and {left} are left")
+            raise self.error(f"at least {count * size} bytes are needed for {what}, and {left} are left")
 
     def take(self, count: int, what: str) -> memoryview:
         self.fits(1, count, what)

@@ -40,20 +40,22 @@ class Change:
 
     to_hf: Callable[[np.ndarray, Config], np.ndarray]
     to_gguf: Callable[[np.ndarray, Config], np.ndarray]
-    turned: bool = False
-    """The last two dimensions change places."""
-
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape on the other side."""
-        return (*shape[:-2], shape[-1], shape[-2]) if self.turned else shape
+    shape: Callable[[tuple[int, ...], Config], tuple[int, ...]] = lambda shape, config: shape
+    """The shape on the other side; raises ValueError for shapes that cannot be changed."""
 
 
 def _turn(x: np.ndarray, _: Config) -> np.ndarray:
     return x.swapaxes(-1, -2)
 
 
+def _turned(shape: tuple[int, ...], _: Config) -> tuple[int, ...]:
+    if len(shape) < 2:
+        raise ValueError(f"a matrix is expected, got shape {shape}")
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
 SAME = Change(lambda x, _: x, lambda x, _: x)
-TURNED = Change(_turn, _turn, turned=True)
+TURNED = Change(_turn, _turn, _turned)
 """GPT-2 stores matrices as (in, out) in Hugging Face checkpoints, and so do the experts of GPT-OSS."""
 ONE_MORE = Change(
     lambda x, _: (x.astype(np.float32) - np.float32(1)).astype(x.dtype),
@@ -75,7 +77,12 @@ def paired(heads: str) -> Change:
     def to_gguf(x: np.ndarray, config: Config) -> np.ndarray:
         return x.reshape(config[heads], 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
-    return Change(to_hf, to_gguf)
+    def shape(shape: tuple[int, ...], config: Config) -> tuple[int, ...]:
+        if config[heads] < 1 or shape[0] % (2 * config[heads]):
+            raise ValueError(f"{config[heads]} heads of even size are expected, got {shape[0]} rows")
+        return shape
+
+    return Change(to_hf, to_gguf, shape)
 
 
 @runtime_checkable
@@ -118,7 +125,7 @@ class Pair:
 
     def _made(self, tensors: Tensors, config: Config, old: str, new: str, change: Any) -> Iterator[Made]:
         if (info := tensors.tensors.get(old)) is not None:
-            shape = self.change.shape(info.shape)
+            shape = _shape(old, lambda: self.change.shape(info.shape, config))
             yield Made(new, TensorInfo(shape, info.dtype), (old,), lambda: change(tensors.read(old), config))
 
     def at(self, gguf: str, hf: str) -> "Pair":
@@ -137,6 +144,8 @@ class Stacked:
         """See Rule."""
         if (info := file.tensors.get(self.gguf)) is None:
             return
+        if len(info.shape) < 2:
+            raise ValueError(f"{self.gguf} holds a tensor for each expert, got shape {info.shape}")
         for expert in range(info.shape[0]):
 
             def read(expert: int = expert) -> np.ndarray:
@@ -167,7 +176,7 @@ class Joined:
     gguf: tuple[str, str]
     hf: str
     shape: Callable[[tuple[int, ...], tuple[int, ...]], tuple[int, ...]]
-    """Of the one, from those of the two."""
+    """Of the one, from those of the two; raises ValueError for shapes that cannot be joined."""
     join: Callable[[np.ndarray, np.ndarray], np.ndarray]
     split: Callable[[np.ndarray, Config], tuple[np.ndarray, np.ndarray]]
     """Views of the one."""
@@ -180,7 +189,7 @@ class Joined:
         one, other = file.tensors[first], file.tensors[second]
         if one.dtype != other.dtype:
             raise ValueError(f"{first} and {second} must have one dtype, got {one.dtype} and {other.dtype}")
-        info = TensorInfo(self.shape(one.shape, other.shape), one.dtype)
+        info = TensorInfo(_shape(first, lambda: self.shape(one.shape, other.shape)), one.dtype)
         yield Made(self.hf, info, self.gguf, lambda: self.join(file.read(first), file.read(second)))
 
     def to_gguf(self, checkpoint: Tensors, config: Config) -> Iterator[Made]:
@@ -199,6 +208,13 @@ class Joined:
         """See Rule."""
         first, second = self.gguf
         return replace(self, gguf=(gguf + first, gguf + second), hf=hf + self.hf)
+
+
+def _shape(name: str, shape: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+    try:
+        return shape()
+    except ValueError as error:
+        raise ValueError(f"{name} does not fit the metadata: {error}") from error
 
 
 def linear(gguf: str, hf: str, change: Change = SAME, bias: Change | None = None) -> tuple[Pair, Pair]:

@@ -17,7 +17,6 @@ from .tokenizer_out import write_tokenizer
 
 FILE_TYPES = {"F16": 1, "Q8_0": 7}
 _FLOAT32 = ("position_embd.", "ffn_gate_inp.")
-_ENDS = ("eos", "eot", "eom")
 
 
 def save_gguf(
@@ -98,13 +97,12 @@ class _Whole:
 def _special(config: dict[str, Any]) -> dict[str, int]:
     """The ids of special tokens; several ends of a text take the keys that GGUF has for ends of turns and messages."""
     found: dict[str, int] = {}
-    for field, name in SPECIAL.items():
+    for field, names in SPECIAL.items():
         value = config.get(field)
-        ids = value if isinstance(value, list) else [value]
-        names = _ENDS if name == "eos" else (name,)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
         if len(ids) > len(names):
             raise ValueError(f"GGUF has room for {len(names)} tokens as {field}, got {ids}")
-        found |= {f"tokenizer.ggml.{n}_token_id": i for n, i in zip(names, ids, strict=False) if i is not None}
+        found |= {f"tokenizer.ggml.{name}_token_id": index for name, index in zip(names, ids, strict=False)}
     return found
 
 

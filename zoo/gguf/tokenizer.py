@@ -116,7 +116,7 @@ def merges_of(tokens: Sequence[str], scores: Sequence[float], types: Sequence[in
     for whole in sorted(plain, key=lambda token: -scores[plain[token]]):
         splits = [(whole[:at], whole[at:]) for at in range(1, len(whole))]
         found = [(left, right) for left, right in splits if left in plain and right in plain]
-        merges += sorted(found, key=lambda pair: (plain[pair[0]], plain[pair[1]]))
+        merges += found if len(found) < 2 else sorted(found, key=lambda pair: (plain[pair[0]], plain[pair[1]]))
     return merges
 
 

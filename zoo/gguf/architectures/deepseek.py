@@ -25,10 +25,17 @@ def split_keys_and_values(x: np.ndarray, config: Config) -> tuple[np.ndarray, np
     return rows[:, : config["qk_nope_head_dim"]].swapaxes(1, 2), rows[:, config["qk_nope_head_dim"] :]
 
 
+def joined_shape(k: tuple[int, ...], v: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that `join_keys_and_values` gives."""
+    if len(k) != 3 or len(v) != 3 or k[:2] != (v[0], v[2]):
+        raise ValueError(f"keys (heads, rank, dims) and values (heads, dims, rank) are expected, got {k} and {v}")
+    return k[0] * (k[2] + v[1]), k[1]
+
+
 KV_B = Joined(
     ("attn_k_b.weight", "attn_v_b.weight"),
     "self_attn.kv_b_proj.weight",
-    lambda k, v: (k[0] * (k[2] + v[1]), k[1]),
+    joined_shape,
     join_keys_and_values,
     split_keys_and_values,
 )

@@ -21,10 +21,15 @@ def interleaved(gguf: str, hf: str, turned: bool) -> Joined:
     def turn(x: np.ndarray) -> np.ndarray:
         return x.swapaxes(-1, -2) if turned else x
 
+    def shape(gate: tuple[int, ...], up: tuple[int, ...]) -> tuple[int, ...]:
+        if gate != up or len(gate) != 2 + turned:
+            raise ValueError(f"gates and what they gate have one shape of {2 + turned} dimensions, got {gate} and {up}")
+        return (gate[0], gate[2], 2 * gate[1]) if turned else (gate[0], 2 * gate[1])
+
     return Joined(
         (f"ffn_gate_exps.{gguf}", f"ffn_up_exps.{gguf}"),
         hf,
-        (lambda a, _: (a[0], a[2], 2 * a[1])) if turned else (lambda a, _: (a[0], 2 * a[1])),
+        shape,
         lambda gate, up: interleave(turn(gate), turn(up)),
         lambda x, _: (turn(x[..., ::2]), turn(x[..., 1::2])),
     )
