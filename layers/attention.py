@@ -3,12 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import reshard
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from .cache import KeyValueCache
 from .kernels import attend
 from .linear import Linear
 from .masks import Causal, Documents, Mask, Window
@@ -16,7 +15,7 @@ from .mixer import Cache, Mixer, Places
 from .norm import Norm
 from .rope import Rope
 from .scores import SoftCap
-from .sharding import locally, parameter, spec_of, split_as
+from .sharding import parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +31,8 @@ class Attention(Mixer):
     output_bias: bool = False
     qk_norm: Norm | None = None
     """Normalisation of each query and key head (2302.05442)."""
+    qk_norm_joint: bool = False
+    """All query heads of a token are normalised together, and all key heads (OLMo 2, 2501.00656)."""
     window: int | None = None
     """A query sees so many latest tokens, itself included."""
     soft_cap: float | None = None
@@ -47,6 +48,8 @@ class Attention(Mixer):
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
+        if self.qk_norm_joint and self.qk_norm is None:
+            raise ValueError("qk_norm_joint says how qk_norm is taken, and there is no qk_norm")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"query heads must be a multiple of key/value heads, got heads={self.heads}, kv_heads={self.kv_heads}"
@@ -63,10 +66,9 @@ class Attention(Mixer):
         keys = seen * (length - (seen - 1) / 2) / length
         return projections + 4 * keys * self.heads * self.head_dim
 
-    def cache(self, batch: int, length: int, dtype: Any) -> Cache:
-        """Keys and values, B S K H each."""
-        shape = (batch, length, self.kv_heads, self.head_dim)
-        return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+    def cache(self, batch: int, length: int, dtype: Any) -> KeyValueCache:
+        """Keys and values, B S K H each; with a window, a ring."""
+        return KeyValueCache.empty(batch, length, self.kv_heads, self.head_dim, dtype, self.window)
 
 
 class AttentionLayer(nnx.Module):
@@ -79,9 +81,12 @@ class AttentionLayer(nnx.Module):
         self.key = Linear("D -> K H", sizes, rngs=rngs, bias=spec.bias)
         self.value = Linear("D -> K H", sizes, rngs=rngs, bias=spec.bias)
         self.output = Linear("N H -> D", sizes, rngs=rngs, bias=spec.output_bias)
-        self.query_norm = spec.qk_norm.build("H", spec.head_dim) if spec.qk_norm else None
-        self.key_norm = spec.qk_norm.build("H", spec.head_dim) if spec.qk_norm else None
+        self.query_norm, self.key_norm = (self._norm(letter, sizes) for letter in "NK")
         self.sinks = parameter("N", jnp.zeros(spec.heads)) if spec.sinks else None
+
+    def _norm(self, heads: str, sizes: dict[str, int]) -> nnx.Module | None:
+        axes = f"{heads} H" if self.spec.qk_norm_joint else "H"
+        return None if self.spec.qk_norm is None else self.spec.qk_norm.build(axes, *(sizes[a] for a in axes.split()))
 
     def __call__(
         self, x: Float[Array, "B T D"], places: Places, cache: Cache | None = None
@@ -99,8 +104,7 @@ class AttentionLayer(nnx.Module):
             mask = mask & Documents(places.segments)
         else:
             start = places.positions[:, 0]
-            cache = {"key": _write(cache["key"], key, start), "value": _write(cache["value"], value, start)}
-            key, value = cache["key"].astype(x.dtype), cache["value"].astype(x.dtype)
+            cache, key, value, mask = cache.extend(key, value, places, mask)
         mixed = attend(
             query,
             key,
@@ -112,13 +116,3 @@ class AttentionLayer(nnx.Module):
             query_offset=start,
         )
         return self.output(mixed), cache
-
-
-def _write(slots: Float[Array, "B S K H"], new: Float[Array, "B T K H"], start: Int[Array, " B"]) -> Array:
-    """Puts `new` into `slots` from each row's `start` on; the slots are split as `new` is."""
-
-    def put(new: Array, slots: Array, start: Array) -> Array:
-        return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(slots, new, start, 0)
-
-    spec = split_as(*spec_of(new))
-    return locally(put, new.astype(slots.dtype), slots if spec is None else reshard(slots, spec), start)

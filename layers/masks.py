@@ -250,6 +250,20 @@ class Where(Mask):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class KeysAt(Mask):
+    """A mask over positions, for keys that are out of order: key s is at `positions[b, s]`, or nowhere if negative."""
+
+    positions: Int[Array, "B S"]
+    mask: Mask
+
+    def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
+        """True where `query` sees `key`."""
+        position = lookup(self.positions, batch, key, axes="B S", name="KeysAt(positions)")
+        return (position >= 0) & self.mask.visible(batch, head, query, position)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class PerHead(Mask):
     """Head h has `masks[choice[h]]`."""
 

@@ -97,7 +97,7 @@ class Decoder(Spec):
         return blocks + 2 * self.dim * self.vocab
 
     def cache(self, batch: int, length: int, dtype: Any) -> Caches:
-        """Empty caches for `batch` documents of up to `length` tokens."""
+        """Empty caches for `batch` documents of up to `length` tokens; `dtype` int8: quantized."""
 
         def stacked(block: Block) -> Cache:
             one = block.mixer.cache(batch, length, dtype)
