@@ -66,7 +66,7 @@ def test_a_table_names_every_tensor_once(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "lama"}, "unknown model_type 'lama'; did you mean 'llama'"),
+        ({"model_type": "llamma"}, "unknown model_type 'llamma'; did you mean 'llama'"),
         ({"model_type": None}, "unknown model_type 'None'"),
         ({"model_type": ["llama"]}, "unknown model_type"),
         ({"hidden_size": None}, "model_type 'llama': the config has no hidden_size"),
