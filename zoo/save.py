@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -18,7 +17,7 @@ from .family import differences, read, write
 from .names import Unit, units
 from .parameters import describe, split
 from .safetensors_file import NAMES
-from .source import Source, TensorInfo
+from .source import Source, TensorInfo, widest
 
 SHARD_BYTES = 5_000_000_000
 """How large a file of weights becomes, as in transformers."""
@@ -100,7 +99,7 @@ class ModelSource:
         return self._tokenizer
 
     def _dtype(self, unit: Unit) -> np.dtype:
-        return np.dtype(jnp.result_type(*(self._parameters[part.parameter].dtype for part in unit.parts)))
+        return widest(self._parameters[part.parameter].dtype for part in unit.parts)
 
     def _part(self, name: str, layer: int | None) -> np.ndarray:
         array = self._parameters[name]
@@ -174,7 +173,7 @@ def _write_rest(source: Source, tensors: Mapping[str, TensorInfo], folder: Path)
     config = dict(source.config)
     config.pop("auto_map", None)  # names code that is not written with it
     style = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[style] = jnp.result_type(*(info.dtype for info in tensors.values())).name
+    config[style] = widest(info.dtype for info in tensors.values()).name
     _write_json(folder / "config.json", config)
     tokenizer = source.tokenizer()
     if tokenizer is None:
