@@ -3,20 +3,18 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import reshard
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from .kernels import attend
 from .linear import Linear
 from .masks import Causal, Documents, Mask, Window
-from .mixer import Cache, Mixer, Places
+from .mixer import Cache, Mixer, Places, write
 from .norm import Norm
 from .rope import Rope
 from .scores import SoftCap
-from .sharding import locally, parameter, spec_of, split_as
+from .sharding import parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +97,7 @@ class AttentionLayer(nnx.Module):
             mask = mask & Documents(places.segments)
         else:
             start = places.positions[:, 0]
-            cache = {"key": _write(cache["key"], key, start), "value": _write(cache["value"], value, start)}
+            cache = {"key": write(cache["key"], key, start), "value": write(cache["value"], value, start)}
             key, value = cache["key"].astype(x.dtype), cache["value"].astype(x.dtype)
         mixed = attend(
             query,
@@ -112,13 +110,3 @@ class AttentionLayer(nnx.Module):
             query_offset=start,
         )
         return self.output(mixed), cache
-
-
-def _write(slots: Float[Array, "B S K H"], new: Float[Array, "B T K H"], start: Int[Array, " B"]) -> Array:
-    """Puts `new` into `slots` from each row's `start` on; the slots are split as `new` is."""
-
-    def put(new: Array, slots: Array, start: Array) -> Array:
-        return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(slots, new, start, 0)
-
-    spec = split_as(*spec_of(new))
-    return locally(put, new.astype(slots.dtype), slots if spec is None else reshard(slots, spec), start)
