@@ -123,6 +123,12 @@ def split_as(*spec: Any) -> PartitionSpec | None:
     return None if jax.sharding.get_abstract_mesh().empty else PartitionSpec(*spec)
 
 
+def as_split(array: Array, like: Array) -> Array:
+    """An array, split as another one of its shape is."""
+    spec = split_as(*spec_of(like))
+    return array if spec is None else reshard(array, spec)
+
+
 def locally(function: Callable[..., Array], *arrays: Array) -> Array:
     """Calls `function` on each device's own part of the arrays; the result is split like the first of them."""
     specs = tuple(PartitionSpec(*spec_of(array)) for array in arrays)
