@@ -30,6 +30,8 @@ class Attention(Mixer):
     output_bias: bool = False
     qk_norm: Norm | None = None
     """Normalisation of each query and key head (2302.05442)."""
+    qk_norm_joint: bool = False
+    """All query heads of a token are normalised together, and all key heads (OLMo 2, 2501.00656)."""
     window: int | None = None
     """A query sees so many latest tokens, itself included."""
     soft_cap: float | None = None
@@ -45,6 +47,8 @@ class Attention(Mixer):
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
+        if self.qk_norm_joint and self.qk_norm is None:
+            raise ValueError("qk_norm_joint says how qk_norm is taken, and there is no qk_norm")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"query heads must be a multiple of key/value heads, got heads={self.heads}, kv_heads={self.kv_heads}"
@@ -77,9 +81,12 @@ class AttentionLayer(nnx.Module):
         self.key = Linear("D -> K H", sizes, rngs=rngs, bias=spec.bias)
         self.value = Linear("D -> K H", sizes, rngs=rngs, bias=spec.bias)
         self.output = Linear("N H -> D", sizes, rngs=rngs, bias=spec.output_bias)
-        self.query_norm = spec.qk_norm.build("H", spec.head_dim) if spec.qk_norm else None
-        self.key_norm = spec.qk_norm.build("H", spec.head_dim) if spec.qk_norm else None
+        self.query_norm, self.key_norm = (self._norm(letter, sizes) for letter in "NK")
         self.sinks = parameter("N", jnp.zeros(spec.heads)) if spec.sinks else None
+
+    def _norm(self, heads: str, sizes: dict[str, int]) -> nnx.Module | None:
+        axes = f"{heads} H" if self.spec.qk_norm_joint else "H"
+        return None if self.spec.qk_norm is None else self.spec.qk_norm.build(axes, *(sizes[a] for a in axes.split()))
 
     def __call__(
         self, x: Float[Array, "B T D"], places: Places, cache: Cache | None = None

@@ -1,4 +1,4 @@
-"""Language models as values, and generation."""
+"""Language models as values, weights in and out, and generation."""
 
 from ..layers.attention import Attention as Attention
 from ..layers.block import Block as Block
@@ -14,3 +14,6 @@ from ..layers.routing import Router as Router
 from .decoder import Decoder as Decoder
 from .decoder import DecoderModel as DecoderModel
 from .generate import generate as generate
+from .load import load as load
+from .load import open_source as open_source
+from .save import save as save

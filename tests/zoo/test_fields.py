@@ -75,11 +75,17 @@ SPECS: dict[str, tuple[str, Spec, dict[str, object]]] = {
             "bias": True,
             "output_bias": True,
             "qk_norm": RMSNorm(),
+            "qk_norm_joint": True,
             "window": 3,
             "soft_cap": 0.5,
             "sinks": True,
             "scale": 2.0,
         },
+    ),
+    "Attention, its queries and keys normalised": (
+        MIXER,
+        ATTENTION.replace(qk_norm=RMSNorm()),
+        {"qk_norm_joint": True},
     ),
     "MLP": ("block.0.ffn", MLP(hidden=12), {"hidden": 8, "activation": "relu", "bias": False}),
     "GatedMLP": (

@@ -1,0 +1,61 @@
+"""The blocks of a decoder, layer by layer, as configs tell of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ..layers.attention import Attention
+from ..layers.block import Block
+from ..layers.spec import Spec
+from .decoder import Decoder
+
+
+class Inexpressible(ValueError):
+    """No family, or not the one asked for, has such a decoder."""
+
+
+def part[T: Spec](spec: Spec, kind: type[T]) -> T:
+    """`spec`, which must be of this kind for the family to express it."""
+    if not isinstance(spec, kind):
+        raise Inexpressible(f"a {type(spec).__name__} where it has a {kind.__name__}")
+    return spec
+
+
+def attentions(decoder: Decoder) -> list[Attention]:
+    """The mixer of each layer, which must be attention for the family to express it."""
+    return [part(block.mixer, Attention) for block in decoder.all_blocks]
+
+
+def per_layer(decoder: Decoder, change: Callable[[int, Block], Block]) -> Decoder:
+    """The decoder whose layers are its first block after `change(layer, block)`."""
+    return decoder.replace(**pattern([change(layer, decoder.block[0]) for layer in range(decoder.layers)]))
+
+
+def layer_types(decoder: Decoder) -> list[str]:
+    """The field of this name for a decoder of attention layers."""
+    return ["full_attention" if a.window is None else "sliding_attention" for a in attentions(decoder)]
+
+
+def windowed(decoder: Decoder, kinds: list[str], window: int | None) -> Decoder:
+    """The decoder with this window on its "sliding_attention" layers, and none on others."""
+    blocks = decoder.all_blocks
+    if window is None and "sliding_attention" in kinds:
+        raise ValueError("layer_types has sliding_attention, and there is no sliding_window (or it is switched off)")
+    width = {"sliding_attention": window, "full_attention": None}
+    return per_layer(decoder, lambda i, _: blocks[i].replace(**{"mixer.window": width[kinds[i]]}))
+
+
+def window_of(decoder: Decoder) -> int | None:
+    """The window of the layers that have one."""
+    return next((a.window for a in attentions(decoder) if a.window is not None), None)
+
+
+def pattern(blocks: list[Block]) -> dict[str, Any]:
+    """`first`, `block` and `layers` of the decoder with these blocks: the shortest pattern that repeats."""
+    numbers = {block: number for number, block in enumerate(dict.fromkeys(blocks))}
+    ids, count = [numbers[block] for block in blocks], len(blocks)
+    for total in range(1, count + 1):
+        for first in range(total):
+            period = total - first
+            if all(ids[i] == ids[i + period] for i in range(first, count - period)):
+                return {"first": tuple(blocks[:first]), "block": tuple(blocks[first:total]), "layers": count}
+    raise ValueError("a decoder has at least one layer, got 0")

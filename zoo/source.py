@@ -1,0 +1,44 @@
+"""What weights come from, whatever the format: a configuration, named tensors and a tokenizer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    """As `Source.read` gives it; `ml_dtypes.bfloat16` and the float8 types too."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A checkpoint on disk, in the terms of Hugging Face.
+
+    Making one checks everything that can be checked without reading a tensor, so that a damaged or hostile file is a
+    ValueError that names the file before memory is spent on it.
+    """
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's configuration, as in a Hugging Face `config.json`."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Shape and dtype of every tensor by its Hugging Face name, e.g. "model.layers.0.mlp.up_proj.weight"."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, on the host. It may be a read-only view of the file."""
+        ...
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that comes with the weights, or None where none does."""
+        ...
