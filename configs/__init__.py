@@ -6,6 +6,7 @@ from collections.abc import Callable
 from ..layers.spec import unknown
 from ..zoo.decoder import Decoder
 from . import models, runs
+from .run import Balance as Balance
 from .run import Data as Data
 from .run import Optimizer as Optimizer
 from .run import Run as Run

@@ -179,8 +179,9 @@ class Job:
             console.print(text, soft_wrap=True, highlight=False)
 
         batches = _load_data(run, console)
-        size = sum(known.size for known in describe(run.model.abstract()).values())
-        say(f"model   {amount(size)} parameters, {amount(3 * run.model.flops(run.length), 'FLOP')} a trained token")
+        size, unused = sum(known.size for known in describe(run.model.abstract()).values()), run.model.unused()
+        parameters = f"{amount(size)} parameters" + (f", {amount(size - unused)} active" if unused else "")
+        say(f"model   {parameters}, {amount(3 * run.model.flops(run.length), 'FLOP')} a trained token")
         say(f"data    {batches.describe()}")
         say(f"devices {devices}")
         with contextlib.ExitStack() as opened:
@@ -281,6 +282,8 @@ class Job:
             facts["MFU"] = f"{3 * self.run.model.flops(self.run.length) * speed / peak / self.mesh.size:.1%}"
         facts["memory"] = amount(hardware.memory_bytes(device), "B")
         facts["left"] = duration((self.run.steps - step) * pace)
+        if "max_violation" in values:
+            facts["MaxVio"] = f"{values['max_violation']:.2f}"
         if values["skipped"]:
             facts["skipped"] = f"{values['skipped']:.0f}"
         self.board.update(step, facts)

@@ -2,11 +2,15 @@
 
 from ..layers.attention import Attention as Attention
 from ..layers.block import Block as Block
+from ..layers.mla import MLA as MLA
 from ..layers.mlp import MLP as MLP
 from ..layers.mlp import GatedMLP as GatedMLP
+from ..layers.moe import MoE as MoE
 from ..layers.norm import LayerNorm as LayerNorm
 from ..layers.norm import RMSNorm as RMSNorm
 from ..layers.rope import Rope as Rope
+from ..layers.routing import Groups as Groups
+from ..layers.routing import Router as Router
 from .chat import ChatTemplate as ChatTemplate
 from .chat import Conversation as Conversation
 from .decoder import Decoder as Decoder
