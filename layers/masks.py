@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Int
 from .lookup import lookup
 
 Index = Int[Array, "..."]
+Band = tuple[int | None, int | None]
 static: Any = {"static": True}
 
 
@@ -34,7 +35,12 @@ class Mask(abc.ABC):
     @property
     def causal(self) -> bool:
         """Whether it is known that no query sees a later key; only what this is sure of is used."""
-        return False
+        return self.band is not None and self.band[1] is not None and self.band[1] <= 1
+
+    @property
+    def band(self) -> Band | None:
+        """`left` and `right` where the mask is just query - left < key < query + right; each may be None, no bound."""
+        return None
 
     def plot(
         self,
@@ -78,6 +84,11 @@ class Mask(abc.ABC):
 class Full(Mask):
     """Every query sees every key."""
 
+    @property
+    def band(self) -> Band:
+        """No bound."""
+        return None, None
+
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True."""
         return key >= 0
@@ -89,9 +100,9 @@ class Causal(Mask):
     """key <= query."""
 
     @property
-    def causal(self) -> bool:
-        """True."""
-        return True
+    def band(self) -> Band:
+        """No bound to the left."""
+        return None, 1
 
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
@@ -112,6 +123,11 @@ class Window(Mask):
                 f"a window holds at least the query's own key: left and right must be 1 or more, "
                 f"got left={self.left}, right={self.right}"
             )
+
+    @property
+    def band(self) -> Band:
+        """The window."""
+        return self.left, self.right
 
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
@@ -286,6 +302,17 @@ class Both(Mask):
     def causal(self) -> bool:
         """Whether one of them is."""
         return self.left.causal or self.right.causal
+
+    @property
+    def band(self) -> Band | None:
+        """The narrower on each side."""
+        if self.left.band is None or self.right.band is None:
+            return None
+        left, right = (
+            min((x for x in ends if x is not None), default=None)
+            for ends in zip(self.left.band, self.right.band, strict=True)
+        )
+        return left, right
 
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""

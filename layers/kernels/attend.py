@@ -19,7 +19,7 @@ from ..masks import Mask
 from ..scores import Score
 from ..sharding import spec_of
 from ..spec import unknown
-from . import dropout, pairs, portable, reference, tpu, tpu_interpreted
+from . import cuda, dropout, pairs, portable, reference, tpu, tpu_interpreted
 from .context import Method, plan
 from .linear import linear
 from .platform import by_platform
@@ -27,7 +27,7 @@ from .problem import Gradients, Operands, Problem, gradients_like, tangents_of
 
 _log = logging.getLogger(__name__)
 
-Implementation = Literal["reference", "portable", "tpu"]
+Implementation = Literal["reference", "portable", "tpu", "cuda"]
 
 
 def attend(
@@ -72,8 +72,8 @@ def attend(
         context: what the devices of that axis do. In a "ring" keys and values travel from one to the next, and nobody
             ever holds more than two parts of them; with "all_gather" every device holds all.
         implementation: "reference" is the plain definition, with all T x S logits; "portable" goes block by block,
-            with memory linear in the lengths; "tpu" runs kernels (interpreted where there is no TPU). By default each
-            platform's first that can do it; a debug log says why one could not.
+            with memory linear in the lengths; "tpu" runs kernels (interpreted where there is no TPU), "cuda" those of
+            cuDNN. By default each platform's first that can do it; a debug log says why one could not.
 
     Raises:
         ValueError: where shapes do not fit, the mask hides everything, or the implementation is unknown.
@@ -107,6 +107,8 @@ def attend(
         query_offset=offset if fixed else 0,
         mask_sides=[np.asarray(side) for side in mask_sides] if known else None,
         causal=mask.causal and fixed and offset <= 0 and context_axis is None,
+        band=mask.band,
+        wants_lse=sinks is not None or return_lse or shared is not None,
         context=shared,
     )
     operands = Operands(
@@ -161,13 +163,20 @@ def _choose(implementation: Implementation | None, problem: Problem, operands: O
         raise unknown("attention implementation", implementation, names)
     if implementation == "portable":
         return {"default": portable}
-    refused = tpu.refusal(problem, operands)
-    if not refused:
-        return {"tpu": tpu, "default": portable if implementation is None else tpu_interpreted}
+    kernels = {"tpu": tpu, "cuda": cuda}
     if implementation is not None:
-        raise NotImplementedError(f"attention by implementation='tpu': {refused}; 'portable' can do it")
-    _log.debug("on TPU, attention is left to 'portable': %s", refused)
-    return {"default": portable}
+        refused = kernels[implementation].refusal(problem, operands)
+        if refused:
+            raise NotImplementedError(f"attention by {implementation=}: {refused}; 'portable' can do it")
+        return {"tpu": tpu, "default": tpu_interpreted} if implementation == "tpu" else {"cuda": cuda}
+    chosen: dict[str, Any] = {"default": portable}
+    for platform, module in kernels.items():
+        refused = module.refusal(problem, operands)
+        if refused:
+            _log.debug("on %s, attention is left to 'portable': %s", platform, refused)
+        else:
+            chosen[platform] = module
+    return chosen
 
 
 def _attention(implementation: Implementation | None, problem: Problem, operands: Operands) -> tuple[Array, Array]:
@@ -219,8 +228,9 @@ def _blockwise_jvp(chosen: Any, problem: Problem, primals: tuple[Operands], tang
             functions = {name: partial(module.backward, problem) for name, module in chosen}
             return by_platform(functions, arguments, gradients_like(problem, arguments[0]))
 
-        backward = partial(problem.context.backward, gradients) if problem.context else gradients
-        return backward(problem, operands, lse, delta, out_grad)
+        if problem.context:
+            return problem.context.backward(gradients, problem, operands, lse, delta, out_grad)
+        return gradients(problem, operands._replace(out=out), lse, delta, out_grad)
 
     return (out, lse), linear(forward, transpose, (operands, out, lse), tangents_of(moved), like=(out, lse))
 
