@@ -192,16 +192,20 @@ def outcomes(inputs: dict[str, jax.Array], **functions: Any) -> dict[str, dict[s
         cotangent = cotangent if all(axis is None for axis in spec) else jax.reshard(cotangent, spec)
         return {"result": result} | back(cotangent)[0]
 
-    found = jax.jit(lambda x: {name: outcome(function, x) for name, function in functions.items()})(inputs)
+    found = {}
+    for name, function in functions.items():
+        with getattr(function, "context", contextlib.nullcontext)():  # kernels are traced when a program is lowered
+            found[name] = jax.jit(functools.partial(outcome, function))(inputs)
     return jax.tree.map(lambda x: np.asarray(x.astype(jnp.float32)), found)
 
 
 def ours(case: Case, variant: str, **more: Any) -> Any:
-    """`attend` on this case, by an implementation of VARIANTS."""
+    """`attend` on this case, by an implementation of VARIANTS, to be compiled in the context of that."""
+    context = (VARIANTS | DEFAULT)[variant]
 
     def call(q: Any, k: Any, v: Any, sinks: Any = None, **parameters: Any) -> Any:
         score = None if case.score is None else case.score(**parameters)
-        with (VARIANTS | DEFAULT)[variant]():
+        with context():
             return attend(
                 q,
                 k,
@@ -214,6 +218,7 @@ def ours(case: Case, variant: str, **more: Any) -> Any:
                 **more,
             )
 
+    call.context = context  # pyright: ignore[reportFunctionMemberAccess]
     return call
 
 

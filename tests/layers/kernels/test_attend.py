@@ -428,7 +428,7 @@ X = jnp.zeros((2, 6, 4, 8))
         ({"mask": Causal(), "dropout_rate": 0.5}, "needs a dropout_seed"),
         (
             {"mask": Where(lambda b, h, q, k: jnp.arange(3) == q)},
-            r"maps scalars to a scalar, got a result of shape \(3,\)",
+            r"maps scalars to a scalar of type bool, got a result of type bool and shape \(3,\)",
         ),
     ],
 )
