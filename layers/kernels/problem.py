@@ -28,6 +28,8 @@ class Operands(NamedTuple):
     """B 1 T, where B may be 1; None where they run from `Problem.query_offset` on."""
     key_positions: Int[Array, "..."] | None = None
     """B 1 S, where B may be 1; None where they run from 0 on."""
+    out: Float[Array, "B T N Hv"] | None = None
+    """The result, for the backward pass; None where it is put together from parts of the keys."""
 
 
 @dataclass(eq=False)
@@ -44,6 +46,10 @@ class Problem:
     query_offset: int = 0
     causal: bool = False
     """A promise that no query at index i sees a key after i."""
+    band: tuple[int | None, int | None] | None = None
+    """What the mask is where it is only query - left < key < query + right (masks.py)."""
+    wants_lse: bool = False
+    """Whether the logarithms of the sums are used."""
     mask_sides: list[np.ndarray] | None = None
     """The mask's sides where all of them, and the positions, are known now."""
     context: Any = None
