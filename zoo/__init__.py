@@ -13,6 +13,7 @@ from ..layers.routing import Groups as Groups
 from ..layers.routing import Router as Router
 from .chat import ChatTemplate as ChatTemplate
 from .chat import Conversation as Conversation
+from .convert import convert as convert
 from .decoder import Decoder as Decoder
 from .decoder import DecoderModel as DecoderModel
 from .generate import Completion as Completion
