@@ -12,3 +12,4 @@ from .decoder import DecoderModel as DecoderModel
 from .generate import generate as generate
 from .load import load as load
 from .load import open_source as open_source
+from .save import save as save

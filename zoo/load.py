@@ -16,10 +16,10 @@ from .family import Family, find, read
 from .hugging_face import HuggingFaceFolder
 from .names import Part, Unit, units
 from .parameters import Description, Parameters, describe, merge, shardings
-from .source import Source
+from .source import Source, widest
 
-STORED = (jnp.float32, jnp.bfloat16, jnp.float16)
-"""What parameters may be stored in where the caller gives no dtype."""
+KEPT = tuple(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
+"""What parameters stay in where the caller gives no dtype."""
 
 Progress = Callable[[int, int], None]
 """Is told how many bytes of how many are done."""
@@ -170,18 +170,17 @@ class _Names:
 
 def _dtypes(names: _Names, wanted: list[Unit], dtype: Any) -> dict[str, Any]:
     """What each parameter is kept in: `dtype`, or the widest that any of its tensors has."""
-    found: dict[str, Any] = {}
+    stored: dict[str, set[np.dtype]] = {}
     for unit in wanted:
-        stored = [jnp.dtype(names.tensors[names.real(name)].dtype) for name in unit.names]
+        kinds = {np.dtype(names.tensors[names.real(name)].dtype) for name in unit.names}
+        odd = [kind for kind in kinds if not jnp.issubdtype(kind, jnp.floating) or (dtype is None and kind not in KEPT)]
+        if odd:
+            way_out = "; give a dtype" if jnp.issubdtype(odd[0], jnp.floating) else ""
+            kept = ", ".join(kind.name for kind in KEPT)
+            raise ValueError(f"{unit.names[0]} is stored as {odd[0]}, and parameters are kept as {kept}{way_out}")
         for part in unit.parts:
-            found[part.parameter] = functools.reduce(jnp.promote_types, stored, found.get(part.parameter, stored[0]))
-            kinds = [k for k in stored if not jnp.issubdtype(k, jnp.floating)]
-            if kinds or (dtype is None and found[part.parameter] not in STORED):
-                raise ValueError(
-                    f"{unit.names[0]} is stored as {(kinds or [found[part.parameter]])[0]}, and parameters are kept as "
-                    f"{', '.join(jnp.dtype(s).name for s in STORED)}" + ("" if kinds else "; give a dtype")
-                )
-    return found if dtype is None else dict.fromkeys(found, jnp.dtype(dtype))
+            stored.setdefault(part.parameter, set()).update(kinds)
+    return {name: widest(kinds) if dtype is None else np.dtype(dtype) for name, kinds in stored.items()}
 
 
 def _one_device() -> SingleDeviceSharding:

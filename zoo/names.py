@@ -134,11 +134,10 @@ class Unit:
         cuts = [self.line.cut(tensor, self.sizes) for tensor in tensors]
         return [np.stack(part) for part in zip(*cuts, strict=True)] if self.by_expert else cuts[0]
 
-    def join(self, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-        """The tensors, in the order of `names`, of parts in the parameters' own order of axes."""
+    def join(self, expert: int, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """The tensor (of this expert) of parts in the parameters' own order of axes: the inverse of `cut`."""
         turned = [np.transpose(a, np.argsort(p.order)) for a, p in zip(parts, self.parts, strict=True)]
-        for expert in range(len(self.names)):
-            yield self.line.join([part[expert] for part in turned] if self.by_expert else turned, self.sizes)
+        return self.line.join([part[expert] for part in turned] if self.by_expert else turned, self.sizes)
 
 
 def units(table: Table, decoder: Decoder, described: Mapping[str, Description]) -> list[Unit]:

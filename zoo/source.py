@@ -1,9 +1,12 @@
 """What weights come from, whatever the format: a configuration, named tensors and a tokenizer."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -42,3 +45,9 @@ class Source(Protocol):
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that comes with the weights, or None where none does."""
         ...
+
+
+def widest(dtypes: Iterable[Any]) -> np.dtype:
+    """The smallest dtype that holds what all of these hold."""
+    with jax.numpy_dtype_promotion("standard"):
+        return np.dtype(functools.reduce(jnp.promote_types, dtypes))

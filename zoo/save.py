@@ -1,0 +1,232 @@
+"""Weights out: a model, or any checkpoint, as a Hugging Face folder, tensor by tensor."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer
+
+from .decoder import Decoder, DecoderModel
+from .family import differences, read, write
+from .names import Unit, units
+from .parameters import describe, split
+from .safetensors_file import NAMES
+from .source import Source, TensorInfo, widest
+
+SHARD_BYTES = 5_000_000_000
+"""How large a file of weights becomes, as in transformers."""
+
+OLDER = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def save(
+    model: DecoderModel,
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    config: Mapping[str, Any] | None = None,
+    dtype: Any = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes a Hugging Face folder, which transformers and `load` read.
+
+    It is written beside its place and renamed at the end, so that a failure leaves nothing. The host holds one tensor
+    at a time.
+
+    Args:
+        model: the model; where some family of Hugging Face can express it.
+        folder: that does not exist yet, or is empty.
+        tokenizer: written as `tokenizer.json`.
+        config: of the checkpoint that the model came from, to go on with: its `model_type` chooses the family, and
+            what it says of tokens and lengths stays. `{"model_type": "mistral"}` alone chooses a family.
+        dtype: of the tensors; the parameters' own by default.
+        shard_bytes: a file of weights has at most so many bytes, or one tensor.
+        progress: is told how many bytes of how many are done.
+
+    Raises:
+        ValueError: where the folder holds something, or the model has no Hugging Face config.
+        OSError: where the disk is full or does not let us.
+    """
+    write_folder(
+        ModelSource(model, tokenizer=tokenizer, config=config),
+        folder,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        progress=progress,
+    )
+
+
+class ModelSource:
+    """A model as a `Source`: what a checkpoint of it holds. Arguments and errors as of `save`."""
+
+    def __init__(
+        self, model: DecoderModel, *, tokenizer: Tokenizer | None = None, config: Mapping[str, Any] | None = None
+    ):
+        carried = dict(config or {})
+        family, fields = write(model.spec, carried.get("model_type"))
+        self.config: dict[str, Any] = _merged(carried, fields, model.spec) | {"architectures": [family.architecture]}
+        self._parameters, self._tokenizer = split(model), tokenizer
+        self._units = {
+            name: (unit, expert)
+            for unit in units(family.names, model.spec, describe(model))
+            for expert, name in enumerate(unit.names)
+        }
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(unit.shape, self._dtype(unit)) for name, (unit, _) in self._units.items()
+        }
+        self._host: tuple[Unit | None, list[np.ndarray]] = (None, [])
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+        unit, expert = self._units[name]
+        if self._host[0] is not unit:  # the experts of a layer come to the host together
+            self._host = (
+                unit,
+                [self._part(part.parameter, part.layer).astype(self._dtype(unit)) for part in unit.parts],
+            )
+        return unit.join(expert, self._host[1])
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that was given."""
+        return self._tokenizer
+
+    def _dtype(self, unit: Unit) -> np.dtype:
+        return widest(self._parameters[part.parameter].dtype for part in unit.parts)
+
+    def _part(self, name: str, layer: int | None) -> np.ndarray:
+        array = self._parameters[name]
+        if not array.is_fully_addressable:
+            raise NotImplementedError(
+                f"parameter {name} is split over several processes; convert a checkpoint of the run in one process"
+            )
+        return np.asarray(array if layer is None else jax.lax.dynamic_index_in_dim(array, layer, keepdims=False))
+
+
+def write_folder(
+    source: Source,
+    folder: str | Path,
+    *,
+    dtype: Any = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes any checkpoint as a Hugging Face folder; arguments and errors as of `save`."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already; choose another place")
+    tensors = {
+        name: TensorInfo(info.shape, np.dtype(dtype) if dtype is not None else info.dtype)
+        for name, info in source.tensors.items()
+    }
+    total = sum(_bytes(info) for info in tensors.values())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if total > free:
+        raise OSError(f"{folder} takes {total:,} bytes, and {free:,} are free there")
+    aside = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        done = 0
+        for size in _write_weights(source, tensors, aside, shard_bytes):
+            done += size
+            if progress is not None:
+                progress(done, total)
+        _write_rest(source, tensors, aside)
+        aside.rename(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _write_weights(source: Source, tensors: Mapping[str, TensorInfo], folder: Path, shard_bytes: int) -> Iterator[int]:
+    """Writes the files of weights and their index, and yields the bytes of each tensor."""
+    shards = _shards(tensors, shard_bytes)
+    places = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        places |= dict.fromkeys(names, file)
+        with (folder / file).open("wb") as out:
+            out.write(_header({name: tensors[name] for name in names}))
+            for name in names:
+                array = np.ascontiguousarray(source.read(name), dtype=tensors[name].dtype)
+                assert array.shape == tensors[name].shape, (name, array.shape, tensors[name].shape)
+                out.write(array.reshape(-1).view(np.uint8))
+                yield array.nbytes
+            out.flush()
+            os.fsync(out.fileno())
+    if len(shards) > 1:
+        total = sum(_bytes(info) for info in tensors.values())
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _write_rest(source: Source, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
+    """Writes the config and the tokenizer."""
+    config = dict(source.config)
+    config.pop("auto_map", None)  # names code that is not written with it
+    style = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config[style] = widest(info.dtype for info in tensors.values()).name
+    _write_json(folder / "config.json", config)
+    tokenizer = source.tokenizer()
+    if tokenizer is None:
+        return
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {}
+    for name in TOKENS:
+        number = config.get(name)
+        number = number[0] if isinstance(number, list) and number else number
+        token = tokenizer.id_to_token(number) if isinstance(number, int) else None
+        if token is not None:
+            special[name.removesuffix("_id")] = token
+    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special})
+
+
+def _merged(carried: dict[str, Any], fields: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
+    """The config `carried`, changed where it does not say what the decoder is."""
+    if not carried:
+        return fields | dict.fromkeys(TOKENS)  # absent, they would be those of the family's first model
+    try:
+        if not differences(decoder, read(carried)):
+            return carried
+    except ValueError:
+        pass  # an incomplete config, or one whose unknown fields were ignored
+    kept = {name: value for name, value in carried.items() if name not in OLDER}
+    return dict.fromkeys(TOKENS) | kept | fields
+
+
+def _shards(tensors: Mapping[str, TensorInfo], most: int) -> list[list[str]]:
+    shards, size = [[]], 0
+    for name, info in tensors.items():
+        if shards[-1] and size + _bytes(info) > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += _bytes(info)
+    return shards
+
+
+def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, info in tensors.items():
+        begin, end = end, end + _bytes(info)
+        entries[name] = {"dtype": NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(info: TensorInfo) -> int:
+    return math.prod(info.shape) * info.dtype.itemsize
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
