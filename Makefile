@@ -11,7 +11,8 @@ VENV = PYTHON='$(PYTHON)' GOAL='$(GOAL)' .ci/venv
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test test-slow test-oldest check format bench-train bench-attention docs docs-attention constraints clean
+.PHONY: help train test test-slow test-real test-oldest check format
+.PHONY: bench-train bench-attention docs docs-attention constraints clean
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -23,7 +24,11 @@ test: .venv/.test ## run the tests, minutes on a CPU
 	.venv/bin/pytest $(ARGS)
 
 test-slow: .venv/.test ## run the tests that take minutes each
-	.venv/bin/pytest -m 'slow and not tpu and not gpu' $(ARGS)
+	.venv/bin/pytest -m 'slow and not tpu and not gpu and not real' $(ARGS)
+
+test-real: .venv/.test ## fetch pretrained weights (320 MB) into .real and run the tests that need them
+	.venv/bin/python tests/zoo/gguf/fetch.py .real
+	.venv/bin/pytest -m 'real and not tpu and not gpu' $(ARGS)
 
 test-oldest: .venv-oldest/.test ## run the tests with the oldest supported jax
 	.venv-oldest/bin/pytest $(ARGS)

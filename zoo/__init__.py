@@ -11,6 +11,7 @@ from ..layers.norm import RMSNorm as RMSNorm
 from ..layers.rope import Rope as Rope
 from ..layers.routing import Groups as Groups
 from ..layers.routing import Router as Router
+from .convert import convert as convert
 from .decoder import Decoder as Decoder
 from .decoder import DecoderModel as DecoderModel
 from .generate import generate as generate

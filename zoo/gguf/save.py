@@ -1,0 +1,150 @@
+"""GGUF files written from any source of weights."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..source import Source, TensorInfo
+from .architecture import Architecture
+from .architectures import ARCHITECTURES
+from .blocks import Format, encode, format_of, package
+from .file import SPECIAL, listed
+from .rules import Made
+from .tokenizer_out import write_tokenizer
+
+FILE_TYPES = {"F16": 1, "Q8_0": 7}
+_FLOAT32 = ("position_embd.", "ffn_gate_inp.")
+
+
+def save_gguf(
+    source: Source, path: str | Path, quantization: Literal["F16", "Q8_0"] = "F16", *, chat_template: str | None = None
+) -> None:
+    """Writes a GGUF file, as llama.cpp would have it, from any source of weights.
+
+    Vectors, biases, routers and learned positions are stored as F32; rows that are not whole blocks of 32 as F16 where
+    Q8_0 is asked for. One tensor at a time is in memory. The file appears under its name when it is complete.
+
+    Args:
+        source: config, tensors and tokenizer in the terms of Hugging Face.
+        path: the file; one that is there is replaced.
+        quantization: how matrices are stored.
+        chat_template: the Jinja template to put in; by default the source's own, where it has one.
+
+    Raises:
+        ValueError: GGUF cannot say what the config says, a tensor or the tokenizer is not known in the architecture, or
+            a number is too large to store.
+        ImportError: the package `gguf` is missing.
+    """
+    if quantization not in FILE_TYPES:
+        raise ValueError(f"quantization must be one of {', '.join(FILE_TYPES)}, got {quantization!r}")
+    path, config = Path(path).expanduser(), source.config
+    architecture = architecture_for(config)
+    made, extra = _tensors(source, architecture)
+    values = {f"{architecture.name}.{key}": value for key, value in architecture.metadata(config).items()}
+    rows = next((one.info.shape[0] for one in made if one.name == "token_embd.weight"), 0)
+    tokenizer = source.tokenizer()
+    values |= {"tokenizer.ggml.model": "none"} if tokenizer is None else write_tokenizer(tokenizer, rows, config)
+    values |= {f"{architecture.name}.vocab_size": rows, **_special(config)}
+    template = chat_template if chat_template is not None else getattr(source, "chat_template", None)
+    values |= {} if template is None else {"tokenizer.chat_template": template}
+    values |= {"general.file_type": FILE_TYPES[quantization], "general.quantization_version": 2}
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        _write(aside, architecture.name, values, made, extra, quantization)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def architecture_for(config: dict[str, Any]) -> Architecture:
+    """The architecture a config is written as. Raises ValueError where GGUF has none, or none that is known."""
+    kind = config.get("model_type")
+    for architecture in ARCHITECTURES:
+        if kind == architecture.model_type or kind in architecture.also:
+            return architecture
+    known = ", ".join(sorted(name for one in ARCHITECTURES for name in (one.model_type, *one.also)))
+    raise ValueError(f"models of type {kind!r} cannot be written as GGUF; known are {known}")
+
+
+def _tensors(source: Source, architecture: Architecture) -> tuple[list[Made], dict[str, np.ndarray]]:
+    """Every tensor of the file; all tensors of the source are accounted for."""
+    config = source.config
+    layers = next(item for item in architecture.fields if item.key == "block_count").write(config)
+    checkpoint = _Whole(source)
+    made = [one for rule in architecture.rules_of(layers) for one in rule.to_gguf(checkpoint, config)]
+    used = {name for one in made for name in one.of}
+    if left := [name for name in source.tensors if name not in used]:
+        raise ValueError(f"{len(left)} tensors are not known in the architecture {architecture.name}: {listed(left)}")
+    if not any(one.name == "token_embd.weight" for one in made):
+        raise ValueError("a language model has an embedding of tokens, and this source has none")
+    return made, architecture.tables(config)
+
+
+class _Whole:
+    """A source's tensors, as rules want them."""
+
+    def __init__(self, source: Source):
+        self._source, self.tensors = source, source.tensors
+
+    def read(self, name: str, index: int | None = None) -> np.ndarray:
+        x = self._source.read(name)
+        return x if index is None else x[index]
+
+
+def _special(config: dict[str, Any]) -> dict[str, int]:
+    """The ids of special tokens; several ends of a text take the keys that GGUF has for ends of turns and messages."""
+    found: dict[str, int] = {}
+    for field, names in SPECIAL.items():
+        value = config.get(field)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if len(ids) > len(names):
+            raise ValueError(f"GGUF has room for {len(names)} tokens as {field}, got {ids}")
+        found |= {f"tokenizer.ggml.{name}_token_id": index for name, index in zip(names, ids, strict=False)}
+    return found
+
+
+def _format(name: str, info: TensorInfo, quantization: str) -> Format:
+    plain = len(info.shape) == 1 or name.endswith(".bias") or any(part in name for part in _FLOAT32)
+    types = package().GGMLQuantizationType
+    wanted = format_of(types["F32" if plain else quantization])
+    return wanted if info.shape[-1] % wanted.block == 0 else format_of(types.F16)
+
+
+def _write(
+    path: Path,
+    architecture: str,
+    values: dict[str, Any],
+    made: list[Made],
+    extra: dict[str, np.ndarray],
+    quantization: str,
+) -> None:
+    gguf = package()
+    writer = gguf.GGUFWriter(path, architecture)
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in values.items():
+        add.get(type(value), writer.add_array)(key, value)
+    tensors = [*made, *(_table(name, table) for name, table in extra.items())]
+    formats = {one.name: _format(one.name, one.info, quantization) for one in tensors}
+    for one in tensors:
+        format, shape = formats[one.name], one.info.shape
+        # The writer wants the shape in bytes of what it knows as blocks.
+        stored = (*shape[:-1], shape[-1] // format.block * format.bytes) if format.block > 1 else shape
+        dtype = np.dtype(np.uint8) if format.block > 1 else format.dtype
+        size = int(np.prod(stored)) * dtype.itemsize
+        writer.add_tensor_info(one.name, stored, dtype, size, gguf.GGMLQuantizationType[format.name])
+    with contextlib.closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for one in tensors:
+            try:
+                writer.write_tensor_data(np.ascontiguousarray(encode(one.read(), formats[one.name])))
+            except ValueError as error:
+                raise ValueError(f"the tensor {one.name} cannot be written: {error}") from error
+
+
+def _table(name: str, table: np.ndarray) -> Made:
+    return Made(name, TensorInfo(table.shape, table.dtype), (), lambda: table)

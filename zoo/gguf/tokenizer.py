@@ -1,0 +1,147 @@
+"""Tokenizers from the metadata of GGUF files."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+from .words import WORDS, Words
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""The types of tokens in `tokenizer.ggml.token_type`."""
+SPACE = "▁"
+"""What stands for a space in SentencePiece's tokens."""
+
+
+def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
+    """The tokenizer that metadata describe: a byte-level BPE ("gpt2") or SentencePiece's BPE ("llama").
+
+    `encode` adds the tokens of beginning and end that the metadata ask for, and reads text that spells a special token
+    as that token, unless told otherwise.
+
+    Raises:
+        ValueError: the kind of tokenizer or its way to split words is not supported, or the metadata contradict
+            themselves.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind in (None, "none", "no_vocab"):
+        return None
+    if kind not in ("gpt2", "llama"):
+        raise ValueError(f"the tokenizer {kind!r:.100} is not supported; supported are gpt2 and llama (SentencePiece)")
+    tokens = _array(metadata, "tokens", str)
+    types = _array(metadata, "token_type", int, len(tokens)) or [NORMAL] * len(tokens)
+    if len(set(tokens)) != len(tokens) or "" in tokens:
+        raise ValueError("the tokens of a tokenizer must differ, and none be empty")
+    try:
+        if kind == "gpt2":
+            tokenizer, words = _byte_level(metadata, tokens)
+            begins = words.begin
+        else:
+            tokenizer, begins = _sentencepiece(metadata, tokens, types), True
+        _add_special(tokenizer, tokens, types)
+        _add_ends(tokenizer, metadata, tokens, begins)
+    except ValueError:
+        raise
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ValueError(f"the tokenizer of the metadata is damaged: {error}") from error
+    return tokenizer
+
+
+def _array(metadata: Mapping[str, Any], name: str, kind: type, count: int | None = None) -> list[Any]:
+    """A list of the metadata, empty where it is not there and need not be."""
+    values = metadata.get(f"tokenizer.ggml.{name}", [] if count is not None else None)
+    values = values.tolist() if isinstance(values, np.ndarray) else values
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise ValueError(f"tokenizer.ggml.{name} must be an array of {kind.__name__}, got {values!r:.100}")
+    if count is not None and len(values) not in (0, count):
+        raise ValueError(f"tokenizer.ggml.{name} must have one element for each of {count} tokens, got {len(values)}")
+    return values
+
+
+def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[Tokenizer, Words]:
+    name = metadata.get("tokenizer.ggml.pre")
+    if (words := WORDS.get(str(name))) is None:
+        raise ValueError(f"tokenizer.ggml.pre = {name!r:.100} is not supported; known are {', '.join(sorted(WORDS))}")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = []
+    for merge in _array(metadata, "merges", str):
+        # A space within a token is written otherwise, so the first one after the first character separates.
+        left, _, right = merge[1:].partition(" ")
+        merges.append((merge[:1] + left, right))
+        if not all(part in vocab for part in (*merges[-1], "".join(merges[-1]))):
+            raise ValueError(f"tokenizer.ggml.merges has {merge!r}, whose parts or whole are no tokens")
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=words.whole))
+    tokenizer.normalizer = words.normalizer()
+    tokenizer.pre_tokenizer = words.pre_tokenizer()
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    return tokenizer, words
+
+
+def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> Tokenizer:
+    scores = _array(metadata, "scores", float, len(tokens))
+    if not scores:
+        raise ValueError("a SentencePiece tokenizer needs tokenizer.ggml.scores")
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    if not isinstance(unknown, int) or not 0 <= unknown < len(tokens):
+        raise ValueError(f"tokenizer.ggml.unknown_token_id must be one of {len(tokens)} tokens, got {unknown!r}")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    model = models.BPE(
+        vocab,
+        merges_of(tokens, scores, types),
+        unk_token=tokens[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    spaces = normalizers.Replace(" ", SPACE)
+    steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        spaces = normalizers.Sequence([normalizers.Prepend(SPACE), spaces])
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer = spaces  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
+    return tokenizer
+
+
+def merges_of(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
+    """The merges of a BPE that SentencePiece stores as scores: the best score is merged first.
+
+    Every way to split a token into two tokens is a merge.
+    """
+    plain = {
+        token: index for index, (token, type) in enumerate(zip(tokens, types, strict=True)) if type in (NORMAL, UNUSED)
+    }
+    merges: list[tuple[str, str]] = []
+    for whole in sorted(plain, key=lambda token: -scores[plain[token]]):
+        splits = [(whole[:at], whole[at:]) for at in range(1, len(whole))]
+        found = [(left, right) for left, right in splits if left in plain and right in plain]
+        merges += found if len(found) < 2 else sorted(found, key=lambda pair: (plain[pair[0]], plain[pair[1]]))
+    return merges
+
+
+def _add_special(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
+    special = [token for token, type in zip(tokens, types, strict=True) if type in (UNKNOWN, CONTROL)]
+    own = [token for token, type in zip(tokens, types, strict=True) if type == USER_DEFINED]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in own])
+
+
+def _add_ends(tokenizer: Tokenizer, metadata: Mapping[str, Any], tokens: list[str], begins: bool) -> None:
+    ends: list[list[tuple[str, int]]] = []
+    for name, default in (("bos", begins), ("eos", False)):
+        index = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if not metadata.get(f"tokenizer.ggml.add_{name}_token", default and index is not None):
+            ends.append([])
+        elif isinstance(index, int) and 0 <= index < len(tokens):
+            ends.append([(tokens[index], index)])
+        else:
+            raise ValueError(f"tokenizer.ggml.{name}_token_id must be one of {len(tokens)} tokens, got {index!r}")
+    begin, end = ends
+    if begin or end:
+        before, after = [token for token, _ in begin], [token for token, _ in end]
+        single = [*before, "$A", *after]
+        pair = [*single, *(f"{token}:1" for token in before), "$B:1", *(f"{token}:1" for token in after)]
+        tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+            single=single, pair=pair, special_tokens=[*begin, *end]
+        )
