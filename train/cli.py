@@ -22,7 +22,7 @@ from ..layers.spec import unknown
 from ..zoo import family
 from ..zoo.chat import ChatTemplate, Conversation
 from ..zoo.load import is_run
-from . import hardware, loop, show
+from . import evaluate, hardware, loop, show
 from .chat import converse
 from .folder import Folder
 from .writer import DTYPES, Writer, open_writer
@@ -164,7 +164,7 @@ def generate(
         place: where and in what the model computes.
         guess: so many tokens are guessed at a time from the text so far, which changes nothing but the speed.
     """
-    writer = place.open(source)
+    writer = place.open(source).for_decoding()
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "sampling": draw.sampling,
@@ -214,7 +214,7 @@ def chat(
         place: where and in what the model computes.
         guess: so many tokens are guessed at a time from the text so far, which changes nothing but the speed.
     """
-    writer = place.open(source)
+    writer = place.open(source).for_decoding()
     made = writer.template if template is None else ChatTemplate(template.read_text(encoding="utf-8"))
     if made is None:
         raise ValueError(f"{source} has no chat template; give one by --template FILE, or use `zoo generate`")
@@ -231,6 +231,50 @@ def chat(
         speculation=zoo.Speculation(tokens=guess) if guess else None,
     )
     converse(conversation, max_tokens)
+
+
+def eval_(
+    source: Annotated[str, tyro.conf.Positional],
+    text: tuple[str, ...] = (),
+    tasks: tuple[str, ...] = (),
+    task_folder: Path | None = None,
+    length: int = 1024,
+    stride: int = 0,
+    batch: int = 4,
+    text_field: str = "text",
+    limit: int = 0,
+    json: bool = False,
+    place: tyro.conf.OmitArgPrefixes[Place] = Place(),
+) -> None:
+    """Perplexity and bits per byte of text, and tasks of lm-evaluation-harness.
+
+    Example: `zoo eval runs/shakespeare --text my_book.txt 'notes/*.jsonl'`
+
+    Args:
+        source: the folder of a run, a Hugging Face folder, a .gguf file, or a name on the hub.
+        text: files, folders or globs of .txt, .jsonl or .parquet, or a dataset as in training.
+        tasks: names of tasks (with the `eval` extra).
+        task_folder: a folder of YAML files of more tasks.
+        length: tokens of a window, at most.
+        stride: tokens that a window moves on by; half of the length if not given.
+        batch: windows at a time.
+        text_field: the field of a record that holds the text.
+        limit: only so many examples of a task.
+        json: print JSON.
+        place: where and in what the model computes.
+    """
+    if not text and not tasks:
+        raise ValueError("there is nothing to evaluate: give --text FILES or --tasks NAMES")
+    writer = place.open(source)
+    console = Console(soft_wrap=True, highlight=False)
+    if text:
+        shown = Console(stderr=True)
+        sizes = {"length": length, "stride": stride, "batch": batch}
+        scores = evaluate.score_files(writer, text, **sizes, field=text_field, console=shown)
+        print(evaluate.as_json(scores)) if json else evaluate.show(scores, console)
+    if tasks:
+        found = evaluate.run_tasks(writer, tasks, task_folder, length=length, batch=batch, limit=limit)
+        console.print_json(data=found, default=str)
 
 
 def train(arguments: list[str]) -> None:
@@ -267,6 +311,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "convert": convert,
     "generate": generate,
     "chat": chat,
+    "eval": eval_,
 }
 
 
@@ -320,6 +365,8 @@ Language models for JAX: look at them, train them, write with them.
                                 continue a prompt with what was trained, or a Hugging Face folder or .gguf file
   zoo chat SmolLM2-135M-Instruct.gguf
                                 talk with a model that has a chat template
+  zoo eval runs/shakespeare --text my_book.txt
+                                perplexity and bits per byte of text; tasks of lm-evaluation-harness
 
 `zoo COMMAND --help` says more of each. `--traceback` shows where an error came from."""
 

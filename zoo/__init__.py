@@ -16,6 +16,7 @@ from .chat import Conversation as Conversation
 from .convert import convert as convert
 from .decoder import Decoder as Decoder
 from .decoder import DecoderModel as DecoderModel
+from .decoding import for_decoding as for_decoding
 from .generate import Completion as Completion
 from .generate import complete as complete
 from .generate import generate as generate
@@ -25,4 +26,5 @@ from .load import open_source as open_source
 from .sampling import GREEDY as GREEDY
 from .sampling import Sampling as Sampling
 from .save import save as save
+from .score import Scorer as Scorer
 from .speculative import Speculation as Speculation

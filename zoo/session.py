@@ -112,7 +112,7 @@ class Session:
         """The tokens of each row; those in the caches, and the latest one."""
         self.speed = Speed()
         vocab = model.spec.vocab
-        with self._mesh():
+        with mesh_of(self.model):
             self.filters = sampling.traced(vocab)
             self.end_ids = jnp.asarray([*ends, -1], jnp.int32)
             kept = dtype if cache_dtype is None else cache_dtype
@@ -134,7 +134,7 @@ class Session:
         began = time.perf_counter()
         counts = np.array([len(row) for row in rows], np.int32)
         last = np.zeros((self.batch, self.model.spec.vocab), np.float32)
-        with self._mesh():
+        with mesh_of(self.model):
             logits: Any = whole(jnp.asarray(last))
             starts = np.asarray(self.state.lengths)
             for first in range(0, int(counts.max()), CHUNK):
@@ -170,7 +170,7 @@ class Session:
         if held - shared > min((x.rewinds for x in caches if isinstance(x, KeyValueCache)), default=held):
             shared = 0
         self.ids = [list(ids[:shared])]
-        with self._mesh():
+        with mesh_of(self.model):
             seen = self.state.seen
             if seen is not None:
                 seen = (seen & False).at[0, jnp.asarray(ids[:shared], jnp.int32)].set(True)
@@ -180,7 +180,7 @@ class Session:
     def advance(self, limit: int = STRIDE) -> list[Drawn]:
         """Draws up to `limit` more tokens of each row that is not done."""
         began = time.perf_counter()
-        with self._mesh():
+        with mesh_of(self.model):
             rest = self.state, self.filters, self.end_ids, jnp.int32(min(limit, STRIDE))
             if self.speculation is None:
                 self.caches, self.state, *out = _advance(
@@ -208,7 +208,7 @@ class Session:
 
     def end(self, row: int) -> None:
         """Draws no more tokens of a row."""
-        with self._mesh():
+        with mesh_of(self.model):
             self.state = replace(self.state, left=self.state.left.at[row].set(0))
 
     def _taken(self, tokens: np.ndarray, log_probs: np.ndarray, counts: np.ndarray) -> list[Drawn]:
@@ -218,11 +218,12 @@ class Session:
             ids.extend(found[-1].ids)
         return found
 
-    def _mesh(self) -> contextlib.AbstractContextManager[Any]:
-        """The mesh the parameters live on, to compute on."""
-        sharding = jax.tree.leaves(self.model)[0].sharding
-        mesh = getattr(sharding, "mesh", None)
-        return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext()
+
+def mesh_of(model: DecoderModel) -> contextlib.AbstractContextManager[Any]:
+    """The mesh the parameters live on, to compute on."""
+    sharding = jax.tree.leaves(model)[0].sharding
+    mesh = getattr(sharding, "mesh", None)
+    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext()
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

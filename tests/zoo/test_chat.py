@@ -88,13 +88,15 @@ def tokenizer():
 def test_turns_are_as_if_read_anew(name, sampling, models, tokenizer):
     """`mixed` has rings: what they forgot is read again."""
     talk = Conversation(models[name], tokenizer, TEMPLATE, stop=("Z",), sampling=sampling)
+    reused = []
     for text in ("hello", "how", "a longer message", "x"):
         prompt = TEMPLATE.render([*talk.messages, {"role": "user", "content": text}])
         answer = "".join(talk.say(text, max_tokens=11))
         wanted = generate(models[name], tokenizer, [prompt], max_tokens=11, sampling=sampling, stop=("Z",))[0]
         assert answer == wanted
         assert talk.messages[-1] == {"role": "assistant", "content": answer}
-    assert talk.reused > 40
+        reused.append(talk.reused)
+    assert max(reused) > 20
 
 
 def test_reset_and_an_answer_that_is_left(models, tokenizer):
