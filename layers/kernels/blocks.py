@@ -269,13 +269,13 @@ def _looked_at(
 
 
 def padded(x: Any, dim: int, block: int, value: Any = 0) -> Array:
-    """An array lengthened to whole blocks along a dimension."""
+    """An array lengthened to whole blocks along a dimension, with a number or, for None, its last entry again."""
     missing = -x.shape[dim] % block
     if not missing:
         return x
     widths = [(0, 0)] * x.ndim
     widths[dim] = (0, missing)
-    return jnp.pad(x, widths, constant_values=value)
+    return jnp.pad(x, widths, mode="edge") if value is None else jnp.pad(x, widths, constant_values=value)
 
 
 def block_size(length: int, most: int, multiple: int) -> int:

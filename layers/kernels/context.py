@@ -81,14 +81,14 @@ class Context:
             out, lse = attention(part, self.gathered(problem, operands))
             return out.astype(problem.out_dtype), lse
 
-        def step(_: Any, state: Any) -> Any:
+        def step(state: Any, rotated: Any) -> Any:
             operands, *found = state
-            return self._rotated(problem, operands), *_merged(*found, *attention(part, operands))
+            return rotated(problem, operands), *_merged(*found, *attention(part, operands))
 
         (batch, length, heads, _), size = operands.q.shape, operands.v.shape[3]
         nothing = jnp.zeros((batch, length, heads, size), jnp.float32), jnp.full((batch, heads, length), -jnp.inf)
         start = self._rotated(problem, operands, self.first), *nothing
-        _, out, lse = jax.lax.fori_loop(0, self.steps, step, start)
+        _, out, lse = self._round(step, start)
         return out.astype(problem.out_dtype), lse
 
     def backward(
@@ -105,15 +105,15 @@ class Context:
             found = _map_gradients(lambda x, dim: scattered(x, scatter_dimension=dim), problem, operands, found)
         else:
 
-            def step(_: Any, state: Any) -> Any:
+            def step(state: Any, rotated: Any) -> Any:
                 operands, sums = state
                 found = gradients(part, operands, lse, delta, out_grad)
                 sums = _map_gradients(self._moved, problem, operands, sums)
-                return self._rotated(problem, operands), jax.tree.map(jnp.add, sums, found)
+                return rotated(problem, operands), jax.tree.map(jnp.add, sums, found)
 
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), wanted)
             start = self._rotated(problem, operands, self.first), zeros
-            _, found = jax.lax.fori_loop(0, self.steps, step, start)
+            _, found = self._round(step, start)
             home = partial(self._moved, places=1 - self.first - self.steps)
             found = _map_gradients(home, problem, operands, found)
         return jax.tree.map(lambda x, like: x.astype(like.dtype), found, wanted)
@@ -128,17 +128,29 @@ class Context:
             t_out, t_lse = tangent(part, self.gathered(problem, operands), out, lse, moved)
             return t_out.astype(problem.out_dtype), t_lse
 
-        def step(_: Any, state: Any) -> Any:
+        def step(state: Any, rotated: Any) -> Any:
             operands, moved, *sums = state
             found = tangent(part, operands, out, lse, moved)
-            ahead = self._rotated(problem, operands), _map_gradients(self._moved, problem, operands, moved)
+            ahead = rotated(problem, operands), _map_gradients(self._moved, problem, operands, moved)
             return *ahead, *jax.tree.map(jnp.add, tuple(sums), found)
 
         turn = partial(self._moved, places=self.first)
         start = self._rotated(problem, operands, self.first), _map_gradients(turn, problem, operands, moved)
         zeros = jnp.zeros(out.shape, jnp.float32), jnp.zeros(lse.shape, jnp.float32)
-        *_, t_out, t_lse = jax.lax.fori_loop(0, self.steps, step, (*start, *zeros))
+        *_, t_out, t_lse = self._round(step, (*start, *zeros))
         return t_out.astype(problem.out_dtype), t_lse
+
+    def _round(self, step: Callable[[Any, Any], Any], state: Any) -> Any:
+        """All steps of the ring, each given what passes the keys on.
+
+        Two or less, as a window has, are written out, and nothing moves after the last. More are a loop, whose last
+        copies nobody needs, and which are on their way while products are computed.
+        """
+        if self.steps > 2:
+            return jax.lax.fori_loop(0, self.steps, lambda _, state: step(state, self._rotated), state)
+        for left in reversed(range(self.steps)):
+            state = step(state, self._rotated if left else lambda problem, operands: operands)
+        return state
 
     def gathered(self, problem: Problem, operands: Operands) -> Operands:
         """The operands with the keys of all devices."""

@@ -22,8 +22,16 @@ def rows(seed: Int[Array, ""], batch: int, heads: int) -> Int32[Array, "B N 1"]:
 
 def kept(row: Int32[Array, "..."], query: Int[Array, "..."], key: Int[Array, "..."], rate: float) -> Bool[Array, "..."]:
     """Whether a pair is kept, with probability 1 - rate; `row` is the number of its sequence and head."""
-    bits = _mix(_mix(query + row) + _mix(key))
+    bits = _mix(of_query(row, query) + _mix(key))
     return bits >= jnp.int32(min(round(rate * 2**32), 2**32 - 1) - 2**31)
+
+
+def of_query(row: Int32[Array, "..."], query: Int[Array, "..."]) -> Int32[Array, "..."]:
+    """A number for a query of a sequence and head.
+
+    The query is mixed before it meets the row: else what one head drops, another would, some queries later.
+    """
+    return _mix(_mix(query) ^ row)
 
 
 def _mix(x: Int32[Array, "..."]) -> Int32[Array, "..."]:

@@ -113,16 +113,17 @@ class _Work:
             mask_sides=self.sides_of(problem.mask.sides, problem.sides(operands)),
             score_sides=[] if problem.score is None else self.sides_of(problem.score.sides, operands.score_sides),
             dropout_rows=None if rows is None else self.headed(rows),
-            query_positions=padded(places["query"], 2, self.block_q),
-            key_positions=padded(places["key"], 2, self.block_k),
+            query_positions=padded(places["query"], 2, self.block_q, None),
+            key_positions=padded(places["key"], 2, self.block_k, None),
             blocks=jax.tree.map(jnp.asarray, self.blocks),
         )
 
     def sides_of(self, values: Any, sides: list[Any]) -> list[Array]:
         """Sides as (B or 1, K or 1, G or 1, padded length, ...)."""
         blocks = {"query": self.block_q, "key": self.block_k, "neither": 1}
+        # Padding has the numbers of a real row: a score may divide by them.
         return [
-            self.headed(padded(jnp.asarray(side), 2, blocks[value.side]))
+            self.headed(padded(jnp.asarray(side), 2, blocks[value.side], None))
             for value, side in zip(values, sides, strict=True)
         ]
 

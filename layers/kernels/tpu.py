@@ -11,7 +11,7 @@ from . import tpu_backward, tpu_forward
 from .blocks import block_size
 from .problem import Gradients, Operands, Problem, gradients_like
 from .tpu_parts import BlockSizes as BlockSizes
-from .tpu_parts import tabled
+from .tpu_parts import untabled
 
 CHIPS = {
     "TPU v4": BlockSizes(512, 512, 128, 14 * 2**20),
@@ -28,10 +28,14 @@ USUAL = BlockSizes(1024, 1024, 128)
 def refusal(problem: Problem, operands: Operands) -> str | None:
     """Why the kernels can't do this; None where they can."""
     for name, function in (("mask", problem.mask), ("score", problem.score)):
-        lookups = [] if function is None else function.lookups
-        able = [tabled(operation, operands.k.shape[1], sizes(operands)) for operation in lookups]
-        if lookups and (name == "score" or operands.key_positions is not None or not all(able)):
-            return f"the {name} looks up an array by query and key at once, other than cells of 2^n positions"
+        for operation in [] if function is None else function.lookups:
+            reason = untabled(operation, operands.k.shape[1], sizes(operands))
+            if reason is None and name == "score":
+                reason = "looks up an array by query and key at once"
+            if reason is None and operands.key_positions is not None:
+                reason = "has a table, and context_axis puts the keys into another order"
+            if reason is not None:
+                return f"the {name} {reason}"
     return None
 
 
@@ -57,7 +61,12 @@ def forward(
     if operands.q.dtype == jnp.float16:
         out, lse = forward(replace(problem, out_dtype=jnp.float32), _wide(operands), interpret=interpret, chosen=chosen)
         return out.astype(problem.out_dtype), lse
-    return tpu_forward.forward(problem, operands, chosen, interpret)
+
+    @jax.custom_batching.sequential_vmap  # one more dimension of the grid would take blocks of HBM as they are not
+    def call(operands: Operands) -> tuple[Array, Array]:
+        return tpu_forward.forward(problem, operands, chosen, interpret)
+
+    return call(operands)
 
 
 def backward(
@@ -76,7 +85,12 @@ def backward(
         arguments = _wide(operands), lse, delta, out_grad.astype(jnp.float32)
         found = backward(replace(problem, gradient_dtype=jnp.float32), *arguments, interpret=interpret, chosen=chosen)
         return jax.tree.map(lambda x, like: x.astype(like.dtype), found, gradients_like(problem, operands))
-    return tpu_backward.backward(problem, operands, lse, delta, out_grad, chosen, interpret)
+
+    @jax.custom_batching.sequential_vmap
+    def call(operands: Operands, *rest: Array) -> Gradients:
+        return tpu_backward.backward(problem, operands, *rest, chosen, interpret)
+
+    return call(operands, lse, delta, out_grad)
 
 
 def _wide(operands: Operands) -> Operands:

@@ -64,7 +64,8 @@ def backward(
     stats = jnp.moveaxis(stats.reshape(batch, heads, 2, q_blocks, block_q), 2, 3)
     sides = side_inputs(sides_of(problem, operands, block_k), block_q, block_k)
     params = _Trained(problem, size)
-    resident = _resident_bytes(q, k, v, params) <= RESIDENT_SHARE * sizes.vmem_bytes
+    side_words = sum(side.words(block_k) for side in sides if side.side == "query")
+    resident = _resident_bytes(q, k, v, params, side_words) <= RESIDENT_SHARE * sizes.vmem_bytes
 
     def spec(shape: tuple[int, ...], place: Any, **options: Any) -> pl.BlockSpec:
         """A block by a function of (batch, kv head, member of its group, block of keys), in the order of the grid."""
@@ -211,11 +212,11 @@ class _Trained:
         return [one(value, x) for value, x in zip(self.all, like, strict=True)]
 
 
-def _resident_bytes(q: Array, k: Array, v: Array, params: _Trained) -> int:
-    """VMEM of one head: q, g and dq twice (the next head's are on their way), dq, dk and dv in float32."""
+def _resident_bytes(q: Array, k: Array, v: Array, params: _Trained, side_words: int) -> int:
+    """VMEM of one head: q, g, dq and sides twice (the next head's are on their way), dq, dk and dv in float32."""
     size, value_size = (-(-x.shape[3] // 128) * 128 for x in (k, v))
     of_query = 2 * q.dtype.itemsize * (2 * size + value_size) + 4 * size + 64 + 64 * len(params.along_queries)
-    return q.shape[2] * of_query + k.shape[2] * 4 * (size + value_size)
+    return q.shape[2] * (of_query + 8 * side_words) + k.shape[2] * 4 * (size + value_size)
 
 
 def _kernel(
@@ -270,8 +271,6 @@ def _kernel(
             ahead = products(offset + strip) if offset + strip < block_k else ahead
             start, keys = block_q - logits.shape[1], pl.ds(offset, strip)
             where = Strip(
-                batch=batch,
-                head=head,
                 query=block * block_q + start,
                 query_slice=pl.ds(pl.multiple_of(block * block_q + start, math.gcd(strip, block_q)), block_q - start),
                 queries=block_q - start,

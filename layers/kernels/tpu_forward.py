@@ -337,8 +337,6 @@ def _kernel(
         start = offset if kind == "diagonal" else 0  # the queries before see none of these keys
         key = pl.multiple_of(block * block_k + offset, strip)
         return Strip(
-            batch=batch,
-            head=head,
             query=index * block_q + start,
             query_slice=slice(start, block_q),
             queries=block_q - start,

@@ -104,19 +104,29 @@ class SideInput:
     key: "Key"
     side: Side
     array: Array
-    """(B or 1, N or 1, 1, padded length), (B or 1, N or 1) of what depends on neither, (B or 1, N or 1, words, 1,
-    padded T) of a table."""
+    """(B or 1, N or 1, 1, padded length), which is 1 of what depends on neither; (B or 1, N or 1, words, 1, padded T)
+    of a table."""
+
+    def words(self, block_k: int) -> int:
+        """How many numbers it has for each query, about a block of keys."""
+        return -(-block_k // word_span(self.key)) if isinstance(self.key, Operation) else 1
 
     def spec(self, query_block: Callable[..., Any] | None, key_block: Callable[..., Any] | None, size: Any) -> Any:
         """Its block: of the queries or keys that a program works on (index functions of the grid), else all of them."""
-        if self.side == "neither":
-            return pl.BlockSpec(memory_space=pltpu.SMEM)
-        index = query_block if self.side == "query" else key_block
         many = [n > 1 for n in self.array.shape[:2]]
+        if self.side == "neither":
+            of_both = query_block or key_block
+            assert of_both is not None
+
+            def own(*grid: Any) -> Any:
+                batch, head, _ = of_both(*grid)
+                return batch if many[0] else 0, head if many[1] else 0, 0, 0
+
+            return pl.BlockSpec((1, 1, 1, 1), own, memory_space=pltpu.SMEM)
+        index = query_block if self.side == "query" else key_block
         length = size[self.side] if index is not None else self.array.shape[-1]
         span = word_span(self.key) if isinstance(self.key, Operation) else 0
-        # Of the words of a table, those of its keys.
-        words = -(-size["key"] // span) if key_block and span else self.array.shape[2]
+        words = self.words(size["key"]) if key_block else self.array.shape[2]
 
         def place(*grid: Any) -> Any:
             batch, head, block = (index or size["whole"])(*grid)
@@ -139,14 +149,29 @@ def word_span(operation: Operation) -> int:
     return 32 * operation.params["size"]
 
 
-def tabled(operation: Operation, keys: int, sizes: BlockSizes) -> bool:
-    """Whether a kernel can do this lookup: one of a boolean table by query and key, with blocks that fit its words."""
-    if operation.name != "lookup" or operation.params["axes"].split()[-2:] != ["T", "S"]:
-        return False
+def untabled(operation: Operation, keys: int, sizes: BlockSizes) -> str | None:
+    """Why a kernel can't do this lookup; None for one of a boolean table by query and key whose words fit blocks."""
+    if operation.name != "lookup" or operation.outputs[0].dtype != np.bool_:
+        return "looks up an array by query and key at once"
+    *_, query, key = operation.inputs
+    size, (*_, rows, columns) = operation.params["size"], operation.params["axes"].split()
+    if (rows, columns) != ("T", "S") or query.side != "query" or not _is_cell(key, size):
+        return "looks up an array by query and key at once"
     span, strip = word_span(operation), math.gcd(sizes.block_k, sizes.strip)
     fitting = (strip, sizes.block_k) if keys > sizes.block_k else (strip,)
-    fits = all(span % size == 0 or size % span == 0 for size in fitting)
-    return fits and operation.outputs[0].dtype == np.bool_
+    if all(span % number == 0 or number % span == 0 for number in fitting):
+        return None
+    return f"has cells of {size} positions, 32 of which are no divisor or multiple of strips and blocks of {fitting}"
+
+
+def _is_cell(key: Value, size: int) -> bool:
+    """Whether a value is the key divided by so many."""
+    if size == 1 or key.operation is None:
+        return key.leaf == "key" and size == 1
+    inputs = key.operation.inputs
+    return (
+        key.operation.name == "div" and inputs[0].leaf == "key" and is_literal(inputs[1]) and inputs[1].constant == size
+    )
 
 
 def _words_of(operation: Operation, values: dict[Value, Any], places: dict[str, Array], keys: int) -> Array:
@@ -195,10 +220,10 @@ def side_inputs(sides: Sides, block_q: int, block_k: int) -> list[SideInput]:
     def one(key: Key, side: Side, array: Array) -> SideInput:
         array = array.astype(jnp.float32 if jnp.issubdtype(array.dtype, jnp.floating) else jnp.int32)
         if side == "neither":
-            return SideInput(key, side, array[:, :, 0])
+            return SideInput(key, side, array[..., None])
         if isinstance(key, Operation):
-            return SideInput(key, side, jnp.swapaxes(padded(array, 2, block_q), 2, 3)[:, :, :, None])
-        return SideInput(key, side, padded(array, 2, block_q if side == "query" else block_k)[:, :, None])
+            return SideInput(key, side, jnp.swapaxes(padded(array, 2, block_q, None), 2, 3)[:, :, :, None])
+        return SideInput(key, side, padded(array, 2, block_q if side == "query" else block_k, None)[:, :, None])
 
     return [one(*side) for side in sides]
 
@@ -207,8 +232,6 @@ def side_inputs(sides: Sides, block_q: int, block_k: int) -> list[SideInput]:
 class Strip:
     """Where a strip of transposed logits (keys, queries) lies."""
 
-    batch: Any
-    head: Any
     query: Any
     """Index of the first query; `query_slice` where its side vectors lie in their blocks."""
     query_slice: Any
@@ -235,7 +258,7 @@ class Pairs:
             return ref[0, 0, :, strip.query_slice]
         if side == "key":
             return _column(ref[0, 0, :, strip.key_slice])
-        return ref[strip.batch if ref.shape[0] > 1 else 0, strip.head if ref.shape[1] > 1 else 0]
+        return ref[0, 0, 0, 0]
 
     def _queries(self, strip: Strip) -> Any:
         """The positions of its queries."""

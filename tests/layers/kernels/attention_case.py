@@ -79,6 +79,16 @@ def bent(slopes: Any, rows: Any, columns: Any) -> Any:
     return score
 
 
+def positive_alibi(slopes: Any) -> Alibi:
+    """The farther, the less: else a gradient is the difference of sums thousands of times as large."""
+    return Alibi(jnp.abs(slopes))
+
+
+def divided(rows: Any, columns: Any) -> Any:
+    """A score that is no number where zeros stand in for a query or a key that is not there."""
+    return lambda score, batch, head, query, key: score / (1 + jnp.abs(rows[query])) / (1 + jnp.abs(columns[key]))
+
+
 SQUARE = (45, 45, 4, 2, 16, 16)
 LONG = (23, 70, 4, 2, 16, 16)
 DOCUMENTS = Causal() & Documents(ids(45, 10, 29, 40))
@@ -98,7 +108,7 @@ CASES = {
         PerHead((Causal(), Causal() & Window(9)), (0, 1, 1, 0) * 2) & Lengths(keys=numbers(50, 70)),
         {"query_offset": numbers(5, 60), "dropout_rate": 0.3, "dropout_seed": 5},
         {"sinks": (8,), "slopes": (8,)},
-        Alibi,
+        positive_alibi,
     ),
     "decoding, keys with a score for each head": Case(
         (2, 40, 4, 2, 16, 16),
@@ -128,7 +138,7 @@ CASES = {
     "documents of a user's own": Case(SQUARE, Where(lambda b, h, q, k: (OWN[b, q] == OWN[b, k]) & (k <= q))),
     "soft cap": Case(SQUARE, score=lambda: SoftCap(1.5)),
     "alibi": Case(SQUARE, DOCUMENTS, {"query_offset": 0}, {"slopes": (4,)}, Alibi),
-    "alibi, offset": Case(LONG, Causal(), {"query_offset": numbers(40, 3)}, {"slopes": (4,)}, Alibi),
+    "alibi, offset": Case(LONG, Causal(), {"query_offset": numbers(40, 3)}, {"slopes": (4,)}, positive_alibi),
     "relative bias": Case(
         SQUARE, parameters={"table": (4, 12)}, score=lambda table: RelativeBias(table, max_distance=30)
     ),
@@ -138,6 +148,7 @@ CASES = {
     "score of a user's own": Case(
         SQUARE, Causal() & Window(30), {}, {"slopes": (4,), "rows": (2, 45), "columns": (4, 45)}, bent
     ),
+    "a score that divides": Case(SQUARE, parameters={"rows": (45,), "columns": (45,)}, score=divided),
     "sinks": Case(SQUARE, parameters={"sinks": (4,)}),
     "sinks and nothing": Case(SQUARE, Lengths(numbers(45, 0)), parameters={"sinks": (4,)}),
     "scale": Case(SQUARE, options={"scale": 0.7}),

@@ -43,6 +43,12 @@ def test_neighbours_heads_sequences_and_seeds_are_independent():
         assert abs(correlation) < 5, name
 
 
+def test_no_head_is_another_some_queries_away():
+    place, row = jnp.arange(LENGTH, dtype=jnp.int32), dropout.rows(jnp.int32(1), 1, 1)[0, 0]
+    for shift in (1, 7, 300):
+        assert np.mean(dropout.of_query(row, place + shift) == dropout.of_query(row + shift, place)) < 0.02
+
+
 def mixed(x: int) -> int:
     """The mixing function on Python's integers."""
     x %= 2**32
@@ -55,5 +61,5 @@ def test_the_bits_are_those_of_the_hash():
     found = kept(5, 0.3)
     for b, n, query, key in np.random.default_rng(0).integers((B, N, LENGTH, LENGTH), size=(500, 4)).tolist():
         row = mixed(n + mixed(b + mixed(5)))
-        bits = mixed(mixed(query + row) + mixed(key))
+        bits = mixed(mixed(mixed(query) ^ row) + mixed(key))
         assert found[b, n, query, key] == ((bits + 2**31) % 2**32 >= round(0.3 * 2**32))
