@@ -305,7 +305,10 @@ def split_along_the_length(case: Case) -> dict[str, jax.Array]:
     + [(name, "ring", {"context": 8}, "portable in blocks") for name in CONTEXT_CASES]
     + [(name, "all_gather", {"context": 4}, "portable in blocks") for name in CONTEXT_CASES]
     + [("everything", method, {"data": 2, "context": 2, "tensor": 2}, "portable") for method in ("ring", "all_gather")]
-    + [(name, "ring", {"context": 4}, "tpu") for name in ("causal", "documents with padding", "fewer queries")]
+    + [
+        (name, "ring", {"context": 4}, "tpu")
+        for name in ("causal", "documents with padding", "fewer queries", "everything")
+    ]
     + [("everything", method, {"context": 4}, "reference") for method in ("ring", "all_gather")],
 )
 def test_split_along_the_length(name, method, mesh, variant):

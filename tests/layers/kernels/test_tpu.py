@@ -1,5 +1,6 @@
 """The kernels for TPU, compiled by the compiler of real TPUs, and looked over for races by Pallas's interpreter."""
 
+import functools
 import itertools
 import re
 import sys
@@ -11,9 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flaxzoo.layers.kernels import attend, tpu, tpu_backward, tpu_forward
-from flaxzoo.layers.kernels.platform import by_platform
-from flaxzoo.layers.masks import BlockSparse, Causal, Chunked, Dense, Documents, Full, GlobalTokens, Mask, Window
+from attention_case import Case, assert_close, bent, numbers, ours, outcomes, plain, tpu_blocks
+from flaxzoo.layers.kernels import attend, tpu
+from flaxzoo.layers.masks import (
+    BlockSparse,
+    Causal,
+    Chunked,
+    Dense,
+    Documents,
+    Full,
+    GlobalTokens,
+    Lengths,
+    Mask,
+    Window,
+)
 from flaxzoo.layers.scores import SoftCap
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
@@ -79,14 +91,18 @@ QUICK = [
 ]
 
 
+def devices_of(chip: str, count: int, axis: str) -> Mesh:
+    """So many devices of a chip, that are there to compile for."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
+    return Mesh(np.array(devices[:count]), (axis,), axis_types=(AxisType.Explicit,))
+
+
 def compiled(chip: str, shape: Shape) -> Any:
     """The gradient of attention, for a chip."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
-    mesh = Mesh(np.array(devices[:1]), ("x",), axis_types=(AxisType.Explicit,))
-    place = NamedSharding(mesh, PartitionSpec())
+    mesh = devices_of(chip, 1, "x")
 
     def of(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def loss(q: Any, k: Any, v: Any, ids: Any) -> Any:
         mask = shape.mask & Documents(ids) if shape.documents else shape.mask
@@ -124,12 +140,10 @@ def test_compiles_for(chip: str, name: str) -> None:
 )
 def test_decoding_copies_no_cache(chip: str) -> None:
     """A cache in the order B K S H is what the kernel reads."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
-    mesh = Mesh(np.array(devices[:1]), ("x",), axis_types=(AxisType.Explicit,))
-    place = NamedSharding(mesh, PartitionSpec())
+    mesh = devices_of(chip, 1, "x")
 
     def of(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def decode(q: Any, k: Any, v: Any, lengths: Any) -> Any:
         def step(_: Any, state: Any) -> Any:
@@ -153,8 +167,7 @@ def test_decoding_copies_no_cache(chip: str) -> None:
 @needs_libtpu
 @pytest.mark.parametrize("chip", ["v5e", pytest.param("tpu7x", marks=pytest.mark.slow)])
 def test_in_a_ring_keys_travel_while_a_kernel_runs(chip: str) -> None:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
-    mesh = Mesh(np.array(devices[:4]), ("context",), axis_types=(AxisType.Explicit,))
+    mesh = devices_of(chip, 4, "context")
     place = NamedSharding(mesh, PartitionSpec(None, "context"))
     shapes = [jax.ShapeDtypeStruct((1, 8192, n, 128), jnp.bfloat16, sharding=place) for n in (4, 2, 2)]
 
@@ -191,33 +204,95 @@ def test_a_million_tokens_compile_for(chip: str, mask: Mask) -> None:
     assert used < {"v5p": 95, "v6e": 31}[chip] * 2**30
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("mask", [Causal(), Causal() & (GlobalTokens(5) | Window(20))], ids=["causal", "holes"])
-def test_kernels_have_no_races(monkeypatch: pytest.MonkeyPatch, streamed: bool, mask: Mask) -> None:
-    """Pallas's interpreter carries copies out as a TPU would, and notices what is read before it is there."""
-    monkeypatch.setattr(tpu, "sizes", lambda *_: tpu.BlockSizes(128, 128, 64))
-    batch, queries = (
-        (2, 250) if streamed else (1, 400)
-    )  # with two sequences, a program's copies begin in the one before
-    if streamed:
-        monkeypatch.setattr(tpu_forward, "RESIDENT_SHARE", 0.0)
-        monkeypatch.setattr(tpu_backward, "RESIDENT_SHARE", 0.0)
-    q, k, v, g = (jax.random.normal(jax.random.key(i), (batch, queries, n, 128)) for i, n in enumerate((2, 1, 1, 2)))
-    wanted, back = jax.vjp(lambda q, k, v: attend(q, k, v, mask=mask, implementation="portable"), q, k, v)
+RACES = {
+    "causal": Case((60, 60, 4, 2, 16, 16)),
+    "holes, and queries that see nothing": Case(
+        (60, 60, 4, 2, 16, 16), (GlobalTokens(5) | Window(4)) & Lengths(40, 60)
+    ),
+    "decoding": Case((3, 60, 4, 2, 16, 16), Causal() & ~Window(3), {"query_offset": numbers(0, 50)}),
+    "everything": Case(
+        (60, 60, 4, 2, 16, 16),
+        Causal() & BlockSparse(random_table(8), 8),
+        {"dropout_rate": 0.2, "dropout_seed": 1},
+        {"slopes": (4,), "rows": (2, 60), "columns": (4, 60)},
+        bent,
+    ),
+}
 
+
+@pytest.mark.parametrize("in_vmem", [True, False], ids=["resident", "streamed"])
+@pytest.mark.parametrize("name", RACES)
+def test_kernels_have_no_races(monkeypatch: pytest.MonkeyPatch, in_vmem: bool, name: str) -> None:
+    """Pallas's interpreter carries copies out as a TPU would, and notices what is read before it is there.
+
+    Rows have up to four blocks, so that every buffer is used again; with two sequences, a program's copies begin in the
+    one before.
+    """
+    case = RACES[name]
+    inputs = case.inputs()
+    rest = {name: x for name, x in inputs.items() if name not in "qkv"}
+    q, k, v = (inputs[name] for name in "qkv")
+    wanted, back = jax.vjp(lambda q, k, v: ours(case, "portable")(q, k, v, **rest), q, k, v)
     taken: list[Any] = []
 
     def take(functions: Any, arguments: Any, like: Any) -> Any:
         taken.extend([functions["default"].args[0], *arguments])
-        return by_platform(functions, arguments, like)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
-    monkeypatch.setattr(attend_module, "by_platform", take)
-    attend(q, k, v, mask=mask, implementation="tpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(attend_module, "by_platform", take)
+        ours(case, "tpu")(**inputs)
     problem, operands = taken
     interpret = pltpu.InterpretParams(detect_races=True)  # which raises where there is one
-    out, lse = jax.jit(lambda operands: tpu.forward(problem, operands, interpret=interpret))(operands)
-    np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-5)
-    delta = jnp.einsum("BTNV,BTNV->BNT", out, g)
-    grads = jax.jit(lambda *x: tpu.backward(problem, *x, interpret=interpret))(operands, lse, delta, g)
-    for found, expected in zip(grads[:3], back(g), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    g = jax.random.normal(jax.random.key(9), wanted.shape)
+    with tpu_blocks(16, 16, 8, in_vmem):
+        out, lse = jax.jit(lambda operands: tpu.forward(problem, operands, interpret=interpret))(operands)
+        delta = jnp.einsum("BTNV,BTNV->BNT", out, g)
+        grads = jax.jit(lambda *x: tpu.backward(problem, *x, interpret=interpret))(operands, lse, delta, g)
+    for found, expected in zip((out, *grads[:3]), (wanted, *back(g)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_decoding_in_the_blocks_it_has() -> None:
+    """A cache of more than one of the larger blocks that decoding takes; nothing is patched."""
+    case = Case((2, 2300, 8, 2, 64, 64), Causal() & Window(2200), {"query_offset": numbers(5, 2250)})
+    inputs = case.inputs()
+    found = jax.jit(lambda x: attend(**x, mask=case.mask, implementation="tpu", **case.options))(inputs)
+    np.testing.assert_allclose(found, plain(case, **inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_tables_of_several_words_a_strip(size: int) -> None:
+    cells = -(-150 // size)
+    mask = Dense(random_table(cells)) if size == 1 else BlockSparse(random_table(cells), size)
+    case = Case((150, 150, 2, 1, 16, 16), Causal() & mask)
+    with tpu_blocks(64, 128, 64, True):
+        found = outcomes(case.inputs(), ours=lambda **x: attend(**x, mask=case.mask, implementation="tpu"))["ours"]
+    assert_close(found, outcomes(case.inputs(), plain=functools.partial(plain, case))["plain"])
+
+
+def test_vmap_lowers_for_tpu() -> None:
+    """One by one: blocks of HBM are taken as they are, without one more dimension."""
+
+    def each(q: Any, k: Any, v: Any) -> Any:
+        return jnp.sum(attend(q[None], k[None], v[None], mask=Causal(), query_offset=jnp.int32(9)) ** 2)
+
+    shapes = [jax.ShapeDtypeStruct((2, *shape), jnp.float32) for shape in ((1, 4, 128), (2048, 1, 128), (2048, 1, 128))]
+    mapped = jax.jit(jax.vmap(jax.value_and_grad(each, (0, 1, 2))))
+    text = mapped.trace(*shapes).lower(lowering_platforms=("tpu",)).as_text()
+    assert "attention_forward" in text
+    assert "attention_backward" in text
+
+
+def test_vmap_of_kernels_equals_one_by_one() -> None:
+    case = Case((3, 40, 4, 2, 16, 16), options={"query_offset": 30})
+
+    def one(q: Any, k: Any, v: Any) -> Any:
+        out = attend(q[None], k[None], v[None], mask=case.mask, implementation="tpu", **case.options)
+        return jnp.sum(jnp.sin(out))
+
+    inputs = case.inputs()
+    found = jax.jit(jax.vmap(jax.grad(one, (0, 1, 2))))(*inputs.values())
+    wanted = jax.grad(lambda *x: sum(one(*(a[row] for a in x)) for row in (0, 1)), (0, 1, 2))(*inputs.values())
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
