@@ -203,3 +203,9 @@ def test_the_shortest_pattern_is_found(layers, first, period):
     found = pattern(blocks)
     assert (len(found["first"]), len(found["block"])) == (first, period)
     assert list(zoo.Decoder(vocab=8, dim=8, **found).all_blocks) == blocks
+
+
+def test_the_family_of_the_guide_is_the_one_that_is_here():
+    root = Path(__file__).parents[2]
+    code = re.findall(r"```python\n(.*?)```", (root / "docs" / "add-a-family.md").read_text(), re.DOTALL)
+    assert code == [(root / "zoo" / "families" / "stablelm.py").read_text()]
