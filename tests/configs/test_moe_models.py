@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import io
 
 import pytest
 from flaxzoo.configs import MODELS, get_model, moe_models
@@ -52,11 +51,11 @@ def test_parameters_are_as_many_as_published(name: str) -> None:
     assert (rounded(count, total), rounded(used, active)) == (total, active)
 
 
-def test_zoo_show_tells_both() -> None:
-    shown = io.StringIO()
-    show.table("deepseek_v2_lite", model("deepseek_v2_lite"), "expert=8", 2048, Console(file=shown, width=300))
-    assert "15,706,484,224 parameters, 2,661,150,208 active in a token" in shown.getvalue()
-    assert "L=26 E=64/expert D=2048 F=1408" in shown.getvalue()
+def test_zoo_show_tells_both(capsys: pytest.CaptureFixture[str]) -> None:
+    show.table("deepseek_v2_lite", model("deepseek_v2_lite"), "expert=8", 2048, Console(width=300))
+    shown = capsys.readouterr().out
+    assert "15,706,484,224 parameters, 2,661,150,208 active in a token" in shown
+    assert "L=26 E=64/expert D=2048 F=1408" in shown
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
