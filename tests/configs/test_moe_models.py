@@ -1,10 +1,9 @@
 """Models with experts have as many parameters, in all and active in a token, as their authors say, in billions."""
 
 import functools
-import inspect
 
 import pytest
-from flaxzoo.configs import MODELS, get_model, moe_models
+from flaxzoo.configs import _named, get_model, moe_models
 from flaxzoo.train import show
 from flaxzoo.zoo import Decoder
 from flaxzoo.zoo.family import read, write
@@ -37,8 +36,7 @@ def rounded(count: int, like: str) -> str:
 
 
 def test_every_model_has_a_case() -> None:
-    made = {name for name, value in vars(moe_models).items() if inspect.isfunction(value) and name in MODELS}
-    assert made == PUBLISHED.keys()
+    assert set(_named(moe_models, Decoder)) == PUBLISHED.keys()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
