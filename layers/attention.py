@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from .cache import KeyValueCache
 from .kernels import attend
 from .linear import Linear
 from .masks import Causal, Documents, Mask, Window
-from .mixer import Cache, Mixer, Places, write
+from .mixer import Cache, Mixer, Places
 from .norm import Norm
 from .rope import Rope
 from .scores import SoftCap
@@ -65,10 +66,9 @@ class Attention(Mixer):
         keys = seen * (length - (seen - 1) / 2) / length
         return projections + 4 * keys * self.heads * self.head_dim
 
-    def cache(self, batch: int, length: int, dtype: Any) -> Cache:
-        """Keys and values, B S K H each."""
-        shape = (batch, length, self.kv_heads, self.head_dim)
-        return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+    def cache(self, batch: int, length: int, dtype: Any) -> KeyValueCache:
+        """Keys and values, B S K H each; with a window, a ring."""
+        return KeyValueCache.empty(batch, length, self.kv_heads, self.head_dim, dtype, self.window)
 
 
 class AttentionLayer(nnx.Module):
@@ -104,8 +104,7 @@ class AttentionLayer(nnx.Module):
             mask = mask & Documents(places.segments)
         else:
             start = places.positions[:, 0]
-            cache = {"key": write(cache["key"], key, start), "value": write(cache["value"], value, start)}
-            key, value = cache["key"].astype(x.dtype), cache["value"].astype(x.dtype)
+            cache, key, value, mask = cache.extend(key, value, places, mask)
         mixed = attend(
             query,
             key,

@@ -89,7 +89,7 @@ def train(
     with _explained(place.path), place.open(run, fresh=fresh) as checkpoints:
         if step is not None and not checkpoints.steps():
             raise ValueError(f"{place.path} has no checkpoint of step {step}, nor any other; leave out --step to start")
-        _use_compilation_cache()
+        use_compilation_cache()
         console = console or Console()
         with jax.set_mesh(mesh), jax.numpy_dtype_promotion("strict"):
             job = Job.prepare(run, place, checkpoints, mesh, devices_line, console, step)
@@ -112,7 +112,7 @@ def _explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _use_compilation_cache() -> None:
+def use_compilation_cache() -> None:
     """Compiled programs are kept between runs, unless the user chose where already."""
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))

@@ -10,11 +10,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..layers.block import Block
-from ..layers.linear import Embedding
+from ..layers.linear import Embedding, to_logits
 from ..layers.mixer import Cache, Places
 from ..layers.norm import Norm, RMSNorm
 from ..layers.routing import Routing
-from ..layers.sharding import einsum, gather
+from ..layers.sharding import gather
 from ..layers.spec import Spec
 
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
@@ -102,7 +102,7 @@ class Decoder(Spec):
         return sum(block.ffn.unused(self.dim) for block in self.all_blocks)
 
     def cache(self, batch: int, length: int, dtype: Any) -> Caches:
-        """Empty caches for `batch` documents of up to `length` tokens."""
+        """Empty caches for `batch` documents of up to `length` tokens; `dtype` int8: quantized."""
 
         def stacked(block: Block) -> Cache:
             one = block.mixer.cache(batch, length, dtype)
@@ -191,8 +191,7 @@ class DecoderModel(nnx.Module):
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of hidden states."""
-        head = gather(self.output_embedding, x.dtype)
-        logits = einsum("B T D, V D -> B T V", x, head, preferred_element_type=jnp.float32)
+        logits = to_logits(x, gather(self.output_embedding, x.dtype))
         cap = self.spec.soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
