@@ -55,6 +55,7 @@ SCALINGS: dict[str, tuple[type[RopeScaling], dict[str, str]]] = {
     ),
 }
 WHOLE = ("original_length", "length")
+ALWAYS = ("beta_fast", "beta_slow")  # written also where they have their usual values, as files do
 OUTSIDE = "max_position_embeddings"
 
 
@@ -118,7 +119,7 @@ def write(rope: Rope | None) -> dict[str, Any]:
             for ours, name in names.items():
                 value = getattr(rope.scaling, ours)
                 default = made.__dataclass_fields__[ours].default
-                if value is not None and value != default:
+                if value is not None and (value != default or name in ALWAYS):
                     place = fields if name == OUTSIDE else parameters
                     place[name] = list(value) if isinstance(value, tuple) else value
     return fields

@@ -127,7 +127,9 @@ def write_deepseek(config: Config) -> dict[str, Any]:
 
 def write_deepseek2(config: Config) -> dict[str, Any]:
     """The inverse of `read_deepseek2`."""
-    check_fields(config, {"topk_method": ("greedy",) if config["n_group"] in (None, 1) else ("group_limited_greedy",)})
+    check_fields(
+        config, {"topk_method": ("greedy",) if config.get("n_group") in (None, 1) else ("group_limited_greedy",)}
+    )
     return write_deepseek(config)
 
 
