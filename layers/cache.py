@@ -12,12 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import reshard
 from jaxtyping import Array, Float, Int, Int8
 
 from .masks import KeysAt, Mask
 from .mixer import Places
-from .sharding import locally, partition, spec_of, split_as, zeros
+from .sharding import as_split, locally, partition, zeros
 
 AHEAD = 16
 """Slots of a ring beyond its window: a call with up to so many tokens more than one finds all it sees in the ring, and
@@ -148,9 +147,15 @@ class KeyValueCache:
         return dataclasses.replace(self, **stored)
 
 
+def written(slots: Float[Array, "B S K H"], new: Float[Array, "B T K H"], places: Places) -> Float[Array, "B S K H"]:
+    """`slots`, of which each is that of a position, with the vectors of more tokens; padding is not written."""
+    index = places.positions[:, :1] + jnp.arange(new.shape[1], dtype=jnp.int32)
+    return _put(slots, new, jnp.where(places.segments > 0, index, slots.shape[1]))
+
+
 def _joined(old: Vectors, new: Float[Array, "B T K H"]) -> Float[Array, "B U K H"]:
     """Remembered vectors and new ones, which look as they will be remembered."""
-    return jnp.concatenate([_as(old.read(new.dtype), new), type(old).of(new).read(new.dtype)], axis=1)
+    return jnp.concatenate([as_split(old.read(new.dtype), new), type(old).of(new).read(new.dtype)], axis=1)
 
 
 def _zeros(axes: str, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -173,10 +178,4 @@ def _put(slots: Array, new: Array, index: Int[Array, "B T"]) -> Array:
         return put_one(slots, jnp.where(fits, new, old), at, 0)
 
     new = new.astype(slots.dtype)
-    return locally(put, new, _as(slots, new), index)
-
-
-def _as(array: Array, like: Array) -> Array:
-    """The array split as another one is."""
-    spec = split_as(*spec_of(like))
-    return array if spec is None else reshard(array, spec)
+    return locally(put, new, as_split(slots, new), index)

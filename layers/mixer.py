@@ -6,10 +6,8 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import reshard
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from .sharding import locally, spec_of, split_as
 from .spec import Spec
 
 Cache = Any
@@ -49,13 +47,3 @@ class Mixer(Spec):
 
         `dtype` int8 asks for one that is quantized; a mixer that has none raises NotImplementedError.
         """
-
-
-def write(slots: Float[Array, "B S K H"], new: Float[Array, "B T K H"], start: Int[Array, " B"]) -> Array:
-    """Puts `new` into `slots` from each row's `start` on; the slots are split as `new` is."""
-
-    def put(new: Array, slots: Array, start: Array) -> Array:
-        return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(slots, new, start, 0)
-
-    spec = split_as(*spec_of(new))
-    return locally(put, new.astype(slots.dtype), slots if spec is None else reshard(slots, spec), start)

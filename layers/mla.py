@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from .cache import written
 from .kernels import attend
 from .linear import Linear
 from .masks import Causal, Documents, Mask
-from .mixer import Cache, Mixer, Places, write
+from .mixer import Cache, Mixer, Places
 from .norm import Norm, RMSNorm
 from .rope import Rope, YarnScaling, yarn_mscale
 from .sharding import einsum, gather, shards, spec_of, split_as
@@ -89,7 +90,9 @@ class MLA(Mixer):
         return 2 * (queries + latent + expanded + output + seen * self.heads * (key_dim + self.value_dim))
 
     def cache(self, batch: int, length: int, dtype: Any) -> Cache:
-        """Of each token c and r, as the key of one head, B S 1 H."""
+        """Of each token c and r, as the key of one head, B S 1 H. Raises NotImplementedError for int8."""
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise NotImplementedError(f"the cache of latent attention is not quantized, got {jnp.dtype(dtype).name}")
         return {"latent": jnp.zeros((batch, length, 1, self.kv_rank + self.rope_dim), dtype)}
 
 
@@ -123,7 +126,7 @@ class MLALayer(nnx.Module):
             mask = mask & Documents(places.segments)
         else:
             start = places.positions[:, 0]
-            cache = {"latent": write(cache["latent"], latent, start)}
+            cache = {"latent": written(cache["latent"], latent, places)}
             latent = cache["latent"].astype(x.dtype)
             absorbs = spec.absorbs(x.shape[1], latent.shape[1])
         mixed = (self._absorbed if absorbs else self._expanded)(query, latent, mask, start)

@@ -1,14 +1,14 @@
 """Models with experts have as many parameters, in all and active in a token, as their authors say, in billions."""
 
 import functools
-import inspect
 
 import pytest
-from flaxzoo.configs import MODELS, get_model, moe_models
-from flaxzoo.train.show import cache_bytes
+from flaxzoo.configs import _named, get_model, moe_models
+from flaxzoo.train import show
 from flaxzoo.zoo import Decoder
 from flaxzoo.zoo.family import read, write
 from flaxzoo.zoo.parameters import describe
+from rich.console import Console
 
 # The parameters of the checkpoint, and what papers and model cards write. Active ones are counted with the embedding
 # (Mixtral, Qwen3) or without its table, of which a token takes one row (DeepSeek, gpt-oss).
@@ -36,8 +36,7 @@ def rounded(count: int, like: str) -> str:
 
 
 def test_every_model_has_a_case() -> None:
-    made = {name for name, value in vars(moe_models).items() if inspect.isfunction(value) and name in MODELS}
-    assert made == PUBLISHED.keys()
+    assert set(_named(moe_models, Decoder)) == PUBLISHED.keys()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -50,6 +49,13 @@ def test_parameters_are_as_many_as_published(name: str) -> None:
     assert (rounded(count, total), rounded(used, active)) == (total, active)
 
 
+def test_zoo_show_tells_both(capsys: pytest.CaptureFixture[str]) -> None:
+    show.table("deepseek_v2_lite", model("deepseek_v2_lite"), "expert=8", 2048, Console(width=300))
+    shown = capsys.readouterr().out
+    assert "15,706,484,224 parameters, 2,661,150,208 active in a token" in shown
+    assert "L=26 E=64/expert D=2048 F=1408" in shown
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_config_of_hugging_face_describes_it(name: str) -> None:
     family, fields = write(model(name))
@@ -58,5 +64,5 @@ def test_a_config_of_hugging_face_describes_it(name: str) -> None:
 
 
 def test_the_latent_cache_takes_576_numbers_a_token_and_layer() -> None:
-    assert cache_bytes(model("deepseek_v3")) == 61 * 576 * 2
-    assert cache_bytes(model("deepseek_v2_lite")) == 27 * 576 * 2
+    assert show.cache_bytes(model("deepseek_v3")) == 61 * 576 * 2
+    assert show.cache_bytes(model("deepseek_v2_lite")) == 27 * 576 * 2

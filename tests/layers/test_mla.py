@@ -162,6 +162,27 @@ def test_flops_count_two_for_each_product(query_rank):
     assert spec.flops(DIM, T) == pytest.approx(matrices + attention)
 
 
+def test_padding_is_not_remembered():
+    """A prompt padded on the right, in a cache that the padding would not fit into, and then the rest."""
+    layer, cache = build(V2), V2.cache(B, T, jnp.float32)
+    padded = jnp.pad(X[:, 5:T], ((0, 0), (0, 4), (0, 0)), constant_values=9.0)
+    places = Places(
+        positions=jnp.zeros((B, 10), jnp.int32) + jnp.arange(5, 15, dtype=jnp.int32),
+        segments=jnp.zeros((B, 10), jnp.int32) + jnp.asarray([1] * 6 + [0] * 4, jnp.int32),
+    )
+    first = jax.tree.map(lambda x: x[:, :5], PLACES)
+    _, cache = layer(X[:, :5], first, cache)
+    found, cache = layer(padded, places, cache)
+    np.testing.assert_allclose(found[:, :6], layer(X, PLACES)[0][:, 5:], rtol=1e-5, atol=1e-5)
+    _, whole = layer(X, PLACES, V2.cache(B, T, jnp.float32))
+    np.testing.assert_allclose(cache["latent"], whole["latent"], rtol=1e-5, atol=1e-5)
+
+
+def test_no_quantized_cache():
+    with pytest.raises(NotImplementedError, match="is not quantized, got int8"):
+        V2.cache(B, T, jnp.int8)
+
+
 def test_nothing_of_size_zero():
     with pytest.raises(ValueError, match="kv_rank must be at least 1, got 0"):
         V2.replace(kv_rank=0)

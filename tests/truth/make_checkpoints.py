@@ -128,11 +128,13 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_hidden_layers": 4, "head_dim": 16, "intermediate_size": 48, "sliding_window": 8}
         | {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": YARN | {"truncate": False}},
     ),
+    "stablelm": ("stablelm", SHAPE | {"use_qkv_bias": True, "partial_rotary_factor": 0.25}),
+    "stablelm_parallel": ("stablelm", SHAPE | {"use_parallel_residual": True, "partial_rotary_factor": 0.5}),
 }
 
 
 def model_of(name: str) -> Any:
-    """The model in float32, its weights drawn by the name's place in the list."""
+    """The model in float32, its weights drawn by the name's place in the list: new ones come at its end."""
     kind, fields = CHECKPOINTS[name]
     generator = torch.Generator().manual_seed(1000 + list(CHECKPOINTS).index(name))
     model = AutoModelForCausalLM.from_config(

@@ -39,14 +39,10 @@ NAMES = (
     }
 )
 CORRECTION = {"model.layers.{layer}.mlp.gate.e_score_correction_bias": ("E", "ffn.router.correction")}
-TRAINING = ("aux_loss_alpha", "seq_aux", "ep_size")
-"""Fields of the first files that say how the model was trained."""
 
 
 def _read(config: Config, router: Router, shared_experts: int, *, interleaved: bool) -> Decoder:
     """What V2 and V3 have; `shared_experts` is what the absence of their number means."""
-    for name in TRAINING:
-        config.get(name, None)
     config.only("moe_layer_freq", 1)
     config.only("mlp_bias", False)
     heads, nope, rope = (config.count(name) for name in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim"))
@@ -104,8 +100,6 @@ def read_v3(config: Config) -> Decoder:
     """The decoder of a V3 config. The layers that predict further tokens (MTP) are no part of it."""
     config.only("scoring_func", "sigmoid")
     config.only("topk_method", "noaux_tc")
-    for name in ("num_nextn_predict_layers", "num_mtp_layers"):
-        config.natural(name, None)
     groups, chosen = config.count("n_group", 8), config.count("topk_group", 4)
     router = Router(
         top_k=config.count("num_experts_per_tok", 8),
@@ -133,6 +127,8 @@ def _write(decoder: Decoder) -> dict[str, Any]:
         "qk_nope_head_dim": mixer.nope_dim,
         "qk_rope_head_dim": mixer.rope_dim,
         "v_head_dim": mixer.value_dim,
+        "qk_head_dim": mixer.nope_dim + mixer.rope_dim,
+        "head_dim": mixer.rope_dim,
         "attention_bias": mixer.bias,
         "intermediate_size": dense.hidden,
         "hidden_act": llama.activation_name(expert.activation),
@@ -156,6 +152,7 @@ def write_v2(decoder: Decoder) -> dict[str, Any]:
     return _write(decoder) | {
         "topk_method": "group_limited_greedy" if limited else "greedy",
         "norm_topk_prob": False,
+        "mlp_bias": False,
     }
 
 

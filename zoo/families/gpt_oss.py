@@ -42,7 +42,6 @@ def read(config: Config) -> Decoder:
     config.only("attention_bias", True)
     config.only("hidden_act", "silu")  # of which its experts have a variant of their own
     config.only("swiglu_alpha", 1.702)
-    config.natural("initial_context_length", None)  # of the first files: rope_parameters have it
     parameters = config.get("rope_parameters", {})
     rope = config.rope(150_000.0, parameters if "rope_type" in parameters else parameters | YARN)
     decoder = llama.read(config, rope=rope, eps=1e-5)
@@ -77,6 +76,7 @@ def write(decoder: Decoder) -> dict[str, Any]:
         "head_dim": attentions(decoder)[0].head_dim,
         "attention_bias": True,
         "hidden_act": "silu",
+        "swiglu_alpha": 1.702,
         "swiglu_limit": expert.limit,
         "num_local_experts": moe.experts,
         "num_experts_per_tok": moe.router.top_k,

@@ -5,7 +5,7 @@ from typing import Any
 from ...layers.mlp import GatedMLP
 from ...layers.moe import MoE
 from ...layers.routing import Router
-from ..blocks import attentions, experts, fed, part, window_of
+from ..blocks import experts, fed, part, window_of
 from ..config import Config
 from ..decoder import Decoder
 from ..family import Family
@@ -42,7 +42,6 @@ def write(decoder: Decoder) -> dict[str, Any]:
     """The fields that `read` takes."""
     moe = experts(decoder)
     return llama.shared(fed(decoder, moe.expert)) | {
-        "head_dim": attentions(decoder)[0].head_dim,
         "sliding_window": window_of(decoder),
         "num_local_experts": moe.experts,
         "num_experts_per_tok": moe.router.top_k,

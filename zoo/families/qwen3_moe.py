@@ -53,7 +53,7 @@ def write(decoder: Decoder) -> dict[str, Any]:
         "head_dim": attention.head_dim,
         "attention_bias": attention.bias,
         "use_sliding_window": False,
-        "num_experts": moe.experts,
+        "num_local_experts": moe.experts,
         "num_experts_per_tok": moe.router.top_k,
         "norm_topk_prob": moe.router.normalise,
         "moe_intermediate_size": expert.hidden,
