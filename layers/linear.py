@@ -37,6 +37,10 @@ class Linear(nnx.Module):
         y = checkpoint_name(_product(inputs, outputs, x, gather(self.weight[...], x.dtype)), "product")
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
+    def matrix(self, dtype: Any) -> Float[Array, "..."]:
+        """W made ready for use, its input axes first."""
+        return gather(self.weight[...], dtype)
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(inputs: str, outputs: str, x: Array, weight: Array) -> Array:
@@ -85,6 +89,12 @@ class OutputMajor(nnx.Module):
         else:
             y = einsum(f"B T {inputs}, {outputs} {inputs} -> B T {outputs}", x, weight)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def matrix(self, dtype: Any) -> Float[Array, "..."]:
+        """W made ready for use, its input axes first."""
+        count = len(self.axes.split("->")[1].split())
+        weight = gather(self.weight[...], dtype)
+        return jnp.transpose(weight, [*range(count, weight.ndim), *range(count)])
 
 
 def _rows_product(x: Float[Array, "B T D"], weight: Float[Array, "F D"]) -> Float[Array, "B T F"]:

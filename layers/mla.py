@@ -16,7 +16,7 @@ from .masks import Causal, Documents, Mask
 from .mixer import Cache, Mixer, Places
 from .norm import Norm, RMSNorm
 from .rope import Rope, YarnScaling, yarn_mscale
-from .sharding import einsum, gather, shards, spec_of, split_as
+from .sharding import einsum, shards, spec_of, split_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ class MLALayer(nnx.Module):
 
     def _absorbed(self, query: Array, latent: Array, mask: Mask, start: Any) -> Float[Array, "B T N H"]:
         spec = self.spec
-        to_key, to_value = jnp.split(gather(self.key_value.weight[...], query.dtype), [spec.nope_dim], axis=-1)
+        to_key, to_value = jnp.split(self.key_value.matrix(query.dtype), [spec.nope_dim], axis=-1)
         plain, turned = jnp.split(query, [spec.nope_dim], axis=-1)
         query = jnp.concatenate([einsum("B T N H, R N H -> B T N R", plain, to_key), turned], axis=-1)
         # Where heads are split over a mesh, each device has the one key and value head.

@@ -89,9 +89,9 @@ class RouterLayer(nnx.Module):
     def __init__(self, spec: Router, dim: int, experts: int, *, rngs: nnx.Rngs):
         self.spec = spec
         value = jax.random.normal(rngs.params(), (dim, experts), jnp.float32) * dim**-0.5
-        self.weight = parameter("D E", value, inputs=1)
+        self.weight = parameter("D E", value, inputs=1, exact=True)
         self.bias = parameter("E", jnp.zeros(experts)) if spec.bias else None
-        self.correction = parameter("E", jnp.zeros(experts)) if spec.correction else None
+        self.correction = parameter("E", jnp.zeros(experts), exact=True) if spec.correction else None
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         """Float32 logits, by float32 products on every platform."""

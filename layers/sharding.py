@@ -57,13 +57,14 @@ def parameter_axes(name: str, variable: Any) -> str:
     return " ".join(["L"] * (len(variable.shape) - len(axes.split())) + axes.split())
 
 
-def parameter(axes: str, value: Float[Array, "..."], inputs: int = 0) -> nnx.Param:
+def parameter(axes: str, value: Float[Array, "..."], inputs: int = 0, *, exact: bool = False) -> nnx.Param:
     """An NNX parameter that knows its axis letters and, if it is a matrix, how many of them are its input.
 
-    These are its first letters, or those after a leading E that stacks one matrix for each expert.
+    These are its first letters, or those after a leading E that stacks one matrix for each expert. One that is `exact`
+    is used in float32, also in a model that is cast to compute in less.
     """
     assert value.ndim == len(axes.split()), (axes, value.shape)
-    return nnx.Param(value, axes=axes, inputs=inputs)
+    return nnx.Param(value, axes=axes, inputs=inputs, exact=exact)
 
 
 def check_divides(name: str, axes: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> None:

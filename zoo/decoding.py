@@ -29,7 +29,7 @@ def for_decoding(model: DecoderModel, dtype: Any) -> DecoderModel:
     known = describe(model)
     apart = {}
     for name, value in split(model).items():
-        value = value.astype(dtype) if known[name].inputs else value
+        value = value.astype(dtype) if known[name].inputs and not known[name].exact else value
         apart |= _apart(model.spec, name, value)
     return jax.jit(lambda parameters: _output_major(merge(spec.abstract(), parameters)))(apart)
 

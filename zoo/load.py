@@ -127,7 +127,11 @@ class Plan:
         return name.removeprefix(self.family.prefix) if self._bare else name
 
     def dtypes(self, dtype: Any) -> dict[str, Any]:
-        """What each parameter is kept in: `dtype`, or if that is None the widest that any of its tensors has."""
+        """What each parameter is kept in: `dtype`, or if that is None the widest that any of its tensors has.
+
+        Those that are used in float32 whatever the model computes in, as routers are, are kept in it where a dtype is
+        given.
+        """
         stored: dict[str, set[np.dtype]] = {}
         for unit in self.units:
             kinds = {np.dtype(self.tensors[self.real(name)].dtype) for name in unit.names}
@@ -138,7 +142,9 @@ class Plan:
                 raise ValueError(f"{unit.names[0]} is stored as {odd[0]}, and parameters are kept as {kept}{way_out}")
             for part in unit.parts:
                 stored.setdefault(part.parameter, set()).update(kinds)
-        return {name: widest(kinds) if dtype is None else np.dtype(dtype) for name, kinds in stored.items()}
+        if dtype is None:
+            return {name: widest(kinds) for name, kinds in stored.items()}
+        return {name: np.dtype(np.float32 if self.described[name].exact else dtype) for name in stored}
 
     def _check(self, decoder: Decoder) -> None:
         shapes = {self.real(name): unit.shape for unit in self.units for name in unit.names}

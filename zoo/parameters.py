@@ -24,6 +24,8 @@ class Description:
     dtype: Any
     inputs: int
     """How many letters, after those that stack (L and E), are the input of a matrix; 0 for vectors."""
+    exact: bool = False
+    """Whether it is used in float32, whatever the model computes in."""
 
     @property
     def size(self) -> int:
@@ -46,7 +48,11 @@ def describe(model: nnx.Module) -> dict[str, Description]:
     """Every parameter of a model (also an abstract one) by name, in the order of the model."""
     return {
         name: Description(
-            parameter_axes(name, variable), variable.shape, variable.dtype, variable.get_metadata()["inputs"]
+            parameter_axes(name, variable),
+            variable.shape,
+            variable.dtype,
+            variable.get_metadata()["inputs"],
+            variable.get_metadata()["exact"],
         )
         for name, variable in _named(model)
     }

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flaxzoo.zoo import GREEDY, complete, for_decoding
+from flaxzoo.zoo.parameters import split
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 TOKENS = jax.random.randint(jax.random.key(3), (2, 9), 0, 48, jnp.int32)
 
 
-@pytest.mark.parametrize("name", ["mixed", "learned"])
+@pytest.mark.parametrize("name", ["mixed", "learned", "routed"])
 def test_it_is_the_same_model(name, models):
     made = for_decoding(models[name], jnp.float32)
     assert made.spec.all_blocks == models[name].spec.all_blocks
@@ -22,15 +23,24 @@ def test_it_is_the_same_model(name, models):
     assert for_decoding(made, jnp.float32) is made
 
 
-def test_it_generates_the_same(models):
+@pytest.mark.parametrize("name", ["mixed", "routed"])
+def test_it_generates_the_same(name, models):
     tokenizer = Tokenizer(WordLevel({str(i): i for i in range(48)}, unk_token="0"))
     options = {"max_tokens": 30, "sampling": GREEDY, "stop": (), "log_probs": True}
-    plain = complete(models["mixed"], tokenizer, [[1, 2], [3]], **options)
+    plain = complete(models[name], tokenizer, [[1, 2], [3]], **options)
     for found, wanted in zip(
-        complete(for_decoding(models["mixed"], jnp.float32), tokenizer, [[1, 2], [3]], **options), plain, strict=True
+        complete(for_decoding(models[name], jnp.float32), tokenizer, [[1, 2], [3]], **options), plain, strict=True
     ):
         assert found.ids == wanted.ids
         np.testing.assert_allclose(found.log_probs, wanted.log_probs, atol=1e-4)
+
+
+def test_routers_stay_exact(models):
+    made = split(for_decoding(models["routed"], jnp.bfloat16))
+    kept = {name for name, value in made.items() if value.dtype == jnp.float32}
+    routers = {name for name in made if name.endswith("router.weight")}
+    assert routers <= kept
+    assert all(made[name].ndim == 1 or name.endswith("bias") for name in kept - routers)
 
 
 def test_bfloat16_for_few_tokens_is_as_for_many(models):

@@ -10,6 +10,7 @@ import pytest
 from flaxzoo import zoo
 from flaxzoo.layers.mixer import Places
 from flaxzoo.zoo.decoder import DecoderModel, plain_places
+from flaxzoo.zoo.parameters import split
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 TRUTH = Path(__file__).parents[1] / "truth"
@@ -35,6 +36,12 @@ def test_router_logits(name: str) -> None:
         x, _, _ = block(x, places)
     valid = data["attention_mask"] == 1
     np.testing.assert_allclose(np.stack(found)[:, valid], data["router_logits"][:, valid], rtol=0, atol=1e-4)
+
+
+def test_routers_stay_float32_in_a_model_that_is_not() -> None:
+    model, _ = zoo.load(TRUTH / "deepseek_v3", dtype=jnp.bfloat16)
+    exact = {name for name, value in split(model).items() if value.dtype == jnp.float32}
+    assert exact == {"stack.0.ffn.router.weight", "stack.0.ffn.router.correction"}
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
