@@ -137,6 +137,7 @@ def stored(key: str, x: np.ndarray, config: dict[str, Any]) -> np.ndarray:
 
     Gemma's norms are stored with 1 added.
     """
+    x = x.astype(np.float32)
     if "norm" in key and config["model_type"].startswith("gemma"):
         return (x + np.float32(1)) - np.float32(1)
     exact = x.ndim == 1 or any(part in key for part in ("bias", ".gate.weight", "router.weight", "wpe"))
