@@ -12,11 +12,14 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
 from .. import configs, zoo
 from ..configs.run import Run
 from ..layers.spec import unknown
+from ..zoo import family
+from ..zoo.load import is_run
 from . import hardware, loop, show
 from .data import separator
 from .folder import Folder, load
@@ -50,7 +53,7 @@ def show_(name: Annotated[str, tyro.conf.Positional], mesh: str = "", length: in
     """Every parameter of a model with shape, dtype, sharding and bytes; totals, FLOPs and KV-cache bytes per token.
 
     Args:
-        name: a model or run by name (see `zoo list`), or the folder of a run.
+        name: a model or run by name (see `zoo list`), the folder of a run, or a checkpoint as `zoo convert` takes it.
         mesh: axes and sizes to split parameters over, e.g. 'fsdp=4,tensor=2' (no devices needed).
         length: tokens of context the FLOPs are counted for; that of the run, or 2048 or what fits, if not given.
     """
@@ -61,10 +64,34 @@ def diff(a: Annotated[str, tyro.conf.Positional], b: Annotated[str, tyro.conf.Po
     """The settings in which two models or runs differ.
 
     Args:
-        a: a model or run by name, or the folder of a run.
+        a: a model or run by name, the folder of a run, or a checkpoint as `zoo convert` takes it.
         b: another one.
     """
     show.difference(a, _find(a), b, _find(b), Console())
+
+
+def convert(
+    source: Annotated[str, tyro.conf.Positional],
+    destination: Annotated[Path, tyro.conf.Positional],
+    dtype: str = "",
+) -> None:
+    """Write a checkpoint as a Hugging Face folder, which transformers loads, or as a .gguf file.
+
+    Example: `zoo convert runs/shakespeare exported --dtype bfloat16`
+
+    Args:
+        source: a Hugging Face folder, a .gguf file, the folder of a run, or a name on the Hugging Face hub (org/name).
+        destination: a folder that does not exist yet, or a name that ends in .gguf.
+        dtype: float32, bfloat16 or float16; F16 or Q8_0 for a .gguf file; as stored, and F16, if not given.
+    """
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        zoo.convert(
+            source, destination, dtype=dtype, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    print(f"wrote {destination}")
 
 
 def generate(
@@ -136,7 +163,13 @@ def train(arguments: list[str]) -> None:
         print(f"  {zoo_} train shakespeare --data.source my_text.txt --prompt 'Once' --name my_text")
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"list": list_, "show": show_, "diff": diff, "generate": generate}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "list": list_,
+    "show": show_,
+    "diff": diff,
+    "convert": convert,
+    "generate": generate,
+}
 
 
 def main() -> None:
@@ -183,6 +216,7 @@ Language models for JAX: look at them, train them, write with them.
   zoo list                      the named models and runs
   zoo show gpt2                 parameters, shapes, bytes, FLOPs and cache of a model
   zoo diff gpt2 llama3_8b       the settings in which two models or runs differ
+  zoo convert SOURCE NEW        a checkpoint as a Hugging Face folder or a .gguf file
   zoo train shakespeare         train a run; every setting is a flag (zoo train shakespeare --help)
   zoo generate runs/shakespeare --prompt "JULIET."
                                 continue a prompt with what was trained
@@ -192,7 +226,11 @@ Language models for JAX: look at them, train them, write with them.
 
 def _find(name: str) -> Any:
     folder = Folder(Path(name))
-    return folder.run() if folder.config.is_file() else configs.get(name)
+    if is_run(name):
+        return folder.run()
+    if name in configs.MODELS | configs.RUNS or not (Path(name).exists() or "/" in name):
+        return configs.get(name)
+    return family.read(zoo.open_source(name).config)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from ..layers.mlp import GatedMLP as GatedMLP
 from ..layers.norm import LayerNorm as LayerNorm
 from ..layers.norm import RMSNorm as RMSNorm
 from ..layers.rope import Rope as Rope
+from .convert import convert as convert
 from .decoder import Decoder as Decoder
 from .decoder import DecoderModel as DecoderModel
 from .generate import generate as generate
