@@ -162,6 +162,19 @@ def test_round_trip(name: str, memory: Any, tmp_path: Path) -> None:
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "model.gguf").read_bytes()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_q8_0(name: str, memory: Any, tmp_path: Path) -> None:
+    """Some rows are whole blocks, some are not; numbers are off by half a step of their block at most."""
+    config, arrays = checkpoint(name)
+    save_gguf(memory(config, arrays), tmp_path / "model.gguf", "Q8_0")
+    file = GgufFile(tmp_path / "model.gguf")
+    for key, x in arrays.items():
+        found = file.read(key)
+        assert (found.shape, found.dtype) == (file.tensors[key].shape, file.tensors[key].dtype)
+        step = np.abs(x.astype(np.float32)).max() / 127
+        np.testing.assert_allclose(found.astype(np.float32), x.astype(np.float32), atol=step, rtol=0, err_msg=key)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_config(name: str, memory: Any, tmp_path: Path) -> None:
     """The config that comes back means the same model."""
