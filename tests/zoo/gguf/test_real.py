@@ -128,6 +128,9 @@ def test_round_trip(quantization: str, tmp_path: Path) -> None:
     file = opened("smollm2-135m-instruct-q4_1")
     save_gguf(file, tmp_path / "model.gguf", quantization)
     again = GgufFile(tmp_path / "model.gguf")
+    for key in ("tokens", "token_type", "merges", "pre"):
+        mine, theirs = (one.header.metadata[f"tokenizer.ggml.{key}"] for one in (again, file))
+        np.testing.assert_array_equal(mine, theirs)
     assert again.chat_template == file.chat_template
     assert {**again.config, "torch_dtype": None} == {**file.config, "torch_dtype": None}
     for name, info in file.tensors.items():

@@ -1,11 +1,13 @@
 """What is written: readable by others, complete or not there, and nothing the format cannot say."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from flaxzoo import zoo
 from flaxzoo.zoo.gguf import GgufFile, save_gguf
 
 CONFIG = {
@@ -90,6 +92,21 @@ def test_bfloat16(memory: Any, arrays: dict[str, np.ndarray], tmp_path: Path) ->
     file = GgufFile(tmp_path / "model.gguf")
     for name, x in halves.items():  # 8 bits of mantissa fit F16, whose exponents these numbers do not leave
         np.testing.assert_allclose(file.read(name).astype(np.float32), x.astype(np.float32), rtol=0, atol=2**-24)
+
+
+def test_chat_template(memory: Any, arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
+    """It goes from a Hugging Face folder into the file and back."""
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    save_gguf(memory(CONFIG, arrays), tmp_path / "plain.gguf")
+    zoo.convert(tmp_path / "plain.gguf", tmp_path / "folder")
+    assert not (tmp_path / "folder/chat_template.jinja").exists()
+    for name, described in (("one", template), ("several", [{"name": "default", "template": template}])):
+        text = json.dumps({"chat_template": described})
+        (tmp_path / "folder/tokenizer_config.json").write_text(text, encoding="utf-8")
+        zoo.convert(tmp_path / "folder", tmp_path / f"{name}.gguf")
+        assert GgufFile(tmp_path / f"{name}.gguf").chat_template == template
+        zoo.convert(tmp_path / f"{name}.gguf", tmp_path / name)
+        assert (tmp_path / name / "chat_template.jinja").read_text(encoding="utf-8") == template
 
 
 WRONG = {
