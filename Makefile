@@ -12,7 +12,7 @@ VENV = PYTHON='$(PYTHON)' GOAL='$(GOAL)' .ci/venv
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help train test test-slow test-real test-oldest check format
-.PHONY: bench-train bench-attention docs docs-attention constraints clean
+.PHONY: bench-train bench-attention bench-generate docs docs-attention constraints clean
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ bench-train: .venv/.train ## measure training speed
 bench-attention: .venv/.test ## measure attention: TPU by the compiler's schedule, masks, this CPU
 	.venv/bin/python benchmarks/attention.py $(ARGS)
 
+bench-generate: .venv/.test .venv-torch/.torch ## measure generation beside transformers on PyTorch
+	.venv/bin/python benchmarks/generate.py $(ARGS)
+
 docs: .venv/.train ## train anew, and put the picture and the report into docs/
 	.venv/bin/zoo train shakespeare --fresh
 	cp runs/shakespeare/loss.png docs/shakespeare.png
@@ -66,7 +69,7 @@ constraints: ## write constraints.txt anew, from the newest versions
 	rm -rf .venv-constraints
 
 clean: ## remove the virtual environments and caches; runs/ stays
-	rm -rf .venv .venv-oldest .venv-constraints .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-constraints .venv-torch .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 .venv/.train: pyproject.toml constraints.txt
@@ -79,4 +82,8 @@ clean: ## remove the virtual environments and caches; runs/ stays
 
 .venv-oldest/.test: pyproject.toml
 	@$(VENV) .venv-oldest -e '.[viz]' --group dev jax==0.11.2 jaxlib==0.11.2
+	@touch $@
+
+.venv-torch/.torch:
+	@$(VENV) .venv-torch 'torch>=2.8' 'transformers>=5' safetensors
 	@touch $@
