@@ -63,7 +63,7 @@ docs-attention: .venv/.train ## draw the masks of docs/attention.md anew
 
 constraints: ## write constraints.txt anew, from the newest versions
 	rm -rf .venv-constraints
-	$(VENV) .venv-constraints -e '.[viz]' --group dev
+	$(VENV) .venv-constraints -e '.[viz,chat]' --group dev
 	echo '# The environment the tests run in: core, viz and dev, on Linux x86-64. Written by `make constraints`.' > $@.txt
 	.venv-constraints/bin/python -m pip freeze --exclude-editable | tr 'A-Z_' 'a-z-' | LC_ALL=C sort -t= -k1,1 >> $@.txt
 	rm -rf .venv-constraints
@@ -73,15 +73,15 @@ clean: ## remove the virtual environments and caches; runs/ stays
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 .venv/.train: pyproject.toml constraints.txt
-	@$(VENV) .venv -e '.[viz]' -c constraints.txt
+	@$(VENV) .venv -e '.[viz,chat]' -c constraints.txt
 	@touch $@
 
 .venv/.test: pyproject.toml constraints.txt
-	@$(VENV) .venv -e '.[viz]' --group dev -c constraints.txt
+	@$(VENV) .venv -e '.[viz,chat]' --group dev -c constraints.txt
 	@touch .venv/.train $@
 
 .venv-oldest/.test: pyproject.toml
-	@$(VENV) .venv-oldest -e '.[viz]' --group dev jax==0.11.2 jaxlib==0.11.2
+	@$(VENV) .venv-oldest -e '.[viz,chat]' --group dev jax==0.11.2 jaxlib==0.11.2
 	@touch $@
 
 .venv-torch/.torch:
