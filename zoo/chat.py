@@ -186,8 +186,8 @@ class Conversation:
         """A session with room, taken back to where these tokens differ from those it has."""
         length = len(ids) + max_tokens
         if self._session is None or length > self._session.room:
-            length = length if self._session is None else max(length, 2 * self._session.room)
             self._key, key = jax.random.split(self._key)
-            self._session = Session(self.model, batch=1, length=length, key=key, **self._options)
+            # Room for more turns: in a larger session, all of them are read anew.
+            self._session = Session(self.model, batch=1, length=2 * length, key=key, **self._options)
         self.reused = self._session.rewind(ids)
         return self._session
