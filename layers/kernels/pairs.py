@@ -123,12 +123,17 @@ class PairFunction:
         self.sides, self.body = tuple(sides), tuple(body)
 
     @property
-    def elementwise(self) -> bool:
-        """Whether the body needs no more than elementwise operations: a kernel can run it."""
-        return all(operation.elementwise for operation in self.body) and not any(side.shape for side in self.sides)
+    def lookups(self) -> list[Operation]:
+        """What of the body is not elementwise: the lookups by query and key, and operations a kernel cannot run."""
+        return [operation for operation in self.body if not operation.elementwise]
 
-    def evaluate(self, read: Callable[[Value], Array]) -> list[Array]:
-        """The outputs on arrays of pairs: `read` gives leaves and sides as arrays that broadcast against each other."""
+    def evaluate(
+        self, read: Callable[[Value], Array], lookup: Callable[[Operation], Array] | None = None
+    ) -> list[Array]:
+        """The outputs on arrays of pairs: `read` gives leaves and sides as arrays that broadcast against each other.
+
+        `lookup`, if given, does what is not elementwise.
+        """
         known: dict[Value, Array] = {}
 
         def get(value: Value) -> Array:
@@ -137,7 +142,10 @@ class PairFunction:
             return jnp.asarray(value.constant, value.dtype) if is_literal(value) else read(value)
 
         for operation in self.body:
-            found = apply(operation, [get(value) for value in operation.inputs])
+            if lookup is not None and not operation.elementwise:
+                found = [lookup(operation)]
+            else:
+                found = apply(operation, [get(value) for value in operation.inputs])
             known |= dict(zip(operation.outputs, found, strict=True))
         return [get(output) for output in self.outputs]
 
