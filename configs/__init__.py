@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from ..layers.spec import unknown
 from ..zoo.decoder import Decoder
-from . import models, runs
+from . import gemma_models, models, qwen_models, runs
 from .run import Data as Data
 from .run import Optimizer as Optimizer
 from .run import Run as Run
@@ -20,7 +20,7 @@ def _plain(function: Callable) -> bool:
     return all(p.default is not p.empty for p in inspect.signature(function).parameters.values())
 
 
-MODELS = _named(models, Decoder)
+MODELS = _named(models, Decoder) | _named(gemma_models, Decoder) | _named(qwen_models, Decoder)
 """Functions that make the named models."""
 
 RUNS = _named(runs, Run)

@@ -5,8 +5,10 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from ..configs.run import LAYOUT, Run
@@ -108,13 +110,16 @@ def _write(path: Path, text: str) -> None:
     _aside(path).replace(path)
 
 
-def load(path: str | Path, *, step: int | None = None, mesh: str = "") -> tuple[DecoderModel, Tokenizer]:
+def load(
+    path: str | Path, *, step: int | None = None, mesh: str | Mesh | None = None, dtype: Any = None
+) -> tuple[DecoderModel, Tokenizer]:
     """The model and tokenizer of a trained run, from its latest whole checkpoint (or the one of `step`).
 
     Args:
         path: the run's folder, e.g. "runs/shakespeare".
         step: of the checkpoint; the latest by default.
-        mesh: axes and sizes to place the parameters on, e.g. "fsdp=4"; one device by default.
+        mesh: to place the parameters on, or its axes and sizes, e.g. "fsdp=4"; one device by default.
+        dtype: of the parameters; float32, as they were trained, by default.
 
     Raises:
         ValueError: where there is no run, or its checkpoint does not fit or is damaged.
@@ -123,11 +128,13 @@ def load(path: str | Path, *, step: int | None = None, mesh: str = "") -> tuple[
     run = folder.run()
     abstract = run.model.abstract()
     described = describe(abstract)
-    devices = meshes.for_parameters(run.model, mesh or "fsdp=1")
+    devices = mesh if isinstance(mesh, Mesh) else meshes.for_parameters(run.model, mesh or "fsdp=1")
     places = shardings(described, devices)
     target = {
         name: jax.ShapeDtypeStruct(known.shape, known.dtype, sharding=places[name]) for name, known in described.items()
     }
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         parameters = checkpoints.restore_subtree("ema" if run.ema else "params", target, step)
+    if dtype is not None:
+        parameters = {name: array.astype(dtype) for name, array in parameters.items()}
     return merge(abstract, parameters), Tokenizer.from_file(str(folder.tokenizer))

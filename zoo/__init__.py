@@ -9,6 +9,7 @@ from ..layers.norm import RMSNorm as RMSNorm
 from ..layers.rope import Rope as Rope
 from .chat import ChatTemplate as ChatTemplate
 from .chat import Conversation as Conversation
+from .convert import convert as convert
 from .decoder import Decoder as Decoder
 from .decoder import DecoderModel as DecoderModel
 from .decoding import for_decoding as for_decoding

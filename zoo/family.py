@@ -15,6 +15,7 @@ Helpers: `config.Config` (the fields that `read` is given), `blocks.per_layer` (
 `blocks.part` (a mixer or feed-forward layer of the type that the family has), `rope_config`.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -91,18 +92,19 @@ def write(decoder: Decoder, model_type: str | None = None) -> tuple[Family, dict
     from .families import FAMILIES  # which import this module
 
     families = FAMILIES if model_type is None else (find({"model_type": model_type}),)
-    closest: tuple[int, str, str] | None = None
+    closest: tuple[float, str, str] | None = None
     for family in families:
         fields: dict[str, Any] = {"model_type": family.model_types[0], "architectures": [family.architecture]}
         try:
             fields |= family.write(decoder)
             unlike = differences(decoder, read(fields))
+            distance = len(unlike)
         except ValueError as error:
-            unlike = [str(error)]
+            unlike, distance = [str(error)], math.inf
         if not unlike:
             return family, fields
-        if closest is None or len(unlike) < closest[0]:
-            closest = (len(unlike), family.model_types[0], "; ".join(unlike[:8]))
+        if closest is None or distance < closest[0]:
+            closest = (distance, family.model_types[0], "; ".join(unlike[:8]))
     assert closest is not None
     wanted = (
         f"the family {model_type!r} cannot" if model_type else f"no family can; the closest, {closest[1]!r}, cannot"

@@ -3,14 +3,9 @@
 import re
 from pathlib import Path
 
-PATTERNS = (
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer*.json",
-    "chat_template.jinja",
-)
+from .hugging_face import COMPANIONS
+
+PATTERNS = ("config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json", *COMPANIONS)
 """The files that are fetched: never code, never a pickle."""
 
 

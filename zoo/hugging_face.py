@@ -11,6 +11,10 @@ from tokenizers import Tokenizer
 from .safetensors_file import SafetensorsFile
 from .source import TensorInfo
 
+COMPANIONS = (
+    *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.txt", "NOTICE"),
+)
 MOST_JSON = 64 * 1024 * 1024
 """Bytes that a JSON file beside the weights may have; the largest index on the hub has 8 MB."""
 
@@ -42,6 +46,11 @@ class HuggingFaceFolder:
             return Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path} can't be read: {error}") from error
+
+    @property
+    def companions(self) -> dict[str, Path]:
+        """The files beside the weights that tell of text, by name: they go along when the checkpoint is converted."""
+        return {name: self.path / name for name in COMPANIONS if (self.path / name).is_file()}
 
     def _located(self) -> list[SafetensorsFile]:
         index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"

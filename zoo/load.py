@@ -12,17 +12,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from tokenizers import Tokenizer
 
 from .decoder import Decoder, DecoderModel
-from .family import Family, find, read
-from .hugging_face import HuggingFaceFolder
-from .names import Part, Unit, units
+from .family import find, read
+from .hugging_face import HuggingFaceFolder, read_json
+from .names import Part, units
 from .parameters import Description, Parameters, describe, merge, shardings
-from .source import Source
+from .source import Progress, Source, Watched, widest
 
-STORED = (jnp.float32, jnp.bfloat16, jnp.float16)
-"""What parameters may be stored in where the caller gives no dtype."""
-
-Progress = Callable[[int, int], None]
-"""Is told how many bytes of how many are done."""
+KEPT = tuple(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
+"""What parameters stay in where the caller gives no dtype."""
 
 Loaded = tuple[DecoderModel, Tokenizer | None]
 RUN_LOADERS: list[Callable[..., Loaded]] = []
@@ -62,7 +59,8 @@ def load(
             )
         return RUN_LOADERS[0](source, dtype=dtype, mesh=mesh)
     source = open_source(source)
-    return model_of(source, dtype=dtype, mesh=mesh, ignore=ignore, progress=progress), source.tokenizer()
+    source = source if progress is None else Watched(source, progress)
+    return model_of(source, dtype=dtype, mesh=mesh, ignore=ignore), source.tokenizer()
 
 
 def open_source(source: str | Path | Source) -> Source:
@@ -71,7 +69,7 @@ def open_source(source: str | Path | Source) -> Source:
         return source
     path = Path(source)
     if path.suffix == ".gguf":
-        from .gguf import GgufFile  # pyright: ignore[reportMissingImports]
+        from .gguf import GgufFile  # which needs the `gguf` extra
 
         return GgufFile(path)
     if path.exists():
@@ -84,60 +82,65 @@ def open_source(source: str | Path | Source) -> Source:
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether this is the folder of a run of `flaxzoo.train`."""
-    return (Path(path) / "checkpoints").is_dir()
+    """Whether this is the folder of a run of `flaxzoo.train`: its config describes a run, and no `model_type`."""
+    config = Path(path) / "config.json"
+    return config.is_file() and read_json(config).get("kind") == "Run"
 
 
 def model_of(
-    source: Source,
-    *,
-    dtype: Any = None,
-    mesh: Mesh | None = None,
-    ignore: Collection[str] = (),
-    progress: Progress | None = None,
+    source: Source, *, dtype: Any = None, mesh: Mesh | None = None, ignore: Collection[str] = ()
 ) -> DecoderModel:
     """The model of an open source; arguments and errors as of `load`."""
-    decoder, family = read(source.config, ignore=ignore), find(source.config)
-    abstract = decoder.abstract()
-    described = describe(abstract)
-    names = _Names(family, source)
-    wanted = units(family.names, decoder, described)
-    names.check(wanted, decoder)
-    dtypes = _dtypes(names, wanted, dtype)
-    places = shardings(described, mesh) if mesh is not None else dict.fromkeys(described, _one_device())
-    done, total = 0, sum(names.bytes(unit) for unit in wanted)
+    plan = Plan(source, ignore)
+    dtypes = plan.dtypes(dtype)
+    places = shardings(plan.described, mesh) if mesh is not None else dict.fromkeys(plan.described, _one_device())
     parameters: Parameters = {}
-    for unit in wanted:
-        tensors = [source.read(names.real(name)) for name in unit.names]
+    for unit in plan.units:
+        tensors = [source.read(plan.real(name)) for name in unit.names]
         for part, view in zip(unit.parts, unit.cut(tensors), strict=True):
             name = part.parameter
-            parameters[name] = _put(parameters.get(name), view, part, described[name], places[name], dtypes[name])
+            known = plan.described[name]
+            parameters[name] = _put(parameters.get(name), view, part, known, places[name], dtypes[name])
         jax.block_until_ready([parameters[part.parameter] for part in unit.parts])  # the host may forget the tensors
-        done += names.bytes(unit)
-        if progress is not None:
-            progress(done, total)
-    return merge(abstract, parameters)
+    return merge(plan.abstract, parameters)
 
 
-class _Names:
-    """The names of a source, which may leave out the family's prefix, as a checkpoint without a head does."""
+class Plan:
+    """How the tensors of a source become the parameters of its model.
 
-    def __init__(self, family: Family, source: Source):
-        self.family, self.source, self.tensors = family, source, source.tensors
-        self._bare = not any(name.startswith(family.prefix) for name in self.tensors)
+    Raises ValueError where the config has no family or an option that is not supported, and with every tensor that is
+    missing, misshapen or left over.
+    """
+
+    def __init__(self, source: Source, ignore: Collection[str] = ()):
+        decoder = read(source.config, ignore=ignore)
+        self.family, self.source, self.tensors = find(source.config), source, source.tensors
+        self.abstract = decoder.abstract()
+        self.described = describe(self.abstract)
+        self.units = units(self.family.names, decoder, self.described)
+        self._bare = not any(name.startswith(self.family.prefix) for name in self.tensors)
+        self._check(decoder)
 
     def real(self, name: str) -> str:
-        """The name in the source of one in the table."""
+        """The name in the source of one in the table: a checkpoint without a head leaves out the family's prefix."""
         return name.removeprefix(self.family.prefix) if self._bare else name
 
-    def bytes(self, unit: Unit) -> int:
-        """How much is read for a unit."""
-        infos = [self.tensors[self.real(name)] for name in unit.names]
-        return sum(int(np.prod(info.shape, dtype=np.int64)) * info.dtype.itemsize for info in infos)
+    def dtypes(self, dtype: Any) -> dict[str, Any]:
+        """What each parameter is kept in: `dtype`, or if that is None the widest that any of its tensors has."""
+        stored: dict[str, set[np.dtype]] = {}
+        for unit in self.units:
+            kinds = {np.dtype(self.tensors[self.real(name)].dtype) for name in unit.names}
+            odd = [k for k in kinds if not jnp.issubdtype(k, jnp.floating) or (dtype is None and k not in KEPT)]
+            if odd:
+                way_out = "; give a dtype" if jnp.issubdtype(odd[0], jnp.floating) else ""
+                kept = ", ".join(kind.name for kind in KEPT)
+                raise ValueError(f"{unit.names[0]} is stored as {odd[0]}, and parameters are kept as {kept}{way_out}")
+            for part in unit.parts:
+                stored.setdefault(part.parameter, set()).update(kinds)
+        return {name: widest(kinds) if dtype is None else np.dtype(dtype) for name, kinds in stored.items()}
 
-    def check(self, wanted: list[Unit], decoder: Decoder) -> None:
-        """Raises ValueError with every tensor that is missing, misshapen or left over."""
-        shapes = {self.real(name): unit.shape for unit in wanted for name in unit.names}
+    def _check(self, decoder: Decoder) -> None:
+        shapes = {self.real(name): unit.shape for unit in self.units for name in unit.names}
         found = {name: info.shape for name, info in self.tensors.items()}
         missing = [f"missing {name} {list(shapes[name])}" for name in shapes if name not in found]
         other = [
@@ -166,22 +169,6 @@ class _Names:
         return self.tensors[name] == self.tensors[tables[0]] and bool(
             np.array_equal(self.source.read(name), self.source.read(tables[0]))
         )
-
-
-def _dtypes(names: _Names, wanted: list[Unit], dtype: Any) -> dict[str, Any]:
-    """What each parameter is kept in: `dtype`, or the widest that any of its tensors has."""
-    found: dict[str, Any] = {}
-    for unit in wanted:
-        stored = [jnp.dtype(names.tensors[names.real(name)].dtype) for name in unit.names]
-        for part in unit.parts:
-            found[part.parameter] = functools.reduce(jnp.promote_types, stored, found.get(part.parameter, stored[0]))
-            kinds = [k for k in stored if not jnp.issubdtype(k, jnp.floating)]
-            if kinds or (dtype is None and found[part.parameter] not in STORED):
-                raise ValueError(
-                    f"{unit.names[0]} is stored as {(kinds or [found[part.parameter]])[0]}, and parameters are kept as "
-                    f"{', '.join(jnp.dtype(s).name for s in STORED)}" + ("" if kinds else "; give a dtype")
-                )
-    return found if dtype is None else dict.fromkeys(found, jnp.dtype(dtype))
 
 
 def _one_device() -> SingleDeviceSharding:

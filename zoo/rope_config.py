@@ -124,6 +124,22 @@ def write(rope: Rope | None) -> dict[str, Any]:
     return fields
 
 
+def older(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields by which transformers 4, and what was written for it, knows the `rope_parameters` of a config."""
+    parameters = config.get("rope_parameters")
+    if not parameters:
+        return {}
+    if "full_attention" in parameters:  # one for each kind of layer, as only Gemma 3 had it
+        local = parameters["sliding_attention"]["rope_theta"]
+        return older({"rope_parameters": parameters["full_attention"]}) | {"rope_local_base_freq": local}
+    fields = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
+    scaling = {name: value for name, value in parameters.items() if name not in fields}
+    if scaling.get("original_max_position_embeddings") == config.get("original_max_position_embeddings"):
+        scaling.pop("original_max_position_embeddings", None)  # Phi-3 has it outside, and refuses other fields inside
+        scaling = {"type" if name == "rope_type" else name: value for name, value in scaling.items()}
+    return fields | {"rope_scaling": None if parameters["rope_type"] == "default" else scaling}
+
+
 def _value(ours: str, value: Any) -> Any:
     if ours == "truncate":
         if not isinstance(value, bool):

@@ -1,24 +1,25 @@
 """Weights out: a model, or any checkpoint, as a Hugging Face folder, tensor by tensor."""
 
+import contextlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from . import rope_config
 from .decoder import Decoder, DecoderModel
 from .family import differences, read, write
 from .names import Unit, units
 from .parameters import describe, split
 from .safetensors_file import NAMES
-from .source import Source, TensorInfo
+from .source import Progress, Source, TensorInfo, Watched, widest
 
 SHARD_BYTES = 5_000_000_000
 """How large a file of weights becomes, as in transformers."""
@@ -35,7 +36,7 @@ def save(
     config: Mapping[str, Any] | None = None,
     dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Writes a Hugging Face folder, which transformers and `load` read.
 
@@ -56,13 +57,9 @@ def save(
         ValueError: where the folder holds something, or the model has no Hugging Face config.
         OSError: where the disk is full or does not let us.
     """
-    write_folder(
-        ModelSource(model, tokenizer=tokenizer, config=config),
-        folder,
-        dtype=dtype,
-        shard_bytes=shard_bytes,
-        progress=progress,
-    )
+    source: Source = ModelSource(model, tokenizer=tokenizer, config=config)
+    source = source if progress is None else Watched(source, progress)
+    write_folder(source, folder, dtype=dtype, shard_bytes=shard_bytes)
 
 
 class ModelSource:
@@ -100,7 +97,7 @@ class ModelSource:
         return self._tokenizer
 
     def _dtype(self, unit: Unit) -> np.dtype:
-        return np.dtype(jnp.result_type(*(self._parameters[part.parameter].dtype for part in unit.parts)))
+        return widest(self._parameters[part.parameter].dtype for part in unit.parts)
 
     def _part(self, name: str, layer: int | None) -> np.ndarray:
         array = self._parameters[name]
@@ -111,14 +108,7 @@ class ModelSource:
         return np.asarray(array if layer is None else jax.lax.dynamic_index_in_dim(array, layer, keepdims=False))
 
 
-def write_folder(
-    source: Source,
-    folder: str | Path,
-    *,
-    dtype: Any = None,
-    shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
+def write_folder(source: Source, folder: str | Path, *, dtype: Any = None, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes any checkpoint as a Hugging Face folder; arguments and errors as of `save`."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -136,11 +126,7 @@ def write_folder(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        done = 0
-        for size in _write_weights(source, tensors, aside, shard_bytes):
-            done += size
-            if progress is not None:
-                progress(done, total)
+        _write_weights(source, tensors, aside, shard_bytes)
         _write_rest(source, tensors, aside)
         aside.rename(folder)
     except BaseException:
@@ -148,8 +134,8 @@ def write_folder(
         raise
 
 
-def _write_weights(source: Source, tensors: Mapping[str, TensorInfo], folder: Path, shard_bytes: int) -> Iterator[int]:
-    """Writes the files of weights and their index, and yields the bytes of each tensor."""
+def _write_weights(source: Source, tensors: Mapping[str, TensorInfo], folder: Path, shard_bytes: int) -> None:
+    """Writes the files of weights and their index."""
     shards = _shards(tensors, shard_bytes)
     places = {}
     for number, names in enumerate(shards, 1):
@@ -161,7 +147,6 @@ def _write_weights(source: Source, tensors: Mapping[str, TensorInfo], folder: Pa
                 array = np.ascontiguousarray(source.read(name), dtype=tensors[name].dtype)
                 assert array.shape == tensors[name].shape, (name, array.shape, tensors[name].shape)
                 out.write(array.reshape(-1).view(np.uint8))
-                yield array.nbytes
             out.flush()
             os.fsync(out.fileno())
     if len(shards) > 1:
@@ -174,33 +159,40 @@ def _write_rest(source: Source, tensors: Mapping[str, TensorInfo], folder: Path)
     config = dict(source.config)
     config.pop("auto_map", None)  # names code that is not written with it
     style = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[style] = jnp.result_type(*(info.dtype for info in tensors.values())).name
+    config[style] = widest(info.dtype for info in tensors.values()).name
     _write_json(folder / "config.json", config)
-    tokenizer = source.tokenizer()
-    if tokenizer is None:
-        return
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {}
+    companions: Mapping[str, Path] = getattr(source, "companions", {})
+    for name, path in companions.items():
+        shutil.copyfile(path, folder / name)
+    template, tokenizer = getattr(source, "chat_template", None), source.tokenizer()
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save(str(folder / "tokenizer.json"))
+        if "tokenizer_config.json" not in companions:
+            _write_json(folder / "tokenizer_config.json", _special_tokens(tokenizer, config))
+
+
+def _special_tokens(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name in TOKENS:
         number = config.get(name)
         number = number[0] if isinstance(number, list) and number else number
         token = tokenizer.id_to_token(number) if isinstance(number, int) else None
         if token is not None:
-            special[name.removesuffix("_id")] = token
-    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special})
+            fields[name.removesuffix("_id")] = token
+    return fields
 
 
 def _merged(carried: dict[str, Any], fields: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
     """The config `carried`, changed where it does not say what the decoder is."""
-    if not carried:
-        return fields | dict.fromkeys(TOKENS)  # absent, they would be those of the family's first model
-    try:
-        if not differences(decoder, read(carried)):
+    with contextlib.suppress(ValueError):  # it may be incomplete, or have unknown fields that were ignored
+        if carried and not differences(decoder, read(carried)):
             return carried
-    except ValueError:
-        pass  # an incomplete config, or one whose unknown fields were ignored
     kept = {name: value for name, value in carried.items() if name not in OLDER}
-    return dict.fromkeys(TOKENS) | kept | fields
+    # Absent, ids of tokens would be those of the family's first model; and transformers 4, which does not know
+    # rope_parameters, would not ask for them.
+    return dict.fromkeys(TOKENS) | kept | fields | rope_config.older(fields)
 
 
 def _shards(tensors: Mapping[str, TensorInfo], most: int) -> list[list[str]]:

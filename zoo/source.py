@@ -1,9 +1,13 @@
 """What weights come from, whatever the format: a configuration, named tensors and a tokenizer."""
 
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -42,3 +46,37 @@ class Source(Protocol):
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that comes with the weights, or None where none does."""
         ...
+
+
+Progress = Callable[[int, int], None]
+"""Is told how many bytes of how many are done."""
+
+
+class Watched:
+    """A source that tells `progress` of every tensor that is read, in bytes of what the source holds."""
+
+    def __init__(self, source: Source, progress: Progress):
+        self._source, self._progress = source, progress
+        self._sizes = {name: math.prod(t.shape) * t.dtype.itemsize for name, t in source.tensors.items()}
+        self._done, self._total = 0, sum(self._sizes.values())
+        self.config, self.tensors = source.config, source.tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor of the source."""
+        tensor = self._source.read(name)
+        self._done += self._sizes.pop(name, 0)  # one that is read again is not counted again
+        self._progress(self._done, self._total)
+        return tensor
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the source."""
+        return self._source.tokenizer()
+
+
+def widest(dtypes: Iterable[Any]) -> np.dtype:
+    """The smallest dtype that holds what all of these hold."""
+    with jax.numpy_dtype_promotion("standard"):
+        return np.dtype(functools.reduce(jnp.promote_types, dtypes))

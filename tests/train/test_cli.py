@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from flaxzoo import configs
+from flaxzoo import configs, zoo
 from flaxzoo.configs import Run
 from flaxzoo.train import cli, loop
 from flaxzoo.train.folder import Folder
+from flaxzoo.zoo.parameters import split
 from rich.console import Console
 from tokenizers import Tokenizer
 
+TRUTH = Path(__file__).parents[1] / "truth"
 Zoo = Callable[..., subprocess.Popen[str]]
 
 
@@ -122,6 +126,32 @@ def test_show_on_a_mesh(say: Command) -> None:
         "tensor may be 1, 2, 4, 8"
     )
     assert "did you mean 'tensor'" in error_of(say("show", "llama3_8b", "--mesh", "tenser=16"))
+
+
+def test_show_and_diff_of_a_checkpoint(say: Command) -> None:
+    said = say("show", TRUTH / "gemma2")
+    assert (said.code, said.err) == (0, "")
+    assert f"{TRUTH / 'gemma2'}: 158,784 parameters, " in said.out
+    said = say("diff", TRUTH / "llama", TRUTH / "mistral")
+    assert re.search(r"block.0.mixer.window +None +8", said.out)
+
+
+def test_convert_a_run_and_back(say: Command, trained: Path) -> None:
+    said = say("convert", trained, "exported", "--dtype", "bfloat16")
+    assert (said.code, said.out) == (0, "wrote exported\n")
+    ours, tokenizer = zoo.load(trained)
+    again, theirs = zoo.load("exported")
+    assert again.spec == ours.spec
+    assert tokenizer is not None
+    assert theirs is not None
+    assert theirs.to_str() == tokenizer.to_str()
+    for name, array in split(again).items():
+        np.testing.assert_array_equal(array, split(ours)[name].astype(jnp.bfloat16))
+    assert "28,192 parameters" in say("show", "exported").out
+    assert "exported exists already" in error_of(say("convert", trained, "exported"))
+    assert "unknown dtype for other 'bf16'; did you mean 'bfloat16'" in error_of(
+        say("convert", trained, "other", "--dtype", "bf16")
+    )
 
 
 def test_show_and_diff_of_a_trained_run(say: Command, trained: Path) -> None:
@@ -229,7 +259,7 @@ def test_chat(say: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.M
     [
         (
             "trainn",
-            "unknown command 'trainn'; did you mean 'train'? Known: chat, diff, eval, generate, list, show, train",
+            "unknown command 'trainn'; did you mean 'train'? Known: chat, convert, diff, eval, generate, list, show, ",
         ),
         ("show gtp2", "unknown model or run 'gtp2'; did you mean 'gpt2'?"),
         ("diff gpt2 gpt3", "unknown model or run 'gpt3'; did you mean 'gpt2'?"),

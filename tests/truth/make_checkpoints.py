@@ -83,6 +83,8 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", SHAPE | {"head_dim": 24}),
     "smollm3": ("smollm3", SHAPE | {"num_hidden_layers": 4, "tie_word_embeddings": True}),
     "olmo2": ("olmo2", SHAPE),
+    "stablelm": ("stablelm", SHAPE | {"use_qkv_bias": True, "partial_rotary_factor": 0.25}),
+    "stablelm_parallel": ("stablelm", SHAPE | {"use_parallel_residual": True, "partial_rotary_factor": 0.5}),
 }
 
 
