@@ -52,6 +52,18 @@ class HuggingFaceFolder:
         """The files beside the weights that tell of text, by name: they go along when the checkpoint is converted."""
         return {name: self.path / name for name in COMPANIONS if (self.path / name).is_file()}
 
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that turns messages into a prompt, where the folder has one; of several, the default."""
+        own, described = self.path / "chat_template.jinja", self.path / "tokenizer_config.json"
+        if own.is_file():
+            return own.read_text(encoding="utf-8")
+        found = read_json(described).get("chat_template") if described.is_file() else None
+        if isinstance(found, list):
+            named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+            found = named.get("default")
+        return found if isinstance(found, str) else None
+
     def _located(self) -> list[SafetensorsFile]:
         index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
         if not index.is_file():

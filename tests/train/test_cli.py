@@ -234,7 +234,7 @@ def test_eval(say: Command, trained: Path, tmp_path: Path) -> None:
     assert found["all"]["nll"] == pytest.approx(sum(found["texts"][file]["nll"] for file in files))
     assert found["all"]["bits_per_byte"] == pytest.approx(found["all"]["nll"] / math.log(2) / found["all"]["bytes"])
     shown = say("eval", trained, "--text", *files, "--length", "16").out
-    assert f"{found['all']['perplexity']:.3f}" in shown
+    assert f"{found['all']['perplexity']:.4f}" in shown
     assert "give --text FILES or --tasks NAMES" in error_of(say("eval", trained))
 
 

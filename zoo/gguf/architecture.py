@@ -52,7 +52,10 @@ class Architecture:
         Raises ValueError where the config says what the format cannot.
         """
         check_fields(config, {name: (value,) for name, value in self.implied.items()} | dict(self.allowed))
-        values = {item.key: item.write(config) for item in self.fields} | self.write(config)
+        try:
+            values = {item.key: item.write(config) for item in self.fields} | self.write(config)
+        except KeyError as error:
+            raise ValueError(f"the config of a {config['model_type']} model needs the field {error}") from error
         return {key: value for key, value in values.items() if value is not None}
 
     def rules_of(self, layers: int) -> Iterator[Rule]:

@@ -1,7 +1,6 @@
 """GGUF files as sources of weights."""
 
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +47,9 @@ class GgufFile:
             self.architecture, metadata = _architecture(self)
             self.config: dict[str, Any] = _config(self, metadata)
             self._made = _made(self)
+            self.tensors: Mapping[str, TensorInfo] = {name: made.info for name, made in self._made.items()}
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
-
-    @cached_property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Shape and dtype of every tensor by its Hugging Face name."""
-        return {name: made.info for name, made in self._made.items()}
 
     def read(self, name: str) -> np.ndarray:
         """One tensor by its Hugging Face name: in the dtype it is stored in, float32 where it is quantized."""

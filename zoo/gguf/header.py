@@ -159,6 +159,24 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise self.error(f"{what} is not UTF-8: {raw[:40]!r}") from error
 
+    def strings(self, count: int, what: str) -> list[str]:
+        """As `text` does, for vocabularies of hundreds of thousands."""
+        found, length = [], struct.Struct("<Q")
+        data, size, at = self.data, self.size, self.at
+        for _ in range(count):
+            end = at + 8 + (length.unpack_from(data, at)[0] if at + 8 <= size else 0)
+            if end > size:
+                self.at = at
+                raise self.error(f"one of {what} ends at byte {end}, after the file's {size}")
+            try:
+                found.append(str(data[at + 8 : end], "utf-8"))
+            except UnicodeDecodeError as error:
+                self.at = at
+                raise self.error(f"one of {what} is not UTF-8: {bytes(data[at + 8 : end])[:40]!r}") from error
+            at = end
+        self.at = at
+        return found
+
     def name(self, what: str) -> str:
         return self.text(what, _MAX_NAME)
 
@@ -188,5 +206,5 @@ class _Reader:
             return found if kind != BOOL else found != 0
         if kind == STRING:
             self.fits(count, 8, what)
-            return [self.text(f"an element of {key!r}") for _ in range(count)]
+            return self.strings(count, what)
         raise self.error(f"{key!r} is an array of type {kind}, which is not supported")

