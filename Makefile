@@ -12,7 +12,7 @@ VENV = PYTHON='$(PYTHON)' GOAL='$(GOAL)' .ci/venv
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help train test test-slow test-real test-oldest check format
-.PHONY: bench-train bench-attention docs docs-attention docs-zoo constraints clean
+.PHONY: bench-train bench-attention bench-generate docs docs-attention docs-zoo constraints clean
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ bench-train: .venv/.train ## measure training speed
 bench-attention: .venv/.test ## measure attention: TPU by the compiler's schedule, masks, this CPU
 	.venv/bin/python benchmarks/attention.py $(ARGS)
 
+bench-generate: .venv/.test .venv-torch/.torch ## measure generation beside transformers on PyTorch
+	.venv/bin/python benchmarks/generate.py $(ARGS)
+
 docs: .venv/.train ## train anew, and put the picture and the report into docs/
 	.venv/bin/zoo train shakespeare --fresh
 	cp runs/shakespeare/loss.png docs/shakespeare.png
@@ -63,23 +66,27 @@ docs-zoo: .venv/.train ## measure every family on its truth, and write the table
 
 constraints: ## write constraints.txt anew, from the newest versions
 	rm -rf .venv-constraints
-	$(VENV) .venv-constraints -e '.[viz]' --group dev
+	$(VENV) .venv-constraints -e '.[viz,chat]' --group dev
 	echo '# The environment the tests run in: core, viz and dev, on Linux x86-64. Written by `make constraints`.' > $@.txt
 	.venv-constraints/bin/python -m pip freeze --exclude-editable | tr 'A-Z_' 'a-z-' | LC_ALL=C sort -t= -k1,1 >> $@.txt
 	rm -rf .venv-constraints
 
 clean: ## remove the virtual environments and caches; runs/ stays
-	rm -rf .venv .venv-oldest .venv-constraints .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-constraints .venv-torch .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 .venv/.train: pyproject.toml constraints.txt
-	@$(VENV) .venv -e '.[viz]' -c constraints.txt
+	@$(VENV) .venv -e '.[viz,chat]' -c constraints.txt
 	@touch $@
 
 .venv/.test: pyproject.toml constraints.txt
-	@$(VENV) .venv -e '.[viz]' --group dev -c constraints.txt
+	@$(VENV) .venv -e '.[viz,chat]' --group dev -c constraints.txt
 	@touch .venv/.train $@
 
 .venv-oldest/.test: pyproject.toml
-	@$(VENV) .venv-oldest -e '.[viz]' --group dev jax==0.11.2 jaxlib==0.11.2
+	@$(VENV) .venv-oldest -e '.[viz,chat]' --group dev jax==0.11.2 jaxlib==0.11.2
+	@touch $@
+
+.venv-torch/.torch:
+	@$(VENV) .venv-torch 'torch>=2.8' 'transformers>=5' safetensors
 	@touch $@

@@ -75,7 +75,7 @@ class OutputMajor(nnx.Module):
         weight = linear.weight[...]
         order = [*range(len(inputs), weight.ndim), *range(len(inputs))]
         self.axes = linear.axes
-        self.weight = parameter(" ".join(outputs + inputs), jnp.transpose(weight, order))
+        self.weight = parameter(" ".join(outputs + inputs), jnp.transpose(weight, order), inputs=len(outputs))
         self.bias = None if linear.bias is None else parameter(" ".join(outputs), linear.bias[...])
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:

@@ -33,12 +33,11 @@ class ChatTemplate:
         template: the Jinja source.
         tokens: special tokens by the names templates use, e.g. `{"bos_token": "<s>", "eos_token": "</s>"}`.
 
-    Raises ValueError where the template is not valid Jinja.
+    Raises ValueError where the template is not valid Jinja, or Jinja (the `chat` extra) is not installed.
     """
 
     def __init__(self, template: str, tokens: Mapping[str, str] | None = None):
-        import jinja2  # so that only chats wait for it
-
+        jinja2 = _jinja()
         self.source, self.tokens = template, dict(tokens or {})
         try:
             self._template = _sandbox().from_string(template)
@@ -50,8 +49,7 @@ class ChatTemplate:
 
         Raises ValueError where the template refuses the messages or goes wrong.
         """
-        import jinja2
-
+        jinja2 = _jinja()
         if not messages:
             raise ValueError("a conversation needs at least one message, got none")
         for message in messages:
@@ -64,12 +62,21 @@ class ChatTemplate:
             raise ValueError(f"the chat template can't do this: {error}") from error
 
 
+def _jinja() -> Any:
+    """Jinja, which only chats need."""
+    try:
+        import jinja2.sandbox  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError("chat templates take Jinja: pip install 'flaxzoo[chat]'") from error
+    return jinja2
+
+
 def _sandbox() -> Any:
     """What templates on the hub expect of Jinja, and no more."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    jinja2 = _jinja()
+    TemplateError = jinja2.TemplateError
 
-    class Sandbox(ImmutableSandboxedEnvironment):
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(["*", "**"])
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -179,8 +186,8 @@ class Conversation:
         """A session with room, taken back to where these tokens differ from those it has."""
         length = len(ids) + max_tokens
         if self._session is None or length > self._session.room:
-            length = length if self._session is None else max(length, 2 * self._session.room)
             self._key, key = jax.random.split(self._key)
-            self._session = Session(self.model, batch=1, length=length, key=key, **self._options)
+            # Room for more turns: in a larger session, all of them are read anew.
+            self._session = Session(self.model, batch=1, length=2 * length, key=key, **self._options)
         self.reused = self._session.rewind(ids)
         return self._session

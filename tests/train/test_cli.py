@@ -1,5 +1,7 @@
 """The `zoo` command: what it prints, and what it says when something is wrong: one message, no traceback."""
 
+import json
+import math
 import re
 import shutil
 import subprocess
@@ -221,13 +223,44 @@ def test_generate(say: Command, trained: Path) -> None:
     assert (split.code, split.out) == (0, first.out)
 
 
+def test_eval(say: Command, trained: Path, tmp_path: Path) -> None:
+    texts = {"one.txt": "the cat sat on the mat", "two.txt": "a dog and a cat"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    files = [str(tmp_path / name) for name in texts]
+    found = json.loads(say("eval", trained, "--text", *files, "--json", "--length", "16", "--batch", "2").out)
+    assert [found["texts"][file]["bytes"] for file in files] == [len(text) for text in texts.values()]
+    assert found["all"]["documents"] == 2
+    assert found["all"]["nll"] == pytest.approx(sum(found["texts"][file]["nll"] for file in files))
+    assert found["all"]["bits_per_byte"] == pytest.approx(found["all"]["nll"] / math.log(2) / found["all"]["bytes"])
+    shown = say("eval", trained, "--text", *files, "--length", "16").out
+    assert f"{found['all']['perplexity']:.4f}" in shown
+    assert "give --text FILES or --tasks NAMES" in error_of(say("eval", trained))
+
+
+def test_chat(say: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no chat template; give one by --template FILE" in error_of(say("chat", trained))
+    template = tmp_path / "plain.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }} {% endfor %}")
+    lines = iter(["the cat", "/reset", "/what", "the cat", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    said = say("chat", trained, "--template", template, "--temperature", "0", "--max-tokens", "6")
+    first, second = said.out.splitlines()
+    assert first == second != ""
+    assert "/what is no command" in said.err
+    assert said.err.count("tokens/s, first token after") == 2
+
+
 # What is wrong, said in one message.
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("trainn", "unknown command 'trainn'; did you mean 'train'? Known: convert, diff, generate, list, show, train"),
+        (
+            "trainn",
+            "unknown command 'trainn'; did you mean 'train'? Known: chat, convert, diff, eval, generate, list, show, ",
+        ),
         ("show gtp2", "unknown model or run 'gtp2'; did you mean 'gpt2'?"),
         ("diff gpt2 gpt3", "unknown model or run 'gpt3'; did you mean 'gpt2'?"),
         ("train shakespear", "unknown run 'shakespear'; did you mean 'shakespeare'? Known: bench_cpu, shakespeare"),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flaxzoo.zoo import GREEDY, complete, for_decoding
-from flaxzoo.zoo.parameters import split
+from flaxzoo.zoo.parameters import describe, split
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -46,7 +46,9 @@ def test_routers_stay_exact(models):
 def test_bfloat16_for_few_tokens_is_as_for_many(models):
     """Sums of products in place of matmuls: as close to float32 as these are."""
     model = for_decoding(models["learned"], jnp.bfloat16)
-    assert {x.dtype for x in jax.tree.leaves(model) if x.ndim > 1} == {jnp.dtype(jnp.bfloat16)}
+    known = describe(model)
+    assert {one.dtype for one in known.values() if one.inputs} == {jnp.dtype(jnp.bfloat16)}
+    assert {one.dtype for one in known.values() if not one.inputs} == {jnp.dtype(jnp.float32)}
     call = jax.jit(lambda m, t, dtype: m(t, dtype=dtype)[0], static_argnums=2)
     wanted = call(models["learned"], TOKENS[:, :2], jnp.float32)
     few, many = call(model, TOKENS[:, :2], jnp.bfloat16), call(model, TOKENS, jnp.bfloat16)[:, :2]
