@@ -67,7 +67,7 @@ class Attention(Mixer):
         return projections + 4 * keys * self.heads * self.head_dim
 
     def cache(self, batch: int, length: int, dtype: Any) -> KeyValueCache:
-        """Keys and values, B S K H each; with a window, a ring."""
+        """Keys and values of every token; with a window, a ring."""
         return KeyValueCache.empty(batch, length, self.kv_heads, self.head_dim, dtype, self.window)
 
 

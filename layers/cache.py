@@ -4,6 +4,8 @@ The token at position p is in slot p mod S. Where S is the longest a document ge
 order. With a window, S is little more than the window, and older tokens are overwritten. Nothing has to be remembered
 of which token is in which slot: that follows from the latest position. A token that is written again (a draft that was
 refused, an answer that was taken back) takes its old slot.
+
+Arrays are B K S H, each head's slots together: the order in which attention reads them, so that it copies none.
 """
 
 import dataclasses
@@ -28,20 +30,20 @@ so many latest tokens may be taken back."""
 class Quantized:
     """Vectors as int8, with a scale for each token and head: x = values * scale, |error| <= scale / 2."""
 
-    values: Int8[Array, "B S K H"]
-    scale: Float[Array, "B S K"]
+    values: Int8[Array, "B K S H"]
+    scale: Float[Array, "B K S"]
 
     @classmethod
     def of(cls, x: Float[Array, "B S K H"]) -> "Quantized":
         """`x` rounded; the greatest number of each vector becomes 127."""
-        wide = x.astype(jnp.float32)
+        wide = jnp.swapaxes(x, 1, 2).astype(jnp.float32)
         scale = jnp.max(jnp.abs(wide), axis=-1) / 127
         values = jnp.round(wide / jnp.where(scale == 0.0, 1.0, scale)[..., None])
         return cls(values.astype(jnp.int8), scale)
 
     def read(self, dtype: Any) -> Float[Array, "B S K H"]:
         """The vectors, in `dtype`."""
-        return (self.values.astype(jnp.float32) * self.scale[..., None]).astype(dtype)
+        return jnp.swapaxes((self.values.astype(jnp.float32) * self.scale[..., None]).astype(dtype), 1, 2)
 
 
 @jax.tree_util.register_dataclass
@@ -49,16 +51,16 @@ class Quantized:
 class Plain:
     """Vectors as they are."""
 
-    values: Float[Array, "B S K H"]
+    values: Float[Array, "B K S H"]
 
     @classmethod
     def of(cls, x: Float[Array, "B S K H"]) -> "Plain":
         """`x` itself."""
-        return cls(x)
+        return cls(jnp.swapaxes(x, 1, 2))
 
     def read(self, dtype: Any) -> Float[Array, "B S K H"]:
         """The vectors, in `dtype`."""
-        return self.values.astype(dtype)
+        return jnp.swapaxes(self.values.astype(dtype), 1, 2)
 
 
 Vectors = Plain | Quantized
@@ -84,17 +86,17 @@ class KeyValueCache:
         """
         ring = window is not None and window + AHEAD < length
         slots = window + AHEAD if window is not None and ring else length
-        shape = (batch, slots, kv_heads, head_dim)
+        shape = (batch, kv_heads, slots, head_dim)
         if jnp.dtype(dtype) == jnp.int8:
-            made: Vectors = Quantized(_zeros("B S K H", shape, jnp.int8), _zeros("B S K", shape[:3], jnp.float32))
+            made: Vectors = Quantized(_zeros("B K S H", shape, jnp.int8), _zeros("B K S", shape[:3], jnp.float32))
         else:
-            made = Plain(_zeros("B S K H", shape, dtype))
+            made = Plain(_zeros("B K S H", shape, dtype))
         return cls(made, made, window if ring else None)
 
     @property
     def slots(self) -> int:
         """S."""
-        return self.key.values.shape[-3]
+        return self.key.values.shape[-2]
 
     @property
     def rewinds(self) -> int:
@@ -147,10 +149,10 @@ class KeyValueCache:
         return dataclasses.replace(self, **stored)
 
 
-def written(slots: Float[Array, "B S K H"], new: Float[Array, "B T K H"], places: Places) -> Float[Array, "B S K H"]:
+def written(slots: Float[Array, "B K S H"], new: Float[Array, "B T K H"], places: Places) -> Float[Array, "B K S H"]:
     """`slots`, of which each is that of a position, with the vectors of more tokens; padding is not written."""
     index = places.positions[:, :1] + jnp.arange(new.shape[1], dtype=jnp.int32)
-    return _put(slots, new, jnp.where(places.segments > 0, index, slots.shape[1]))
+    return _put(slots, jnp.swapaxes(new, 1, 2), jnp.where(places.segments > 0, index, slots.shape[2]))
 
 
 def _joined(old: Vectors, new: Float[Array, "B T K H"]) -> Float[Array, "B U K H"]:
@@ -164,18 +166,18 @@ def _zeros(axes: str, shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 def _put(slots: Array, new: Array, index: Int[Array, "B T"]) -> Array:
-    """`slots[b, index[b, t]] = new[b, t]`, but for an index past the end; the slots are split as `new` is."""
+    """`slots[b, :, index[b, t]] = new[b, :, t]`, but for an index past the end; the slots are split as `new` is."""
 
     def put(new: Array, slots: Array, index: Array) -> Array:
-        if new.shape[1] > 1:
+        if new.shape[2] > 1:
             row = jnp.arange(new.shape[0], dtype=jnp.int32)[:, None]
-            return slots.at[row, index].set(new, mode="drop")
+            return slots.at[row, :, index].set(jnp.swapaxes(new, 1, 2), mode="drop")
         # One token: in place, without a scatter. Past the end, the slot is given what it has.
-        at = jnp.minimum(index[:, 0], slots.shape[1] - 1)
-        old = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, 1, 0))(slots, at)
-        fits = (index < slots.shape[1]).reshape(-1, 1, *[1] * (new.ndim - 2))
+        at = jnp.minimum(index[:, 0], slots.shape[2] - 1)
+        old = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, 1, 1))(slots, at)
+        fits = (index < slots.shape[2]).reshape(-1, 1, *[1] * (new.ndim - 2))
         put_one = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
-        return put_one(slots, jnp.where(fits, new, old), at, 0)
+        return put_one(slots, jnp.where(fits, new, old), at, 1)
 
     new = new.astype(slots.dtype)
     return locally(put, new, as_split(slots, new), index)

@@ -90,10 +90,10 @@ class MLA(Mixer):
         return 2 * (queries + latent + expanded + output + seen * self.heads * (key_dim + self.value_dim))
 
     def cache(self, batch: int, length: int, dtype: Any) -> Cache:
-        """Of each token c and r, as the key of one head, B S 1 H. Raises NotImplementedError for int8."""
+        """Of each token c and r, as the key of one head, B 1 S H. Raises NotImplementedError for int8."""
         if not jnp.issubdtype(dtype, jnp.floating):
             raise NotImplementedError(f"the cache of latent attention is not quantized, got {jnp.dtype(dtype).name}")
-        return {"latent": jnp.zeros((batch, length, 1, self.kv_rank + self.rope_dim), dtype)}
+        return {"latent": jnp.zeros((batch, 1, length, self.kv_rank + self.rope_dim), dtype)}
 
 
 class MLALayer(nnx.Module):
@@ -127,7 +127,7 @@ class MLALayer(nnx.Module):
         else:
             start = places.positions[:, 0]
             cache = {"latent": written(cache["latent"], latent, places)}
-            latent = cache["latent"].astype(x.dtype)
+            latent = jnp.swapaxes(cache["latent"].astype(x.dtype), 1, 2)
             absorbs = spec.absorbs(x.shape[1], latent.shape[1])
         mixed = (self._absorbed if absorbs else self._expanded)(query, latent, mask, start)
         return self.output(mixed), cache
