@@ -144,7 +144,7 @@ def main() -> None:
 Written by `python benchmarks/llama_cpp.py`, {datetime.date.today()}, with xllamacpp {version("xllamacpp")}.
 The largest difference of log-probabilities of the next token after {", ".join(map(str, LENGTHS))} tokens, between
 llama.cpp and this project from the same file, for the tiny checkpoints of tests/truth; and how far apart the
-log-probabilities lie.
+log-probabilities lie. llama.cpp rounds what it multiplies with matrices to their format, we compute in float32.
 
 """
     RESULT.write_text(head + "\n".join(lines) + "\n")
