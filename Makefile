@@ -12,7 +12,7 @@ VENV = PYTHON='$(PYTHON)' GOAL='$(GOAL)' .ci/venv
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help train test test-slow test-real test-oldest check format
-.PHONY: bench-train bench-attention docs docs-attention constraints clean
+.PHONY: bench-train bench-attention docs docs-attention docs-zoo constraints clean
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,9 @@ docs: .venv/.train ## train anew, and put the picture and the report into docs/
 
 docs-attention: .venv/.train ## draw the masks of docs/attention.md anew
 	.venv/bin/python docs/attention_pictures.py
+
+docs-zoo: .venv/.train ## measure every family on its truth, and write the tables of docs/zoo.md anew
+	.venv/bin/python docs/zoo_table.py
 
 constraints: ## write constraints.txt anew, from the newest versions
 	rm -rf .venv-constraints

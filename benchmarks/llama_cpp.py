@@ -21,7 +21,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks/results/llama_cpp.md"
 LENGTHS = (3, 8, 24)
-NOT_KNOWN = ("ministral",)
+NOT_KNOWN = ("ministral", "stablelm", "stablelm_parallel")
 """What we do not write."""
 NOTES = {
     "deepseek_v2": "not loaded: llama.cpp tells models without q_lora_rank by their 27 layers",

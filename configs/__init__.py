@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 from ..layers.spec import unknown
 from ..zoo.decoder import Decoder
-from . import gemma_models, models, qwen_models, runs
+from . import gemma_models, models, moe_models, qwen_models, runs
+from .run import Balance as Balance
 from .run import Data as Data
 from .run import Optimizer as Optimizer
 from .run import Run as Run
@@ -20,7 +21,11 @@ def _plain(function: Callable) -> bool:
     return all(p.default is not p.empty for p in inspect.signature(function).parameters.values())
 
 
-MODELS = _named(models, Decoder) | _named(gemma_models, Decoder) | _named(qwen_models, Decoder)
+MODELS = {
+    name: made
+    for module in (models, gemma_models, qwen_models, moe_models)
+    for name, made in _named(module, Decoder).items()
+}
 """Functions that make the named models."""
 
 RUNS = _named(runs, Run)

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..layers.moe import MoE
 from ..layers.spec import Spec
 from ..zoo.decoder import Decoder
 
@@ -83,6 +84,36 @@ class Optimizer(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Balance(Spec):
+    """How the experts of a model are kept equally busy (docs/moe.md)."""
+
+    loss: float = 0.0
+    """Weight of the load-balance loss: the mean over routers of E sum_e share_e probability_e, where an expert's share
+    of the choices and its mean probability are over the batch (2101.03961, 2.2); 1 where all are equal."""
+    router_z_loss: float = 0.0
+    """Weight of the mean squared log-partition of the routers (2202.08906, 3.1)."""
+    bias_rate: float = 0.0
+    """What a step adds to the correction of each expert with less than the mean load, and takes from the others."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("loss", "router_z_loss", "bias_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"balance.{name} must be at least 0, got {getattr(self, name)}")
+
+    def check(self, model: Decoder) -> None:
+        """Raises ValueError where the model has nothing that this could balance."""
+        routers = [block.ffn.router for block in model.all_blocks if isinstance(block.ffn, MoE)]
+        if self != Balance() and not routers:
+            raise ValueError(f"a model without routers has nothing to balance, got {self}; leave it out")
+        if self.bias_rate and not any(router.correction for router in routers):
+            raise ValueError(
+                f"bias_rate moves the corrections of routers, and no router of this model has one, got "
+                f"bias_rate={self.bias_rate}; give its Router correction=True"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run(Spec):
     """A training run. Sizes are global: over all devices and processes."""
 
@@ -104,6 +135,7 @@ class Run(Spec):
     """What the backward pass recomputes instead of storing: nothing, blocks, all but matmuls or weight matmuls."""
     z_loss: float = 0.0
     """Weight of the squared log-partition (PaLM, 2204.02311, section 5)."""
+    balance: Balance = field(default_factory=Balance)
     ema: float = 0.0
     """Decay of an exponential moving average of the parameters, at most (1 + t) / (10 + t) in step t; 0: none."""
     max_bad_steps: int = 5
@@ -139,6 +171,7 @@ class Run(Spec):
                 f"a sequence must fit the model's table of positions, got length={self.length}, "
                 f"model.max_positions={self.model.max_positions}"
             )
+        self.balance.check(self.model)
         if self.z_loss < 0:
             raise ValueError(f"z_loss must be at least 0, got {self.z_loss}")
         if not 0 <= self.ema < 1:

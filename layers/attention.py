@@ -3,12 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import reshard
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from .cache import KeyValueCache
 from .kernels import attend
 from .linear import Linear
 from .masks import Causal, Documents, Mask, Window
@@ -16,7 +15,7 @@ from .mixer import Cache, Mixer, Places
 from .norm import Norm
 from .rope import Rope
 from .scores import SoftCap
-from .sharding import locally, parameter, spec_of, split_as
+from .sharding import parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +66,9 @@ class Attention(Mixer):
         keys = seen * (length - (seen - 1) / 2) / length
         return projections + 4 * keys * self.heads * self.head_dim
 
-    def cache(self, batch: int, length: int, dtype: Any) -> Cache:
-        """Keys and values, B S K H each."""
-        shape = (batch, length, self.kv_heads, self.head_dim)
-        return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+    def cache(self, batch: int, length: int, dtype: Any) -> KeyValueCache:
+        """Keys and values, B S K H each; with a window, a ring."""
+        return KeyValueCache.empty(batch, length, self.kv_heads, self.head_dim, dtype, self.window)
 
 
 class AttentionLayer(nnx.Module):
@@ -106,8 +104,7 @@ class AttentionLayer(nnx.Module):
             mask = mask & Documents(places.segments)
         else:
             start = places.positions[:, 0]
-            cache = {"key": _write(cache["key"], key, start), "value": _write(cache["value"], value, start)}
-            key, value = cache["key"].astype(x.dtype), cache["value"].astype(x.dtype)
+            cache, key, value, mask = cache.extend(key, value, places, mask)
         mixed = attend(
             query,
             key,
@@ -119,13 +116,3 @@ class AttentionLayer(nnx.Module):
             query_offset=start,
         )
         return self.output(mixed), cache
-
-
-def _write(slots: Float[Array, "B S K H"], new: Float[Array, "B T K H"], start: Int[Array, " B"]) -> Array:
-    """Puts `new` into `slots` from each row's `start` on; the slots are split as `new` is."""
-
-    def put(new: Array, slots: Array, start: Array) -> Array:
-        return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(slots, new, start, 0)
-
-    spec = split_as(*spec_of(new))
-    return locally(put, new.astype(slots.dtype), slots if spec is None else reshard(slots, spec), start)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from .mixer import Cache, Mixer, Places
 from .mlp import FeedForward
 from .norm import Norm, RMSNorm
+from .routing import Routing
 from .spec import Spec
 
 Placement = Literal["pre", "post", "output", "sandwich", "parallel"]
@@ -50,15 +51,19 @@ class BlockLayer(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], places: Places, cache: Cache | None = None
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """The residual stream after this block, and the mixer's cache."""
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Routing | None]:
+        """The residual stream after this block, the mixer's cache, and what the router did, if there is one."""
         inside = x if self.mixer_norm is None else self.mixer_norm(x)
         mixed, cache = self.mixer(inside, places, cache)
         if self.spec.placement == "parallel":
-            return x + mixed + self.ffn(inside), cache
+            fed, done = self._feed(inside, places)
+            return x + mixed + fed, cache, done
         x = self._join(x, mixed, self.mixer_output_norm)
-        inside = x if self.ffn_norm is None else self.ffn_norm(x)
-        return self._join(x, self.ffn(inside), self.ffn_output_norm), cache
+        fed, done = self._feed(x if self.ffn_norm is None else self.ffn_norm(x), places)
+        return self._join(x, fed, self.ffn_output_norm), cache, done
+
+    def _feed(self, x: Array, places: Places) -> tuple[Array, Routing | None]:
+        return self.ffn(x, places) if self.spec.ffn.routed else (self.ffn(x), None)
 
     def _join(self, x: Array, branch: Array, norm: nnx.Module | None) -> Array:
         if norm is None:

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from .kernels.platform import by_platform
 from .sharding import einsum, gather, parameter, spec_of, split_as
 
 
@@ -56,6 +57,58 @@ def _backward(inputs: str, outputs: str, saved: tuple[Array, Array], g: Array) -
 
 
 _product.defvjp(_forward, _backward)
+
+
+class OutputMajor(nnx.Module):
+    """A linear map for decoding on a CPU: the weight's outputs come first, so that each output reads one stretch of it.
+
+    XLA's CPU compiler makes a float32 copy of a bfloat16 matrix at every product; for a few tokens the copy takes far
+    longer than the product. A sum of products it does in one pass.
+    """
+
+    def __init__(self, linear: Linear):
+        inputs, outputs = (side.split() for side in linear.axes.split("->"))
+        weight = linear.weight[...]
+        order = [*range(len(inputs), weight.ndim), *range(len(inputs))]
+        self.axes = linear.axes
+        self.weight = parameter(" ".join(outputs + inputs), jnp.transpose(weight, order))
+        self.bias = None if linear.bias is None else parameter(" ".join(outputs), linear.bias[...])
+
+    def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+        """Maps the last axes of `x`, in the dtype of `x`."""
+        inputs, outputs = (side.strip() for side in self.axes.split("->"))
+        weight = gather(self.weight[...], x.dtype)
+        if _few(x, weight):
+            flat = x.reshape(*x.shape[:2], -1)
+            y = _rows_product(flat, weight.reshape(-1, flat.shape[-1])).astype(x.dtype)
+            y = y.reshape(*x.shape[:2], *weight.shape[: len(outputs.split())])
+        else:
+            y = einsum(f"B T {inputs}, {outputs} {inputs} -> B T {outputs}", x, weight)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def _rows_product(x: Float[Array, "B T D"], weight: Float[Array, "F D"]) -> Float[Array, "B T F"]:
+    """The product with the transposed weight, in float32, as sums of products."""
+    wide = weight.astype(jnp.float32)
+    rows = [jnp.sum(wide * row, axis=1) for row in x.reshape(-1, x.shape[-1]).astype(jnp.float32)]
+    return jnp.stack(rows).reshape(*x.shape[:2], -1)
+
+
+def _few(x: Array, weight: Array) -> bool:
+    """Whether a CPU does a product better as sums of products."""
+    return weight.dtype != jnp.float32 and x.shape[0] * x.shape[1] <= 4
+
+
+def to_logits(x: Float[Array, "B T D"], head: Float[Array, "V D"]) -> Float[Array, "B T V"]:
+    """Float32 products of hidden states with every row of the output embedding."""
+
+    def product(x: Array, head: Array) -> Array:
+        return einsum("B T D, V D -> B T V", x, head, preferred_element_type=jnp.float32)
+
+    if not _few(x, head) or not jax.sharding.get_abstract_mesh().empty:
+        return product(x, head)
+    like = jax.ShapeDtypeStruct((*x.shape[:2], head.shape[0]), jnp.float32)
+    return by_platform({"tpu": product, "cuda": product, "default": _rows_product}, (x, head), like)
 
 
 class Embedding(nnx.Module):

@@ -13,17 +13,36 @@ from jaxtyping import Array, Int, Shaped
 
 
 def lookup(
-    table: Shaped[Array, "..."] | np.ndarray, *indices: Int[Array, "..."], axes: str, name: str, size: int = 1
+    table: Shaped[Array, "..."] | np.ndarray,
+    *indices: Int[Array, "..."],
+    axes: str,
+    name: str,
+    size: int = 1,
+    kind: str | None = None,
 ) -> Shaped[Array, "..."]:
     """`table[indices]`, where `axes` ("B T") says which index each dimension takes: B, N, T or S, or 1 for none.
 
     A mask or a score that looks its arrays up in this way, and not by `[]`, gets slices where the indices run in order,
     and an error that calls the array by `name` where its shape does not fit. Dimensions T and S have an entry for each
-    `size` positions.
+    `size` positions. With `kind` ("integer" or "bool") its numbers must be of that kind.
     """
+    if not isinstance(table, jax.Array | np.ndarray):
+        raise ValueError(f"{name} must be an array, got {table!r}")
+    if kind is not None:
+        check_kind(table, kind, name)
     if table.ndim != len(axes.split()) or len(indices) != table.ndim:
         raise ValueError(f"{name} must have the axes {axes}, got shape {table.shape}")
     return lookup_p.bind(table, *indices, axes=axes, name=name, size=size)
+
+
+def check_kind(numbers: Any, kind: str, name: str) -> None:
+    """Raises ValueError where numbers are not of a kind, "integer" or "bool"."""
+    try:
+        dtype: Any = jnp.result_type(numbers)
+    except TypeError as error:
+        raise ValueError(f"{name} must be a number or an array of type {kind}, got {numbers!r}") from error
+    if not jnp.issubdtype(dtype, jnp.integer if kind == "integer" else jnp.bool_):
+        raise ValueError(f"{name} must be of type {kind}, got {dtype}")
 
 
 def _gather(table: Any, *indices: Any, **_: Any) -> Array:

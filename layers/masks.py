@@ -6,6 +6,8 @@ of pairs as empty, full or partial, skips the first and looks at single pairs in
 """
 
 import abc
+import operator
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from .lookup import lookup
+from .lookup import check_kind, lookup
 
 Index = Int[Array, "..."]
+Band = tuple[int | None, int | None]
 static: Any = {"static": True}
 
 
@@ -34,7 +37,12 @@ class Mask(abc.ABC):
     @property
     def causal(self) -> bool:
         """Whether it is known that no query sees a later key; only what this is sure of is used."""
-        return False
+        return self.band is not None and self.band[1] is not None and self.band[1] <= 1
+
+    @property
+    def band(self) -> Band | None:
+        """`left` and `right` where the mask is just query - left < key < query + right; each may be None, no bound."""
+        return None
 
     def plot(
         self,
@@ -64,19 +72,37 @@ class Mask(abc.ABC):
         return plot(self, queries, keys or queries, block, title=title, batch=batch, heads=heads, head=head)
 
     def __and__(self, other: "Mask") -> "Mask":
-        return Both(self, other)
+        return Both(self, check_mask(other))
 
     def __or__(self, other: "Mask") -> "Mask":
-        return Either(self, other)
+        return Either(self, check_mask(other))
 
     def __invert__(self) -> "Mask":
         return Not(self)
+
+    def __bool__(self) -> bool:
+        raise ValueError("masks are combined with &, | and ~, not with `and`, `or` and `not`")
+
+
+def check_mask(mask: Any) -> Any:
+    """The mask, or a ValueError where it is none."""
+    if isinstance(mask, Mask):
+        return mask
+    raise ValueError(
+        f"a mask is made of those in layers/masks.py, such as Causal() & Window(4096); Dense(array) makes one of an "
+        f"array, B N T S, and Where(function) one of a function of batch, head, query and key; got {reprlib.repr(mask)}"
+    )
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Full(Mask):
     """Every query sees every key."""
+
+    @property
+    def band(self) -> Band:
+        """No bound."""
+        return None, None
 
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True."""
@@ -89,9 +115,9 @@ class Causal(Mask):
     """key <= query."""
 
     @property
-    def causal(self) -> bool:
-        """True."""
-        return True
+    def band(self) -> Band:
+        """No bound to the left."""
+        return None, 1
 
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
@@ -107,11 +133,17 @@ class Window(Mask):
     right: int = field(default=1, metadata=static)
 
     def __post_init__(self) -> None:
+        _check_static("Window", left=self.left, right=self.right)
         if self.left < 1 or self.right < 1:
             raise ValueError(
                 f"a window holds at least the query's own key: left and right must be 1 or more, "
                 f"got left={self.left}, right={self.right}"
             )
+
+    @property
+    def band(self) -> Band:
+        """The window."""
+        return self.left, self.right
 
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
@@ -126,6 +158,7 @@ class Chunked(Mask):
     size: int = field(metadata=static)
 
     def __post_init__(self) -> None:
+        _check_static("Chunked", size=self.size)
         if self.size < 1:
             raise ValueError(f"a chunk has at least 1 position, got size={self.size}")
 
@@ -159,10 +192,11 @@ class Documents(Mask):
 
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
-        own = lookup(self.ids, batch, query, axes="B T", name="Documents(ids)")
-        keys = self.ids if self.key_ids is None else self.key_ids
-        name = "ids" if self.key_ids is None else "key_ids"
-        return (own == lookup(keys, batch, key, axes="B S", name=f"Documents({name})")) & (own > 0)
+        own = lookup(self.ids, batch, query, axes="B T", name="Documents(ids)", kind="integer")
+        keys, name = self.key_ids, "Documents(key_ids)"
+        if keys is None:
+            keys, name = self.ids, "Documents(ids) without key_ids"
+        return (own == lookup(keys, batch, key, axes="B S", name=name, kind="integer")) & (own > 0)
 
 
 @jax.tree_util.register_dataclass
@@ -197,9 +231,10 @@ class GlobalTokens(Mask):
         """True where `query` sees `key`."""
         marks: Any = self.marks
         if jnp.ndim(marks) == 0:
+            check_kind(marks, "integer", "GlobalTokens(marks), a number of positions,")
             return (query < marks) | (key < marks)
-        own = lookup(marks, batch, query, axes="B T", name="GlobalTokens(marks)")
-        return own | lookup(marks, batch, key, axes="B S", name="GlobalTokens(marks)")
+        own = lookup(marks, batch, query, axes="B T", name="GlobalTokens(marks)", kind="bool")
+        return own | lookup(marks, batch, key, axes="B S", name="GlobalTokens(marks)", kind="bool")
 
 
 @jax.tree_util.register_dataclass
@@ -212,6 +247,11 @@ class BlockSparse(Mask):
 
     table: Bool[Array, "B N T S"]
     size: int = field(metadata=static)
+
+    def __post_init__(self) -> None:
+        _check_static("BlockSparse", size=self.size)
+        if self.size < 1:
+            raise ValueError(f"a block has at least 1 position, got size={self.size}")
 
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
@@ -246,6 +286,20 @@ class Where(Mask):
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
         return _mapped(self.function, batch, head, query, key)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KeysAt(Mask):
+    """A mask over positions, for keys that are out of order: key s is at `positions[b, s]`, or nowhere if negative."""
+
+    positions: Int[Array, "B S"]
+    mask: Mask
+
+    def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
+        """True where `query` sees `key`."""
+        position = lookup(self.positions, batch, key, axes="B S", name="KeysAt(positions)")
+        return (position >= 0) & self.mask.visible(batch, head, query, position)
 
 
 @jax.tree_util.register_dataclass
@@ -287,6 +341,17 @@ class Both(Mask):
         """Whether one of them is."""
         return self.left.causal or self.right.causal
 
+    @property
+    def band(self) -> Band | None:
+        """The narrower on each side."""
+        if self.left.band is None or self.right.band is None:
+            return None
+        left, right = (
+            min((x for x in ends if x is not None), default=None)
+            for ends in zip(self.left.band, self.right.band, strict=True)
+        )
+        return left, right
+
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
         return self.left.visible(batch, head, query, key) & self.right.visible(batch, head, query, key)
@@ -322,8 +387,23 @@ class Not(Mask):
         return ~self.mask.visible(batch, head, query, key)
 
 
+def _check_static(name: str, **numbers: Any) -> None:
+    """Raises ValueError where sizes of a mask are not integers, known now."""
+    for argument, number in numbers.items():
+        try:
+            operator.index(number)
+        except TypeError as error:
+            raise ValueError(
+                f"{name}({argument}) must be an integer known when tracing, got {number!r}; Where(function) takes "
+                f"traced numbers"
+            ) from error
+
+
 def _per_sequence(number: Any, batch: Index, name: str) -> Any:
-    return number if jnp.ndim(number) == 0 else lookup(number, batch, axes="B", name=name)
+    if isinstance(number, list | tuple) or jnp.ndim(number):
+        return lookup(number, batch, axes="B", name=name, kind="integer")  # pyright: ignore[reportArgumentType]
+    check_kind(number, "integer", name)
+    return number
 
 
 def _table(
@@ -336,9 +416,12 @@ def _table(
     size: int,
 ) -> Bool[Array, "..."]:
     """The entry of a table whose first dimensions may be 1."""
+    if jnp.ndim(table) != 4:
+        raise ValueError(f"{name} must be B N T S, where B and N may be 1, got shape {jnp.shape(table)}")
     letters = ("B" if table.shape[0] > 1 else "1", "N" if table.shape[1] > 1 else "1")
     first = [index if letter != "1" else jnp.int32(0) for letter, index in zip(letters, (batch, head), strict=True)]
-    return lookup(table, *first, query, key, axes=" ".join((*letters, "T", "S")), name=name, size=size)
+    axes = " ".join((*letters, "T", "S"))
+    return lookup(table, *first, query, key, axes=axes, name=name, size=size, kind="bool")
 
 
 def _mapped(function: Callable[..., Array], *arrays: Array) -> Array:

@@ -10,8 +10,8 @@ from jaxtyping import Array, Int
 
 from .spec import Spec
 
-Cache = dict[str, Array]
-"""What a mixer remembers of earlier tokens, one array a name, the batch first."""
+Cache = Any
+"""What a mixer remembers of earlier tokens: a pytree of arrays, the batch first."""
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +28,9 @@ class Mixer(Spec):
     """A token-mixing layer: attention, or any sequence model.
 
     Its layer is called as `layer(x, places, cache=None)` with x: B T D, and returns (B T D, cache). With a cache, each
-    row is one document whose token at position p is written to slot p, and its positions are consecutive.
+    row is one document, or more of one: its positions are consecutive, and the cache has the tokens before the first of
+    them. Padding (segment 0) may stand on the right of a row; it is not remembered. A row may go back: tokens from the
+    position it goes on at are forgotten.
     """
 
     @abc.abstractmethod
@@ -41,4 +43,7 @@ class Mixer(Spec):
 
     @abc.abstractmethod
     def cache(self, batch: int, length: int, dtype: Any) -> Cache:
-        """An empty cache for `batch` documents of up to `length` tokens."""
+        """An empty cache for `batch` documents of up to `length` tokens.
+
+        `dtype` int8 asks for one that is quantized; a mixer that has none raises NotImplementedError.
+        """

@@ -26,6 +26,10 @@ class SoftCap:
 
     cap: float = field(metadata={"static": True})
 
+    def __post_init__(self) -> None:
+        if not self.cap > 0:
+            raise ValueError(f"a soft cap is above 0, got cap={self.cap}")
+
     def __call__(self, score: Float[Array, "..."], *_: Index) -> Float[Array, "..."]:
         """The capped score."""
         return self.cap * jnp.tanh(score / self.cap)
@@ -77,6 +81,11 @@ class RelativeBias:
             distance = jnp.abs(distance)
         distance = jnp.maximum(distance, 0)
         exact = buckets // 2
+        if not 0 < exact < self.max_distance:
+            raise ValueError(
+                f"half of the buckets of a direction, at least 1, must be less than max_distance: got table of shape "
+                f"{self.table.shape} with bidirectional={self.bidirectional}, max_distance={self.max_distance}"
+            )
         growth = (buckets - exact) / math.log(self.max_distance / exact)
         far = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) * growth
         far = jnp.minimum(exact + far.astype(jnp.int32), buckets - 1)

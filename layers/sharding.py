@@ -24,14 +24,23 @@ BATCH = ("data", "fsdp")
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 """The mesh axes there are, slowest first."""
 
+GATHERED = ("fsdp", "expert")
+"""The mesh axes that split parameters at rest alone: to be used, they are gathered over these."""
+
 
 def partition(axes: str, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How a parameter with these axis letters ("D N H") is split at rest; vectors are not split over fsdp."""
     letters = axes.split()
     names = [AXES.get(letter) for letter in letters]
-    if sum(letter != "L" for letter in letters) == 1:
+    if len(letters) - stacked(axes) <= 1:
         names = [None if name == "fsdp" else name for name in names]
     return PartitionSpec(*(name if mesh.shape.get(name, 1) > 1 else None for name in names))
+
+
+def stacked(axes: str) -> int:
+    """How many leading letters only stack parameters that are alike: those of layers (L) and of experts (E)."""
+    letters = axes.split()
+    return next((place for place, letter in enumerate(letters) if letter not in "LE"), len(letters))
 
 
 def batch_partition(mesh: Mesh | AbstractMesh) -> PartitionSpec:
@@ -49,7 +58,10 @@ def parameter_axes(name: str, variable: Any) -> str:
 
 
 def parameter(axes: str, value: Float[Array, "..."], inputs: int = 0) -> nnx.Param:
-    """An NNX parameter that knows its axis letters and, if it is a matrix, how many of the first ones are its input."""
+    """An NNX parameter that knows its axis letters and, if it is a matrix, how many of them are its input.
+
+    These are its first letters, or those after a leading E that stacks one matrix for each expert.
+    """
     assert value.ndim == len(axes.split()), (axes, value.shape)
     return nnx.Param(value, axes=axes, inputs=inputs)
 
@@ -72,12 +84,12 @@ def spec_of(array: Array) -> tuple[Any, ...]:
 
 
 def gather(weight: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
-    """A parameter made ready for use: cast, then gathered over fsdp; still split over tensor."""
+    """A parameter made ready for use: cast, then gathered over fsdp and expert; still split over tensor."""
     weight = jnp.asarray(weight, dtype)
     spec = spec_of(weight)
-    if "fsdp" not in spec:
+    if not set(GATHERED) & set(spec):
         return weight
-    return reshard(weight, PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec)))
+    return reshard(weight, PartitionSpec(*(None if axis in GATHERED else axis for axis in spec)))
 
 
 def einsum(axes: str, x: Float[Array, "..."], y: Float[Array, "..."], **options: Any) -> Float[Array, "..."]:
@@ -109,6 +121,12 @@ def zeros(shape: tuple[int, ...], dtype: Any, spec: tuple[Any, ...]) -> Array:
 def split_as(*spec: Any) -> PartitionSpec | None:
     """The `out_sharding` of a result with these entries, or None where there is no mesh."""
     return None if jax.sharding.get_abstract_mesh().empty else PartitionSpec(*spec)
+
+
+def as_split(array: Array, like: Array) -> Array:
+    """An array, split as another one of its shape is."""
+    spec = split_as(*spec_of(like))
+    return array if spec is None else reshard(array, spec)
 
 
 def locally(function: Callable[..., Array], *arrays: Array) -> Array:

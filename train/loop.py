@@ -89,7 +89,7 @@ def train(
     with _explained(place.path), place.open(run, fresh=fresh) as checkpoints:
         if step is not None and not checkpoints.steps():
             raise ValueError(f"{place.path} has no checkpoint of step {step}, nor any other; leave out --step to start")
-        _use_compilation_cache()
+        use_compilation_cache()
         console = console or Console()
         with jax.set_mesh(mesh), jax.numpy_dtype_promotion("strict"):
             job = Job.prepare(run, place, checkpoints, mesh, devices_line, console, step)
@@ -112,7 +112,7 @@ def _explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _use_compilation_cache() -> None:
+def use_compilation_cache() -> None:
     """Compiled programs are kept between runs, unless the user chose where already."""
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
@@ -179,8 +179,9 @@ class Job:
             console.print(text, soft_wrap=True, highlight=False)
 
         batches = _load_data(run, console)
-        size = sum(known.size for known in describe(run.model.abstract()).values())
-        say(f"model   {amount(size)} parameters, {amount(3 * run.model.flops(run.length), 'FLOP')} a trained token")
+        size, unused = sum(known.size for known in describe(run.model.abstract()).values()), run.model.unused()
+        parameters = f"{amount(size)} parameters" + (f", {amount(size - unused)} active" if unused else "")
+        say(f"model   {parameters}, {amount(3 * run.model.flops(run.length), 'FLOP')} a trained token")
         say(f"data    {batches.describe()}")
         say(f"devices {devices}")
         with contextlib.ExitStack() as opened:
@@ -281,6 +282,8 @@ class Job:
             facts["MFU"] = f"{3 * self.run.model.flops(self.run.length) * speed / peak / self.mesh.size:.1%}"
         facts["memory"] = amount(hardware.memory_bytes(device), "B")
         facts["left"] = duration((self.run.steps - step) * pace)
+        if "max_violation" in values:
+            facts["MaxVio"] = f"{values['max_violation']:.2f}"
         if values["skipped"]:
             facts["skipped"] = f"{values['skipped']:.0f}"
         self.board.update(step, facts)

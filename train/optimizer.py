@@ -6,6 +6,7 @@ import jax
 import optax
 
 from ..configs.run import Optimizer
+from ..layers.sharding import stacked
 from ..zoo.parameters import Description
 
 Descriptions = dict[str, Description]
@@ -74,7 +75,7 @@ def _muon(optimizer: Optimizer, rate: optax.Schedule, parameters: Descriptions) 
     dimensions: dict[str, Any] = {}
     for name, known in parameters.items():
         letters = known.axes.split()
-        start = sum(letter == "L" for letter in letters)
+        start = stacked(known.axes)
         hidden = known.inputs > 0 and not {"V", "S"} & set(letters)
         middle = start + known.inputs
         dimensions[name] = (

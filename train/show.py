@@ -66,7 +66,9 @@ def table(name: str, found: Decoder | Run, mesh_text: str, length: int, console:
     Console(width=max(console.width, wide)).print(rows)
     total = sum(what.size for what in known.values())
     weights = sum(what.size * what.dtype.itemsize for what in known.values())
-    console.print(f"\n{name}: {total:,} parameters, {amount(weights, 'B')}", highlight=False)
+    unused = model.unused()
+    active = f", {total - unused:,} active in a token" if unused else ""
+    console.print(f"\n{name}: {total:,} parameters{active}, {amount(weights, 'B')}", highlight=False)
     if sizes:
         share = sum(what.size * what.dtype.itemsize / _ways(splits[p], sizes) for p, what in known.items())
         console.print(f"on each of {math.prod(sizes.values())} devices: {amount(share, 'B')}", highlight=False)

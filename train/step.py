@@ -16,7 +16,7 @@ from ..layers.loss import cross_entropy
 from ..layers.mixer import Places
 from ..zoo.decoder import DecoderModel
 from ..zoo.parameters import Parameters, describe, merge, shardings, split
-from . import optimizer
+from . import balance, optimizer
 
 Batch = dict[str, Array]
 """`tokens`, `targets`, `segments`, `positions`: Int "B T"; `weights`: Float "B T", 0 where there is no target."""
@@ -79,20 +79,22 @@ def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, Array
 
     Loss and gradient are means over the tokens of the whole batch, however it is cut into micro-batches: every
     micro-batch adds its sums, divided by the batch's own count of tokens. A step whose loss or gradient is not finite
-    changes nothing but its counters.
+    changes nothing but its counters. Where the model has routers, their losses are a part of the loss, and their
+    corrections move after the optimizer's step.
     """
     abstract = run.model.abstract()
     transformation = optimizer.make(run.optimizer, run.steps, describe(abstract))
     rate = optimizer.schedule(run.optimizer, run.steps)
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
-        loss, nll, gradients = _gradients(run, abstract, state["params"], batch)
+        loss, nll, gradients, routing = _gradients(run, abstract, state["params"], batch)
         norm = optax.tree.norm(gradients)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         if run.optimizer.clip:
             scale = jnp.minimum(1.0, run.optimizer.clip / jnp.maximum(norm, 1e-12))
             gradients = jax.tree.map(lambda g: g * scale, gradients)
         params, optimizer_state = optimizer.update(transformation, gradients, state["optimizer"], state["params"])
+        params = balance.corrected(run.balance, params, routing)
         new = params, optimizer_state, _average(run.ema, state, params)
         old = state["params"], state["optimizer"], state["ema"]
         params, optimizer_state, ema = jax.tree.map(lambda n, o: jax.lax.select(good, n, o), new, old)
@@ -114,7 +116,7 @@ def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, Array
             "bad_steps": after["bad_steps"].astype(jnp.float32),
             "skipped": after["skipped"].astype(jnp.float32),
         }
-        return after, metrics
+        return after, metrics | balance.metrics(routing, _real(batch))
 
     return jax.jit(step, donate_argnums=0)
 
@@ -141,11 +143,11 @@ def best_parameters(state: State) -> Parameters:
     return state["ema"] or state["params"]
 
 
-def _sums(run: Run, model: DecoderModel, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Training loss and plain negative log-likelihood, summed over tokens."""
+def _sums(run: Run, model: DecoderModel, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""], balance.Done]:
+    """Training loss and plain negative log-likelihood, summed over tokens, and what the routers did."""
     places = Places(positions=batch["positions"], segments=batch["segments"])
-    hidden, _ = model.hidden(batch["tokens"], places, dtype=jnp.dtype(run.dtype), remat=run.remat)
-    return cross_entropy(
+    hidden, _, routing = model.hidden_and_routing(batch["tokens"], places, dtype=jnp.dtype(run.dtype), remat=run.remat)
+    loss, nll = cross_entropy(
         hidden,
         model.output_embedding,
         batch["targets"],
@@ -153,32 +155,47 @@ def _sums(run: Run, model: DecoderModel, batch: Batch) -> tuple[Float[Array, ""]
         soft_cap=run.model.soft_cap,
         z_loss=run.z_loss,
     )
+    return loss, nll, routing
+
+
+def _real(batch: Batch) -> Float[Array, ""]:
+    """How many tokens are no padding."""
+    return jnp.sum((batch["segments"] != 0).astype(jnp.float32))
 
 
 def _gradients(
     run: Run, abstract: DecoderModel, params: Parameters, batch: Batch
-) -> tuple[Float[Array, ""], Float[Array, ""], Parameters]:
-    """Loss, likelihood (both a mean over tokens) and gradient of a batch."""
+) -> tuple[Float[Array, ""], Float[Array, ""], Parameters, balance.Done]:
+    """Loss, likelihood (both a mean over tokens) and gradient of a batch, and what the routers did."""
     tokens = jnp.sum(batch["weights"])
     share = jnp.where(tokens == 0.0, 0.0, 1.0 / jnp.where(tokens == 0.0, 1.0, tokens))
 
+    real, loads = _real(batch), None
+
     @functools.partial(jax.value_and_grad, has_aux=True)
-    def loss_of(params: Parameters, micro: Batch) -> tuple[Array, Array]:
-        loss, nll = _sums(run, merge(abstract, params), micro)
-        return loss * share, nll * share
+    def loss_of(params: Parameters, micro: Batch) -> tuple[Array, tuple[Array, balance.Done]]:
+        loss, nll, routing = _sums(run, merge(abstract, params), micro)
+        of_routers = balance.loss(run.balance, routing, loads or balance.loads(routing), real)
+        return loss * share + of_routers, (nll * share, routing)
 
     if run.accumulate == 1:
-        (loss, nll), gradients = loss_of(params, batch)
-        return loss, nll, gradients
+        (loss, (nll, routing)), gradients = loss_of(params, batch)
+        return loss, nll, gradients, routing
 
-    def add(total: Any, micro: Batch) -> tuple[Any, None]:
-        (loss, nll), gradients = loss_of(params, micro)
-        return jax.tree.map(jnp.add, total, (loss, nll, gradients)), None
+    micro_batches = _micro_batches(run, batch)
+    if run.balance.loss:
+        # The gradient of a micro-batch depends on the loads of all: they take a forward pass of their own.
+        each = jax.lax.map(lambda micro: balance.loads(_sums(run, merge(abstract, params), micro)[2]), micro_batches)
+        loads = jax.tree.map(lambda load: jnp.sum(load, axis=0), each)
+
+    def add(total: Any, micro: Batch) -> tuple[Any, balance.Done]:
+        (loss, (nll, routing)), gradients = loss_of(params, micro)
+        return jax.tree.map(jnp.add, total, (loss, nll, gradients)), routing
 
     zero = jnp.zeros(())
     start = (zero, zero, jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(add, start, _micro_batches(run, batch))
-    return total
+    total, routing = jax.lax.scan(add, start, micro_batches)
+    return *total, jax.tree.map(lambda each: jnp.sum(each, axis=0), routing)
 
 
 def _micro_batches(run: Run, batch: Batch) -> Batch:

@@ -5,6 +5,8 @@ from typing import Any
 
 from ..layers.attention import Attention
 from ..layers.block import Block
+from ..layers.mlp import FeedForward
+from ..layers.moe import MoE
 from ..layers.spec import Spec
 from .decoder import Decoder
 
@@ -23,6 +25,18 @@ def part[T: Spec](spec: Spec, kind: type[T]) -> T:
 def attentions(decoder: Decoder) -> list[Attention]:
     """The mixer of each layer, which must be attention for the family to express it."""
     return [part(block.mixer, Attention) for block in decoder.all_blocks]
+
+
+def experts(decoder: Decoder) -> MoE:
+    """The feed-forward layer of the blocks that route, which must exist for the family to express the decoder."""
+    found = next((block.ffn for block in decoder.all_blocks if block.ffn.routed), decoder.all_blocks[0].ffn)
+    return part(found, MoE)
+
+
+def fed(decoder: Decoder, ffn: FeedForward) -> Decoder:
+    """The decoder with this feed-forward layer in every block."""
+    blocks = decoder.all_blocks
+    return per_layer(decoder, lambda i, _: blocks[i].replace(ffn=ffn))
 
 
 def per_layer(decoder: Decoder, change: Callable[[int, Block], Block]) -> Decoder:

@@ -19,10 +19,19 @@ INFORMATIONAL = frozenset(
         *("reorder_and_upcast_attn", "pretraining_tp", "return_dict", "return_dict_in_generate"),
         # text: the tokenizer's and generation's business
         *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "tokenizer_class", "prefix"),
-        *("max_position_embeddings", "n_ctx", "task_specific_params", "max_length", "min_length", "do_sample"),
+        *(
+            "max_position_embeddings",
+            "n_ctx",
+            "initial_context_length",
+            "task_specific_params",
+            "max_length",
+            "min_length",
+            "do_sample",
+        ),
         # training alone
         *("initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
         *("gradient_checkpointing", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
+        *("aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers", "num_mtp_layers"),
         *("output_attentions", "output_hidden_states", "problem_type"),
         # heads of other tasks
         *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),

@@ -10,10 +10,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..layers.block import Block
-from ..layers.linear import Embedding
+from ..layers.linear import Embedding, to_logits
 from ..layers.mixer import Cache, Places
 from ..layers.norm import Norm, RMSNorm
-from ..layers.sharding import einsum, gather
+from ..layers.routing import Routing
+from ..layers.sharding import gather
 from ..layers.spec import Spec
 
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
@@ -96,8 +97,12 @@ class Decoder(Spec):
         blocks = sum(b.mixer.flops(self.dim, length) + b.ffn.flops(self.dim) for b in self.all_blocks)
         return blocks + 2 * self.dim * self.vocab
 
+    def unused(self) -> int:
+        """How many parameters take no part in what becomes of a token: those of experts it does not go to."""
+        return sum(block.ffn.unused(self.dim) for block in self.all_blocks)
+
     def cache(self, batch: int, length: int, dtype: Any) -> Caches:
-        """Empty caches for `batch` documents of up to `length` tokens."""
+        """Empty caches for `batch` documents of up to `length` tokens; `dtype` int8: quantized."""
 
         def stacked(block: Block) -> Cache:
             one = block.mixer.cache(batch, length, dtype)
@@ -151,6 +156,21 @@ class DecoderModel(nnx.Module):
         Without `places`, each row is one document from position 0 on. Raises ValueError where it is longer than the
         table of learned positions.
         """
+        return self.hidden_and_routing(tokens, places, caches, dtype=dtype, remat=remat)[:2]
+
+    def hidden_and_routing(
+        self,
+        tokens: Int[Array, "B T"],
+        places: Places | None = None,
+        caches: Caches | None = None,
+        *,
+        dtype: Any = jnp.float32,
+        remat: Remat = "none",
+    ) -> tuple[Float[Array, "B T D"], Caches | None, dict[str, Routing]]:
+        """What `hidden` gives, and what each router did, by the name of its block in the parameters ("stack.0").
+
+        That of a stack has a leading axis L.
+        """
         if self.positions is not None and places is None and caches is None:
             _check_positions(tokens.shape[1], self.spec.max_positions)
         places = plain_places(tokens) if places is None else places
@@ -161,16 +181,17 @@ class DecoderModel(nnx.Module):
             x = x + self.positions(places.positions, dtype)
         count = len(self.first)
         rest = [None] * (count + len(self.rest)) if caches is None else caches["rest"]
-        x, first = self._unrolled(list(self.first), x, places, rest[:count], remat)
-        x, stack = self._scanned(x, places, None if caches is None else caches["stack"], remat)
-        x, last = self._unrolled(list(self.rest), x, places, rest[count:], remat)
+        x, first, first_done = self._unrolled(list(self.first), x, places, rest[:count], remat)
+        x, stack, stack_done = self._scanned(x, places, None if caches is None else caches["stack"], remat)
+        x, last, last_done = self._unrolled(list(self.rest), x, places, rest[count:], remat)
         x = x if self.norm is None else self.norm(x)
-        return x, None if caches is None else {"stack": stack, "rest": first + last}
+        done = {"first": first_done, "stack": stack_done, "rest": last_done}
+        routing = {f"{where}.{i}": one for where, each in done.items() for i, one in enumerate(each) if one is not None}
+        return x, None if caches is None else {"stack": stack, "rest": first + last}, routing
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of hidden states."""
-        head = gather(self.output_embedding, x.dtype)
-        logits = einsum("B T D, V D -> B T V", x, head, preferred_element_type=jnp.float32)
+        logits = to_logits(x, gather(self.output_embedding, x.dtype))
         cap = self.spec.soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -181,28 +202,31 @@ class DecoderModel(nnx.Module):
 
     def _unrolled(
         self, blocks: list[Any], x: Array, places: Places, caches: list[Any], remat: Remat
-    ) -> tuple[Array, list[Any]]:
-        after = []
+    ) -> tuple[Array, list[Any], list[Routing | None]]:
+        after, done = [], []
         for block, cache in zip(blocks, caches, strict=True):
-            x, cache = _checkpointed(_apply, remat, scanned=False)(block, x, places, cache)
-            after.append(cache)
-        return x, after
+            x, *rest = _checkpointed(_apply, remat, scanned=False)(block, x, places, cache)
+            after.append(rest[0])
+            done.append(rest[1])
+        return x, after, done
 
     def _scanned(
         self, x: Array, places: Places, caches: list[Any] | None, remat: Remat
-    ) -> tuple[Array, list[Any] | None]:
+    ) -> tuple[Array, list[Any] | None, list[Routing | None]]:
         if not self.spec.repeats:
-            return x, caches
+            return x, caches, []
 
         def repeat(x: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
             blocks, caches = layer
-            after = []
+            after, done = [], []
             for block, cache in zip(blocks, caches or [None] * len(blocks), strict=True):
-                x, cache = _apply(block, x, places, cache)
-                after.append(cache)
-            return x, after if caches is not None else None
+                x, *rest = _apply(block, x, places, cache)
+                after.append(rest[0])
+                done.append(rest[1])
+            return x, (after if caches is not None else None, done)
 
-        return jax.lax.scan(_checkpointed(repeat, remat, scanned=True), x, (self.stack, caches))
+        x, (after, done) = jax.lax.scan(_checkpointed(repeat, remat, scanned=True), x, (self.stack, caches))
+        return x, after, done
 
 
 def _check_positions(length: int, limit: int) -> None:
@@ -216,7 +240,7 @@ def plain_places(tokens: Int[Array, "B T"]) -> Places:
     return Places(positions=positions, segments=jnp.ones_like(tokens))
 
 
-def _apply(block: Any, x: Array, places: Places, cache: Cache | None) -> tuple[Array, Cache | None]:
+def _apply(block: Any, x: Array, places: Places, cache: Cache | None) -> tuple[Array, Cache | None, Routing | None]:
     return block(x, places, cache)
 
 

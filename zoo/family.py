@@ -41,7 +41,10 @@ class Family:
     prefix: str = "model."
     """What names start with that a checkpoint without a head leaves out."""
     buffers: tuple[str, ...] = ()
-    """Names, as in the table, of tensors that old checkpoints hold and that are not learned."""
+    """Names, as in the table, of tensors that some checkpoints hold and that are no part of the decoder.
+
+    `{layers}` is the number of its layers, `*` stands for anything.
+    """
 
 
 def find(config: Mapping[str, Any]) -> Family:

@@ -1,143 +1,253 @@
-"""Text from a model: prefill and decode inside one jitted function."""
+"""Text from a model."""
 
-import contextlib
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Key
 from tokenizers import Tokenizer
 
-from ..layers.mixer import Places
-from ..layers.sharding import whole
-from .decoder import Caches, DecoderModel, plain_places
+from .decoder import DecoderModel
+from .sampling import Sampling
+from .session import Drawn, Session, Speed
+from .speculative import Speculation
+from .state import STRIDE
+from .stream import TextStream
+
+STOP = ("<|endoftext|>",)
+Prompt = str | Sequence[int]
+"""A text, or its tokens."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model made of one prompt."""
+
+    text: str
+    """Up to, and without, what stopped it."""
+    ids: list[int]
+    """All tokens that were drawn, with the one that stopped it."""
+    log_probs: list[float]
+    """The logarithm of the probability of each, by the model before any filter; empty where not asked for."""
+    stopped: bool
+    """Whether a stop string or token came; or it was cut at `max_tokens`."""
+    speed: Speed
+    """Of all prompts together."""
 
 
 def generate(
+    model: DecoderModel, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, max_tokens: int = 200, **options: Any
+) -> list[str]:
+    """Continues each prompt, and returns the continuations without their prompts; see `complete` for the options."""
+    return [found.text for found in complete(model, tokenizer, prompts, max_tokens=max_tokens, **options)]
+
+
+def complete(
     model: DecoderModel,
     tokenizer: Tokenizer,
-    prompts: list[str],
+    prompts: Sequence[Prompt],
     *,
     max_tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    stop: tuple[str, ...] = ("<|endoftext|>",),
+    sampling: Sampling = Sampling(),
+    stop: Sequence[str] = STOP,
     seed: int = 0,
     key: Key[Array, ""] | None = None,
+    log_probs: bool = False,
     dtype: Any = jnp.float32,
-) -> list[str]:
-    """Continues each prompt, and returns the continuations without their prompts.
+    cache_dtype: Any = None,
+    speculation: Speculation | None = None,
+    draft: DecoderModel | None = None,
+) -> list[Completion]:
+    """Continues each prompt.
 
-    Prompts may differ in length; each result is what the prompt alone would have given at temperature 0, and each draws
-    from its own random stream. Text ends at the first special token named in `stop`.
+    Prompts may differ in length; each result is what the prompt alone would have given, and each row draws from its own
+    random stream, which depends on the seed and the row.
 
     Args:
         model: the decoder.
-        tokenizer: turns prompts into the ids the model was trained on.
-        prompts: texts; an empty one starts with the first special token in `stop` that the tokenizer has.
+        tokenizer: turns prompts into the ids the model was trained on, with the special tokens it adds by itself.
+        prompts: texts, or their tokens; an empty one starts with the first token that `stop` names.
         max_tokens: how many tokens are generated at most.
-        temperature: divides the logits; 0 takes the most likely token (greedy).
-        top_k: only so many of the most likely tokens are drawn from; 0: all.
-        stop: special tokens that end a text.
+        sampling: temperature, filters and repetition penalty.
+        stop: strings that end a text, wherever they stand; one that is a token of the tokenizer also ends it as such.
         seed: of the random draws.
         key: in place of `seed`.
+        log_probs: return the log-probability of each token, too.
         dtype: what the model computes in.
+        cache_dtype: of keys and values; int8 stores them quantized. By default, `dtype`.
+        speculation: guess tokens ahead by looking up what followed the latest ones in the text (zoo/speculative.py).
+        draft: a smaller model of the same vocabulary that guesses tokens ahead, as many as `speculation` says.
 
     Raises:
-        ValueError: on a negative temperature, no prompts, an empty prompt with no token to start from, or more tokens
-            than the model has learned positions for.
+        ValueError: on no prompts, max_tokens below 1, an empty stop string, an empty prompt with no token to start
+            from, more tokens than the model has learned positions for,
+            or a draft model of another vocabulary.
     """
-    if temperature < 0 or max_tokens < 1 or top_k < 0 or not prompts:
-        raise ValueError(
-            f"generation needs prompts, temperature >= 0, max_tokens >= 1 and top_k >= 0, got {len(prompts)} prompts, "
-            f"temperature={temperature}, max_tokens={max_tokens}, top_k={top_k}"
-        )
-    ends = [_id(tokenizer, token) for token in stop]
-    rows = [tokenizer.encode(prompt, add_special_tokens=False).ids or ends[:1] for prompt in prompts]
-    if not all(rows):
-        raise ValueError(f"an empty prompt needs a token to start from, and the tokenizer has none of {stop}")
-    longest, limit = max(map(len, rows)) + max_tokens, model.spec.max_positions
-    if limit and longest > limit:
-        raise ValueError(f"prompt and continuation come to {longest} tokens, the model has {limit} positions")
-    # Lengths are rounded up, so that prompts of similar length share a compiled program.
-    width = -(-max(map(len, rows)) // 32) * 32
-    tokens = np.zeros((len(rows), width), np.int32)
-    for row, ids in zip(tokens, rows, strict=True):
-        row[: len(ids)] = ids
-    top_k = min(top_k, model.spec.vocab)
-    with _mesh_of(model):
-        lengths = jnp.asarray([len(ids) for ids in rows], jnp.int32)
-        keys = jax.random.split(jax.random.key(seed) if key is None else key, len(rows))
-        scale = jnp.asarray(temperature, jnp.float32)
-        ids = np.asarray(_continue(model, jnp.asarray(tokens), lengths, keys, scale, max_tokens, top_k, dtype))
-    return [tokenizer.decode(_until(row.tolist(), ends), skip_special_tokens=False) for row in ids]
+    writing, rows = _begin(
+        model,
+        tokenizer,
+        prompts,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stop=stop,
+        seed=seed,
+        key=key,
+        log_probs=log_probs,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        speculation=speculation,
+        draft=draft,
+    )
+    for _ in writing.pieces(rows, max_tokens, lambda: STRIDE):
+        pass
+    return writing.completions()
 
 
-def _id(tokenizer: Tokenizer, token: str) -> int:
-    found = tokenizer.token_to_id(token)
-    if found is None:
-        raise ValueError(f"stop names special tokens of the tokenizer, and it has no {token!r}")
-    return found
+class stream:
+    """Continues one prompt, and gives the text in pieces, each about as soon as it is there.
+
+    `for piece in zoo.stream(model, tokenizer, prompt): print(piece, end="", flush=True)`. The options are those of
+    `complete`. A piece never ends within a character, nor has it the start of a stop string. After the last one,
+    `completion` has it all, with the speed.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        tokenizer: Tokenizer,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 200,
+        **options: Any,
+    ):
+        self._writing, self._rows = _begin(model, tokenizer, [prompt], max_tokens=max_tokens, **options)
+        self._max_tokens = max_tokens
+
+    def __iter__(self) -> Iterator[str]:
+        pace = Pace(self._writing.session)
+        for (piece,) in self._writing.pieces(self._rows, self._max_tokens, pace):
+            if piece:
+                yield piece
+
+    @property
+    def completion(self) -> Completion:
+        """What has come so far."""
+        return self._writing.completions()[0]
 
 
-def _mesh_of(model: DecoderModel) -> contextlib.AbstractContextManager[Any]:
-    """The mesh the parameters live on, to compute on."""
-    sharding = jax.tree.leaves(model)[0].sharding
-    mesh = getattr(sharding, "mesh", None)
-    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext()
+class Pace:
+    """How many tokens to draw before the next piece: what a tenth of a second is enough for."""
+
+    def __init__(self, session: Session):
+        self.session = session
+
+    def __call__(self) -> int:
+        """A number from 1 to STRIDE."""
+        return max(1, min(STRIDE, int(self.session.speed.tokens_per_second / 10)))
 
 
-def _until(ids: list[int], ends: list[int]) -> list[int]:
-    return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
-
-
-@partial(jax.jit, static_argnames=("count", "top_k", "dtype"))
-def _continue(
+def _begin(
     model: DecoderModel,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    keys: Key[Array, " B"],
-    temperature: Float[Array, ""],
-    count: int,
-    top_k: int,
-    dtype: Any,
-) -> Int[Array, "B C"]:
-    """The next `count` tokens of right-padded rows.
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int,
+    sampling: Sampling = Sampling(),
+    stop: Sequence[str] = STOP,
+    seed: int = 0,
+    key: Key[Array, ""] | None = None,
+    log_probs: bool = False,
+    dtype: Any = jnp.float32,
+    cache_dtype: Any = None,
+    speculation: Speculation | None = None,
+    draft: DecoderModel | None = None,
+) -> tuple["Writing", list[list[int]]]:
+    """A session for prompts, and their tokens."""
+    _check(model, prompts, max_tokens, stop)
+    ends = [found for found in map(tokenizer.token_to_id, stop) if found is not None]
+    rows = [_ids(tokenizer, prompt) or ends[:1] for prompt in prompts]
+    if not all(rows):
+        raise ValueError(f"an empty prompt needs a token to start from, and none of stop={tuple(stop)} is one")
+    length = max(map(len, rows)) + max_tokens
+    check_length(model, length)
+    session = Session(
+        model,
+        batch=len(rows),
+        length=length,
+        sampling=sampling,
+        key=jax.random.key(seed) if key is None else key,
+        ends=ends,
+        log_probs=log_probs,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        speculation=speculation,
+        draft=draft,
+    )
+    return Writing(session, [TextStream(tokenizer, stop, ends) for _ in rows]), rows
 
-    Padding does no harm: its slots of the cache lie after every position that is asked about, until overwritten.
-    """
-    batch, width = tokens.shape
-    caches = model.spec.cache(batch, width + count, dtype)
-    places = plain_places(tokens)
-    # Padding stands at its row's last place: scalings of RoPE that look at the largest position do not see it.
-    places = Places(positions=jnp.minimum(places.positions, lengths[:, None] - 1), segments=places.segments)
-    hidden, caches = model.hidden(tokens, places, caches, dtype=dtype)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    token = _draw(model.logits(last)[:, 0], keys, 0, temperature, top_k)
 
-    def step(carry: tuple[Array, Caches], index: Array) -> tuple[tuple[Array, Any], Array]:
-        token, caches = carry
-        places = Places(positions=(lengths + index)[:, None], segments=jnp.ones((batch, 1), jnp.int32))
-        logits, caches = model(token[:, None], places, caches, dtype=dtype)
-        after = _draw(logits[:, 0], keys, index + 1, temperature, top_k)
-        return (after, caches), token
+class Writing:
+    """Rows of a session on their way to texts."""
 
-    (last_token, _), drawn = jax.lax.scan(step, (token, caches), jnp.arange(count - 1, dtype=jnp.int32))
-    return jnp.concatenate([drawn.T, last_token[:, None]], axis=1)
+    def __init__(self, session: Session, streams: Sequence[TextStream]):
+        self.session, self.streams = session, streams
+        self.log_probs: list[list[float]] = [[] for _ in streams]
+
+    def pieces(self, rows: Sequence[Sequence[int]], max_tokens: int, limit: Callable[[], int]) -> Iterator[list[str]]:
+        """Reads the rows, and gives the new text of each, time and again until all are done.
+
+        `limit` says how many tokens are drawn before the next piece.
+        """
+        drawn = self.session.read(rows, max_tokens)
+        while True:
+            yield [self._push(row, new) for row, new in enumerate(drawn)]
+            if not any(self.session.active):
+                break
+            drawn = self.session.advance(limit())
+        rest = [stream.finish() for stream in self.streams]
+        if any(rest):
+            yield rest
+
+    def _push(self, row: int, new: Drawn) -> str:
+        stream, before = self.streams[row], len(self.streams[row].ids)
+        piece = stream.push(new.ids)
+        self.log_probs[row].extend(new.log_probs[: len(stream.ids) - before])
+        if stream.stopped and self.session.active[row]:
+            self.session.end(row)
+        return piece
+
+    def completions(self) -> list[Completion]:
+        """What came of it all."""
+        logged = self.session.log_probs
+        return [
+            Completion(stream.text, stream.ids, probs if logged else [], stream.stopped, self.session.speed)
+            for stream, probs in zip(self.streams, self.log_probs, strict=True)
+        ]
 
 
-def _draw(
-    logits: Float[Array, "B V"], keys: Key[Array, " B"], index: Any, temperature: Float[Array, ""], top_k: int
-) -> Int[Array, " B"]:
-    """One token a row: the most likely at temperature 0, else drawn by row and index."""
-    logits = whole(logits)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if top_k:
-        lowest = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < lowest, -jnp.inf, logits)
-    logits = logits / jnp.maximum(temperature, 1e-6)
-    draw = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, index), row))(keys, logits)
-    return jnp.where(temperature == 0.0, greedy, draw.astype(jnp.int32))
+def check_length(model: DecoderModel, length: int) -> None:
+    """Raises ValueError where rows of so many tokens do not fit the model."""
+    limit = model.spec.max_positions
+    if limit and length > limit:
+        raise ValueError(f"prompt and continuation come to {length} tokens, the model has {limit} positions")
+
+
+def _check(model: DecoderModel, prompts: Sequence[Prompt], max_tokens: int, stop: Sequence[str]) -> None:
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts are a list of texts, got one text; write [{prompts[:20]!r}]")
+    if not prompts or max_tokens < 1:
+        raise ValueError(
+            f"generation needs prompts and max_tokens >= 1, got {len(prompts)} prompts, max_tokens={max_tokens}"
+        )
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop is a sequence of strings that are not empty, got {stop!r}")
+    vocab = model.spec.vocab
+    for prompt in prompts:
+        if not isinstance(prompt, str) and not all(0 <= token < vocab for token in prompt):
+            raise ValueError(f"tokens of a prompt must be at least 0 and below the vocabulary of {vocab}, got {prompt}")
+
+
+def _ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    return tokenizer.encode(prompt).ids if isinstance(prompt, str) else list(prompt)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Collection
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +149,7 @@ class Plan:
             for name, shape in shapes.items()
             if name in found and found[name] != shape
         ]
-        buffers = {self.real(b.format(layer=i)) for b in self.family.buffers for i in range(decoder.layers)}
-        extra = [
-            name for name in found if name not in shapes and name not in buffers and not self._copies(name, decoder)
-        ]
+        extra = [name for name in found if name not in shapes and not self._unused(name, decoder)]
         wrong = missing + other + [f"left over {name} {list(found[name])}" for name in extra]
         if wrong:
             lines = "".join(f"\n  {line}" for line in wrong[:40])
@@ -159,6 +157,12 @@ class Plan:
             raise ValueError(
                 f"the tensors do not fit the config of model_type {self.family.model_types[0]!r}:{lines}{more}"
             )
+
+    def _unused(self, name: str, decoder: Decoder) -> bool:
+        """Whether a tensor is known to be no part of the decoder."""
+        depths = range(decoder.layers)
+        buffers = {b.format(layer=i, layers=decoder.layers) for b in self.family.buffers for i in depths}
+        return any(fnmatchcase(name, self.real(b)) for b in buffers) or self._copies(name, decoder)
 
     def _copies(self, name: str, decoder: Decoder) -> bool:
         """Whether this is a copy of the embedding that a tied model was saved with."""

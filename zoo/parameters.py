@@ -23,7 +23,7 @@ class Description:
     shape: tuple[int, ...]
     dtype: Any
     inputs: int
-    """How many letters, after L, are the input of a matrix; 0 for vectors."""
+    """How many letters, after those that stack (L and E), are the input of a matrix; 0 for vectors."""
 
     @property
     def size(self) -> int:

@@ -55,6 +55,7 @@ SCALINGS: dict[str, tuple[type[RopeScaling], dict[str, str]]] = {
     ),
 }
 WHOLE = ("original_length", "length")
+ALWAYS = ("beta_fast", "beta_slow")  # written also where they have their usual values, as files do
 OUTSIDE = "max_position_embeddings"
 
 
@@ -118,10 +119,26 @@ def write(rope: Rope | None) -> dict[str, Any]:
             for ours, name in names.items():
                 value = getattr(rope.scaling, ours)
                 default = made.__dataclass_fields__[ours].default
-                if value is not None and value != default:
+                if value is not None and (value != default or name in ALWAYS):
                     place = fields if name == OUTSIDE else parameters
                     place[name] = list(value) if isinstance(value, tuple) else value
     return fields
+
+
+def older(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields by which transformers 4, and what was written for it, knows the `rope_parameters` of a config."""
+    parameters = config.get("rope_parameters")
+    if not parameters:
+        return {}
+    if "full_attention" in parameters:  # one for each kind of layer, as only Gemma 3 had it
+        local = parameters["sliding_attention"]["rope_theta"]
+        return older({"rope_parameters": parameters["full_attention"]}) | {"rope_local_base_freq": local}
+    fields = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
+    scaling = {name: value for name, value in parameters.items() if name not in fields}
+    if scaling.get("original_max_position_embeddings") == config.get("original_max_position_embeddings"):
+        scaling.pop("original_max_position_embeddings", None)  # Phi-3 has it outside, and refuses other fields inside
+        scaling = {"type" if name == "rope_type" else name: value for name, value in scaling.items()}
+    return fields | {"rope_scaling": None if parameters["rope_type"] == "default" else scaling}
 
 
 def _value(ours: str, value: Any) -> Any:

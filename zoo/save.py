@@ -1,5 +1,6 @@
 """Weights out: a model, or any checkpoint, as a Hugging Face folder, tensor by tensor."""
 
+import contextlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
+from . import rope_config
 from .decoder import Decoder, DecoderModel
 from .family import differences, read, write
 from .names import Unit, units
@@ -184,15 +186,13 @@ def _special_tokens(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str
 
 def _merged(carried: dict[str, Any], fields: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
     """The config `carried`, changed where it does not say what the decoder is."""
-    if not carried:
-        return fields | dict.fromkeys(TOKENS)  # absent, they would be those of the family's first model
-    try:
-        if not differences(decoder, read(carried)):
+    with contextlib.suppress(ValueError):  # it may be incomplete, or have unknown fields that were ignored
+        if carried and not differences(decoder, read(carried)):
             return carried
-    except ValueError:
-        pass  # an incomplete config, or one whose unknown fields were ignored
     kept = {name: value for name, value in carried.items() if name not in OLDER}
-    return dict.fromkeys(TOKENS) | kept | fields
+    # Absent, ids of tokens would be those of the family's first model; and transformers 4, which does not know
+    # rope_parameters, would not ask for them.
+    return dict.fromkeys(TOKENS) | kept | fields | rope_config.older(fields)
 
 
 def _shards(tensors: Mapping[str, TensorInfo], most: int) -> list[list[str]]:

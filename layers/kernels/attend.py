@@ -15,11 +15,13 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec, reshard
 from jaxtyping import Array, Float, Int
 
-from ..masks import Mask
+from ..lookup import check_kind
+from ..masks import Mask, check_mask
 from ..scores import Score
 from ..sharding import spec_of
 from ..spec import unknown
-from . import dropout, pairs, portable, reference, tpu, tpu_interpreted
+from . import cuda, dropout, pairs, portable, reference, tpu, tpu_interpreted
+from .blocks import hides_everything
 from .context import Method, plan
 from .linear import linear
 from .platform import by_platform
@@ -27,7 +29,7 @@ from .problem import Gradients, Operands, Problem, gradients_like, tangents_of
 
 _log = logging.getLogger(__name__)
 
-Implementation = Literal["reference", "portable", "tpu"]
+Implementation = Literal["reference", "portable", "tpu", "cuda"]
 
 
 def attend(
@@ -72,19 +74,23 @@ def attend(
         context: what the devices of that axis do. In a "ring" keys and values travel from one to the next, and nobody
             ever holds more than two parts of them; with "all_gather" every device holds all.
         implementation: "reference" is the plain definition, with all T x S logits; "portable" goes block by block,
-            with memory linear in the lengths; "tpu" runs kernels (interpreted where there is no TPU). By default each
-            platform's first that can do it; a debug log says why one could not.
+            with memory linear in the lengths; "tpu" runs kernels (interpreted where there is no TPU), "cuda" those of
+            cuDNN. By default each platform's first that can do it; a debug log says why one could not.
 
     Raises:
         ValueError: where shapes do not fit, the mask hides everything, or the implementation is unknown.
         NotImplementedError: where the implementation that was asked for can't do this.
     """
+    check_mask(mask)
     _check(q, k, v, sinks, dropout_rate, dropout_seed)
     (batch, queries, heads, size), keys = q.shape, k.shape[1]
-    offset = query_offset if isinstance(query_offset, int) else jnp.asarray(query_offset, jnp.int32)
-    if not isinstance(offset, int) and offset.shape not in ((), (batch,)):
-        raise ValueError(f"query_offset is a number or one for each of B={batch} sequences, got shape {offset.shape}")
-    fixed = isinstance(offset, int)
+    check_kind(query_offset, "integer", "query_offset")
+    if jnp.shape(query_offset) not in ((), (batch,)):
+        raise ValueError(
+            f"query_offset is a number or one for each of B={batch} sequences, got shape {jnp.shape(query_offset)}"
+        )
+    fixed = isinstance(query_offset, int | np.integer)
+    offset: Any = int(query_offset) if fixed else jnp.asarray(query_offset, jnp.int32)
     query_positions = None if fixed else offset.reshape(-1, 1, 1) + jnp.arange(queries, dtype=jnp.int32)
     sizes = pairs.Sizes(batch, heads, queries, keys, offset if fixed else query_positions)
     traced_mask = pairs.trace(mask.visible)
@@ -107,6 +113,8 @@ def attend(
         query_offset=offset if fixed else 0,
         mask_sides=[np.asarray(side) for side in mask_sides] if known else None,
         causal=mask.causal and fixed and offset <= 0 and context_axis is None,
+        band=mask.band,
+        wants_lse=sinks is not None or return_lse or shared is not None,
         context=shared,
     )
     operands = Operands(
@@ -119,8 +127,11 @@ def attend(
         query_positions=None if query_positions is None else split.place(query_positions),
         key_positions=None if shared is None else split.place(pairs.positions(sizes)["key"]),
     )
-    some = problem.blocks(operands, portable.BLOCK, portable.BLOCK).high.any() if known else True
-    if not some or (context_axis is not None and shared is None):
+    hidden = context_axis is not None and shared is None
+    if problem.mask_sides is not None:
+        found = problem.blocks(operands, portable.BLOCK, portable.BLOCK)
+        hidden = hides_everything(traced_mask, problem.mask_sides, sizes, found, portable.BLOCK)
+    if hidden:
         raise ValueError(
             f"the mask hides every key from every query: {mask} for T={queries}, S={keys}, {query_offset=}"
         )
@@ -135,6 +146,10 @@ def attend(
 
 def _check(q: Array, k: Array, v: Array, sinks: Any, dropout_rate: float, dropout_seed: Any) -> None:
     """Raises ValueError where the arguments do not fit each other."""
+    given = {"q": q, "k": k, "v": v} | ({} if sinks is None else {"sinks": sinks})
+    for name, array in given.items():
+        if not isinstance(array, jax.Array | np.ndarray):
+            raise ValueError(f"{name} must be an array, got {type(array).__name__}")
     if not q.ndim == k.ndim == v.ndim == 4 or k.shape[::3] != q.shape[::3] or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"q, k, v must be B T N H, B S K H, B S K Hv, got {q.shape}, {k.shape}, {v.shape}")
     if not math.prod(q.shape) * math.prod(v.shape):
@@ -152,6 +167,8 @@ def _check(q: Array, k: Array, v: Array, sinks: Any, dropout_rate: float, dropou
         raise ValueError(
             f"dropout_rate is at least 0 and below 1 and needs a dropout_seed, got {dropout_rate} and {dropout_seed}"
         )
+    if dropout_seed is not None:
+        check_kind(dropout_seed, "integer", "dropout_seed")
 
 
 def _choose(implementation: Implementation | None, problem: Problem, operands: Operands) -> dict[str, Any]:
@@ -161,13 +178,20 @@ def _choose(implementation: Implementation | None, problem: Problem, operands: O
         raise unknown("attention implementation", implementation, names)
     if implementation == "portable":
         return {"default": portable}
-    refused = tpu.refusal(problem, operands)
-    if not refused:
-        return {"tpu": tpu, "default": portable if implementation is None else tpu_interpreted}
+    kernels = {"tpu": tpu, "cuda": cuda}
     if implementation is not None:
-        raise NotImplementedError(f"attention by implementation='tpu': {refused}; 'portable' can do it")
-    _log.debug("on TPU, attention is left to 'portable': %s", refused)
-    return {"default": portable}
+        refused = kernels[implementation].refusal(problem, operands)
+        if refused:
+            raise NotImplementedError(f"attention by {implementation=}: {refused}; 'portable' can do it")
+        return {"tpu": tpu, "default": tpu_interpreted} if implementation == "tpu" else {"cuda": cuda}
+    chosen: dict[str, Any] = {"default": portable}
+    for platform, module in kernels.items():
+        refused = module.refusal(problem, operands)
+        if refused:
+            _log.debug("on %s, attention is left to 'portable': %s", platform, refused)
+        else:
+            chosen[platform] = module
+    return chosen
 
 
 def _attention(implementation: Implementation | None, problem: Problem, operands: Operands) -> tuple[Array, Array]:
@@ -219,8 +243,9 @@ def _blockwise_jvp(chosen: Any, problem: Problem, primals: tuple[Operands], tang
             functions = {name: partial(module.backward, problem) for name, module in chosen}
             return by_platform(functions, arguments, gradients_like(problem, arguments[0]))
 
-        backward = partial(problem.context.backward, gradients) if problem.context else gradients
-        return backward(problem, operands, lse, delta, out_grad)
+        if problem.context:
+            return problem.context.backward(gradients, problem, operands, lse, delta, out_grad)
+        return gradients(problem, operands._replace(out=out), lse, delta, out_grad)
 
     return (out, lse), linear(forward, transpose, (operands, out, lse), tangents_of(moved), like=(out, lse))
 

@@ -17,6 +17,8 @@ from .pairs import PairFunction, Sizes, Value, positions
 EMPTY, PARTIAL, FULL = 0, 1, 2
 PACKED = 16
 """Kinds in an int32 word, two bits each."""
+SEARCHED = 2**14
+"""Blocks in doubt at a time, in the search for a visible pair."""
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +84,54 @@ def classify(
     return _packed(xp, xp.swapaxes(kinds, -1, -2) if transposed else kinds)
 
 
+def hides_everything(mask: PairFunction, sides: Sequence[Any], sizes: Sizes, blocks: Blocks, block: int) -> bool:
+    """Whether a mask shows nothing, as `Causal() & ~Causal()`; `blocks`, of `block` x `block` pairs, are known now.
+
+    Intervals leave some blocks in doubt. If none is full, those are halved until a pair is sure to be visible (for most
+    masks after a few small arrays) or no doubt is left. False is said also where that would take too long: where more
+    than `SEARCHED` blocks are in doubt at a time (8192 tokens have so many along the diagonal), or an array is looked
+    up by query and key.
+    """
+    if not blocks.high.any():
+        return True
+    if (blocks.words.view(np.uint32) & 0xAAAAAAAA).any() or any(side.shape for side in mask.sides):
+        return False
+    known = dict(zip(mask.sides, map(np.asarray, sides), strict=True))
+
+    def shown(rows: np.ndarray, columns: np.ndarray, sampled: int | None) -> bool | None:
+        """Whether some of these blocks have visible pairs; None if too many are in doubt to look at each."""
+        size, complete, most = block, True, sampled or SEARCHED
+        while rows.size:
+            if rows.size > most:
+                if sampled is None:
+                    return None
+                some = np.random.default_rng(0).choice(rows.size, most, replace=False)
+                rows, columns, complete = rows[some], columns[some], False
+            found, sure = _bounds(np, mask, known, sizes, size, size, (rows, columns))
+            if not sure or np.any(found.low) or (size == 1 and np.any(found.high)):
+                return True
+            doubt = np.broadcast_to(found.high, np.broadcast_shapes(np.shape(found.high), rows.shape))
+            doubt = doubt.reshape(-1, rows.size).any(axis=0)
+            size //= 2
+            rows, columns = (
+                (2 * x[doubt, None, None] + half).repeat(2, axis).ravel()
+                for x, half, axis in ((rows, [[0], [1]], 2), (columns, [[0, 1]], 1))
+            )
+            inside = (rows * size < sizes.queries) & (columns * size < sizes.keys)
+            rows, columns = rows[inside], columns[inside]
+        return False if complete else None
+
+    assert block.bit_count() == 1
+    some = np.asarray(blocks.high > blocks.low)
+    if shown(np.nonzero(some)[-1], np.asarray(blocks.low)[some], sampled=64):
+        return False
+    columns = -(-sizes.keys // block)
+    if blocks.low.size * columns > 2**20:
+        return False
+    *_, rows, columns = np.nonzero(blocks.kinds(columns))
+    return shown(rows, columns, sampled=None) is False
+
+
 def may_see(mask: PairFunction, sizes: Sizes, block_q: int, block_k: int) -> Bool[np.ndarray, "rows columns"]:
     """Whether any pair of a block may be visible in any sequence and head, knowing nothing of the sides."""
     found, _ = _bounds(np, mask, {}, sizes, block_q, block_k)
@@ -91,9 +141,18 @@ def may_see(mask: PairFunction, sizes: Sizes, block_q: int, block_k: int) -> Boo
 
 
 def _bounds(
-    xp: Any, mask: PairFunction, known: dict[Value, Any], sizes: Sizes, block_q: int, block_k: int
+    xp: Any,
+    mask: PairFunction,
+    known: dict[Value, Any],
+    sizes: Sizes,
+    block_q: int,
+    block_k: int,
+    chosen: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[Interval, bool]:
-    """What the mask may be on each block, from the sides that are known, and whether that is all there is to know."""
+    """What the mask may be on each block, from the sides that are known, and whether that is all there is to know.
+
+    It is an array of rows and columns of blocks, or of those that are `chosen` by row and column.
+    """
 
     def span(count: int, block: int, place: Any) -> Any:
         if isinstance(place, Tracer) and xp is np:
@@ -115,10 +174,18 @@ def _bounds(
         elif value.side == "neither":
             ends = known[value], known[value]
         else:
-            ends = _extremes(xp, known[value], block_q if value.side == "query" else block_k)
+            block, side = block_q if value.side == "query" else block_k, known[value]
+            if chosen is not None:
+                places = chosen[0 if value.side == "query" else 1][:, None] * block + np.arange(block)
+                part = side[..., np.minimum(places, side.shape[2] - 1)]
+                return Interval(part.min(axis=-1), part.max(axis=-1))
+            ends = _extremes(xp, side, block)
         if ends is None:
             return None
         low, high = ends
+        if chosen is not None:
+            place = {"query": chosen[0], "key": chosen[1]}.get(value.side or "neither", slice(None))
+            return Interval(low[..., place], high[..., place])
         if "query" in value.depends:
             return Interval(low[..., None], high[..., None])
         return Interval(low[..., None, :], high[..., None, :])

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.errors import TracerArrayConversionError, TracerBoolConversionError, TracerIntegerConversionError
 from jax.extend.core import ClosedJaxpr  # pyright: ignore
 from jax.extend.core import Literal as JaxprLiteral
 from jaxtyping import Array, Int
@@ -123,12 +124,17 @@ class PairFunction:
         self.sides, self.body = tuple(sides), tuple(body)
 
     @property
-    def elementwise(self) -> bool:
-        """Whether the body needs no more than elementwise operations: a kernel can run it."""
-        return all(operation.elementwise for operation in self.body) and not any(side.shape for side in self.sides)
+    def lookups(self) -> list[Operation]:
+        """What of the body is not elementwise: the lookups by query and key, and operations a kernel cannot run."""
+        return [operation for operation in self.body if not operation.elementwise]
 
-    def evaluate(self, read: Callable[[Value], Array]) -> list[Array]:
-        """The outputs on arrays of pairs: `read` gives leaves and sides as arrays that broadcast against each other."""
+    def evaluate(
+        self, read: Callable[[Value], Array], lookup: Callable[[Operation], Array] | None = None
+    ) -> list[Array]:
+        """The outputs on arrays of pairs: `read` gives leaves and sides as arrays that broadcast against each other.
+
+        `lookup`, if given, does what is not elementwise.
+        """
         known: dict[Value, Array] = {}
 
         def get(value: Value) -> Array:
@@ -137,7 +143,10 @@ class PairFunction:
             return jnp.asarray(value.constant, value.dtype) if is_literal(value) else read(value)
 
         for operation in self.body:
-            found = apply(operation, [get(value) for value in operation.inputs])
+            if lookup is not None and not operation.elementwise:
+                found = [lookup(operation)]
+            else:
+                found = apply(operation, [get(value) for value in operation.inputs])
             known |= dict(zip(operation.outputs, found, strict=True))
         return [get(output) for output in self.outputs]
 
@@ -187,16 +196,30 @@ class PairFunction:
 def trace(function: Callable[..., Any], score: bool = False) -> PairFunction:
     """Traces `function(batch, head, query, key)`, or with `score` `function(score, batch, head, query, key)`.
 
-    It is called with scalars: int32 indices and a float32 score. Its results must be scalars, or ValueError is raised.
+    It is called with scalars: int32 indices and a float32 score. ValueError is raised where it gives something else
+    than one scalar, bool for a mask and float32 for a score, or can't be traced.
     """
     names = LEAVES if score else LEAVES[1:]
+    what, wanted = ("score", jnp.float32) if score else ("mask", jnp.bool_)
     kinds = [jax.ShapeDtypeStruct((), jnp.float32 if name == "score" else jnp.int32) for name in names]
-    closed: Any = jax.make_jaxpr(function)(*kinds)
-    shapes = [aval.shape for aval in closed.out_avals]
-    if any(shapes):
-        raise ValueError(f"a mask or score function maps scalars to a scalar, got a result of shape {shapes[0]}")
+    try:
+        closed: Any = jax.make_jaxpr(function)(*kinds)
+    except (TracerBoolConversionError, TracerArrayConversionError, TracerIntegerConversionError) as error:
+        raise ValueError(
+            f"a {what} function is traced: use &, | and jnp.where in place of `and`, `or` and `if`, and jnp.asarray of "
+            f"an array that it looks up"
+        ) from error
+    results = [(aval.dtype.name, aval.shape) for aval in closed.out_avals]
+    if results != [(jnp.dtype(wanted).name, ())]:
+        raise ValueError(
+            f"a {what} function maps scalars to a scalar of type {jnp.dtype(wanted).name}, got a result of "
+            + (" and ".join(f"type {dtype} and shape {shape}" for dtype, shape in results) or "nothing")
+        )
     leaves = [Value(kind.dtype, (), frozenset([name]), leaf=name) for name, kind in zip(names, kinds, strict=True)]
-    return PairFunction(tuple(_inline(closed, leaves)))
+    traced = PairFunction(tuple(_inline(closed, leaves)))
+    if score and "score" not in traced.outputs[0].depends:
+        raise ValueError("a score function changes the score it is given, got one that ignores it: add 0.0 * score")
+    return traced
 
 
 def _inline(closed: ClosedJaxpr, arguments: Sequence[Value]) -> list[Value]:
@@ -354,6 +377,8 @@ def _check_lookup(operation: Operation, sizes: Sizes) -> None:
     """Raises ValueError where an array that is looked up in has another shape than its axes say."""
     table, cell = operation.inputs[0], operation.params["size"]
     first = sizes.query if isinstance(sizes.query, int) else 0
+    if first < 0 and "T" in operation.params["axes"].split():
+        raise ValueError(f"{operation.params['name']} has nothing for positions before 0, got query_offset={first}")
     wanted = {"B": sizes.batch, "N": sizes.heads, "T": -(-(first + sizes.queries) // cell), "S": -(-sizes.keys // cell)}
     for letter, size in zip(operation.params["axes"].split(), table.shape, strict=True):
         fits = size >= wanted[letter] if letter == "T" else size == wanted.get(letter, size)

@@ -1,10 +1,11 @@
 """A call of the function that is there for the platform a program is lowered for.
 
-As `jax.lax.platform_dependent`, but a function is traced only where its platform is lowered for: a program for the CPU
-does not wait for the kernels of the TPU to be traced.
+As `jax.lax.platform_dependent`, but the kernels of the TPU are traced only where a program is lowered for it: one for
+the CPU does not wait for them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,13 +15,16 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jaxtyping import Array
 
-PLATFORMS = ("tpu", "cuda")
+LATE = ("tpu", "default")
+"""Traced when a program is lowered. The others are part of it before: JAX looks there for calls that XLA may divide
+among devices, as those of cuDNN are."""
 
 
 def by_platform(functions: Mapping[str, Callable[..., Any]], arguments: Any, like: Any) -> Any:
     """`functions[platform](*arguments)`, or `functions["default"]`; arguments and result are pytrees.
 
-    All functions must give results of the structure and types of `like`, which may be shapes.
+    All functions must give results of the structure and types of `like`, which may be shapes. Without a default it is
+    an error to lower the call for another platform.
     """
     leaves, tree = jax.tree.flatten(arguments)
     like_leaves, like_tree = jax.tree.flatten(like)
@@ -36,8 +40,12 @@ def by_platform(functions: Mapping[str, Callable[..., Any]], arguments: Any, lik
         return call
 
     results = tuple(ShapedArray(x.shape, x.dtype) for x in like_leaves)
-    given = {name: flat(function) for name, function in functions.items()}
-    return like_tree.unflatten(platform_p.bind(*leaves, functions=tuple(given.items()), results=results))
+    late = tuple((name, flat(function)) for name, function in functions.items() if name in LATE)
+    early: dict[str, Any] = {name: flat(function) for name, function in functions.items() if name not in LATE}
+    bind = partial(platform_p.bind, functions=late, results=results)
+    if late and early:
+        early["default"] = bind
+    return like_tree.unflatten(jax.lax.platform_dependent(*leaves, **early) if early else bind(*leaves))
 
 
 def _choose(functions: Sequence[tuple[str, Any]], platform: str) -> Callable[..., list[Array]]:
@@ -73,5 +81,4 @@ platform_p.def_impl(_eagerly)
 platform_p.def_abstract_eval(lambda *_, results, **__: list(results))
 batching.primitive_batchers[platform_p] = _batch
 mlir.register_lowering(platform_p, _lowered("default"))
-for _platform in PLATFORMS:
-    mlir.register_lowering(platform_p, _lowered(_platform), platform=_platform)
+mlir.register_lowering(platform_p, _lowered("tpu"), platform="tpu")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped, UInt32
+from jaxtyping import Array, Float, Int, Int32, Shaped
 
 from . import dropout
 from .blocks import Blocks, classify
@@ -23,11 +23,13 @@ class Operands(NamedTuple):
     """Of the mask (pairs.py), (B or 1, N or 1, T or S or 1); none where they are known now."""
     score_sides: list[Shaped[Array, "..."]]
     """Of the score; those that are floating-point get gradients."""
-    dropout_rows: UInt32[Array, "B N 1"] | None = None
+    dropout_rows: Int32[Array, "B N 1"] | None = None
     query_positions: Int[Array, "..."] | None = None
     """B 1 T, where B may be 1; None where they run from `Problem.query_offset` on."""
     key_positions: Int[Array, "..."] | None = None
     """B 1 S, where B may be 1; None where they run from 0 on."""
+    out: Float[Array, "B T N Hv"] | None = None
+    """The result, for the backward pass; None where it is put together from parts of the keys."""
 
 
 @dataclass(eq=False)
@@ -44,6 +46,10 @@ class Problem:
     query_offset: int = 0
     causal: bool = False
     """A promise that no query at index i sees a key after i."""
+    band: tuple[int | None, int | None] | None = None
+    """What the mask is where it is only query - left < key < query + right (masks.py)."""
+    wants_lse: bool = False
+    """Whether the logarithms of the sums are used."""
     mask_sides: list[np.ndarray] | None = None
     """The mask's sides where all of them, and the positions, are known now."""
     context: Any = None
@@ -76,7 +82,7 @@ class Problem:
             )
         return self.known_blocks[key]
 
-    def kept(self, row: UInt32[Array, "..."], query: Int[Array, "..."], key: Int[Array, "..."]) -> Float[Array, "..."]:
+    def kept(self, row: Int32[Array, "..."], query: Int[Array, "..."], key: Int[Array, "..."]) -> Float[Array, "..."]:
         """What dropout multiplies the weight of a pair with: 0 or 1 / (1 - rate)."""
         kept = dropout.kept(row, query, key, self.dropout_rate)
         return jnp.where(kept, jnp.float32(1 / (1 - self.dropout_rate)), jnp.float32(0))

@@ -9,8 +9,9 @@ from jaxtyping import Array, Float
 
 from . import tpu_backward, tpu_forward
 from .blocks import block_size
-from .problem import Gradients, Operands, Problem, differentiable
+from .problem import Gradients, Operands, Problem, gradients_like
 from .tpu_parts import BlockSizes as BlockSizes
+from .tpu_parts import tabled
 
 CHIPS = {
     "TPU v4": BlockSizes(512, 512, 128, 14 * 2**20),
@@ -26,31 +27,37 @@ USUAL = BlockSizes(1024, 1024, 128)
 
 def refusal(problem: Problem, operands: Operands) -> str | None:
     """Why the kernels can't do this; None where they can."""
-    if operands.q.dtype == jnp.float16:
-        return "TPU has no float16 products: use bfloat16"
-    if operands.dropout_rows is not None:
-        return "dropout is not in the kernels"
     for name, function in (("mask", problem.mask), ("score", problem.score)):
-        if function is not None and not function.elementwise:
-            return f"the {name} looks up an array by query and key at once"
-    if any(differentiable(side) for side in operands.score_sides):
-        return "the score has parameters that get gradients"
+        lookups = [] if function is None else function.lookups
+        able = [tabled(operation, operands.k.shape[1], sizes(operands)) for operation in lookups]
+        if lookups and (name == "score" or operands.key_positions is not None or not all(able)):
+            return f"the {name} looks up an array by query and key at once, other than cells of 2^n positions"
     return None
 
 
-def sizes(operands: Operands) -> BlockSizes:
-    """The blocks for these shapes, on the chip that is lowered for."""
+def sizes(operands: Operands, as_one: int = 1) -> BlockSizes:
+    """The blocks for these shapes, on the chip that is lowered for.
+
+    `as_one` heads are taken as one if their queries fit a block. Such a block is done sooner than its keys are read:
+    larger ones leave fewer gaps between the copies.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     best = CHIPS.get(device.device_kind if device else jax.devices()[0].device_kind, USUAL)
     queries, keys = operands.q.shape[1], operands.k.shape[1]
-    return replace(best, block_q=block_size(queries, best.block_q, 128), block_k=block_size(keys, best.block_k, 128))
+    few = as_one > 1 and queries * as_one <= best.block_q
+    block_q = block_size(queries * as_one if few else queries, best.block_q, 128)
+    return replace(best, block_q=block_q, block_k=block_size(keys, best.block_k * (2 if few else 1), 128))
 
 
 def forward(
     problem: Problem, operands: Operands, *, interpret: Any = False, chosen: BlockSizes | None = None
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
     """Attention and the logarithm of the sum of exponentials of each row, -inf where a query sees no key."""
-    return tpu_forward.forward(problem, operands, chosen or sizes(operands), interpret)
+    chosen = chosen or sizes(operands, operands.q.shape[2] // operands.k.shape[2])
+    if operands.q.dtype == jnp.float16:
+        out, lse = forward(replace(problem, out_dtype=jnp.float32), _wide(operands), interpret=interpret, chosen=chosen)
+        return out.astype(problem.out_dtype), lse
+    return tpu_forward.forward(problem, operands, chosen, interpret)
 
 
 def backward(
@@ -64,4 +71,14 @@ def backward(
     chosen: BlockSizes | None = None,
 ) -> Gradients:
     """Gradients; `delta` is the sum over Hv of out * out_grad, less the cotangent of lse (B N T)."""
-    return tpu_backward.backward(problem, operands, lse, delta, out_grad, chosen or sizes(operands), interpret)
+    chosen = chosen or sizes(operands)
+    if operands.q.dtype == jnp.float16:
+        arguments = _wide(operands), lse, delta, out_grad.astype(jnp.float32)
+        found = backward(replace(problem, gradient_dtype=jnp.float32), *arguments, interpret=interpret, chosen=chosen)
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), found, gradients_like(problem, operands))
+    return tpu_backward.backward(problem, operands, lse, delta, out_grad, chosen, interpret)
+
+
+def _wide(operands: Operands) -> Operands:
+    """In float32: the matrix unit has no float16."""
+    return operands._replace(**{name: getattr(operands, name).astype(jnp.float32) for name in "qkv"})

@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from .blocks import EMPTY, FULL, PACKED, Blocks, padded
-from .pairs import Side, Value
+from .pairs import Operation, Side, Value, is_literal, positions
 from .problem import Operands, Problem
 
 LOG2_E = math.log2(math.e)
@@ -101,11 +101,11 @@ class Row:
 class SideInput:
     """An operand of a kernel with a number for each query or key, or for each sequence and head."""
 
-    key: Value | str
-    """A side of the mask or the score, or "query" or "key": their positions."""
-    side: Side | None
+    key: "Key"
+    side: Side
     array: Array
-    """(B or 1, N or 1, 1, padded length), or (B or 1, N or 1) of what depends on neither."""
+    """(B or 1, N or 1, 1, padded length), (B or 1, N or 1) of what depends on neither, (B or 1, N or 1, words, 1,
+    padded T) of a table."""
 
     def spec(self, query_block: Callable[..., Any] | None, key_block: Callable[..., Any] | None, size: Any) -> Any:
         """Its block: of the queries or keys that a program works on (index functions of the grid), else all of them."""
@@ -113,34 +113,94 @@ class SideInput:
             return pl.BlockSpec(memory_space=pltpu.SMEM)
         index = query_block if self.side == "query" else key_block
         many = [n > 1 for n in self.array.shape[:2]]
-        length = size[self.side] if index is not None else self.array.shape[3]
+        length = size[self.side] if index is not None else self.array.shape[-1]
+        span = word_span(self.key) if isinstance(self.key, Operation) else 0
+        # Of the words of a table, those of its keys.
+        words = -(-size["key"] // span) if key_block and span else self.array.shape[2]
 
         def place(*grid: Any) -> Any:
             batch, head, block = (index or size["whole"])(*grid)
-            return batch if many[0] else 0, head if many[1] else 0, 0, block
+            first = lax.div(key_block(*grid)[2] * size["key"], words * span) if key_block and span else 0
+            return batch if many[0] else 0, head if many[1] else 0, first, *[0] * bool(span), block
 
-        return pl.BlockSpec((1, 1, 1, length), place)
+        return pl.BlockSpec((1, 1, words, *[1] * bool(span), length), place)
 
 
-def side_inputs(problem: Problem, operands: Operands, block_q: int, block_k: int) -> list[SideInput]:
-    """The sides of mask and score, and positions where they are not known before."""
-    found: list[SideInput] = []
+Key = Value | Operation | str
+"""Of a side input: a side of the mask or the score; a lookup in a table by query and key; "query" or "key", their
+positions; or "dropout", the numbers of its rows."""
 
-    def add(key: Any, side: Side | None, array: Array) -> None:
-        array = array.astype(jnp.int32) if array.dtype == np.bool_ else array
-        if side == "neither":
-            found.append(SideInput(key, side, array[:, :, 0]))
-        else:
-            found.append(SideInput(key, side, padded(array, 2, block_q if side == "query" else block_k)[:, :, None]))
+Sides = list[tuple[Key, Side, Array]]
+"""What a kernel reads besides q, k and v, and what it is for each of: (B or 1, N or 1, T or S or 1)."""
 
+
+def word_span(operation: Operation) -> int:
+    """How many keys the 32 bits of a word of a table tell of."""
+    return 32 * operation.params["size"]
+
+
+def tabled(operation: Operation, keys: int, sizes: BlockSizes) -> bool:
+    """Whether a kernel can do this lookup: one of a boolean table by query and key, with blocks that fit its words."""
+    if operation.name != "lookup" or operation.params["axes"].split()[-2:] != ["T", "S"]:
+        return False
+    span, strip = word_span(operation), math.gcd(sizes.block_k, sizes.strip)
+    fitting = (strip, sizes.block_k) if keys > sizes.block_k else (strip,)
+    fits = all(span % size == 0 or size % span == 0 for size in fitting)
+    return fits and operation.outputs[0].dtype == np.bool_
+
+
+def _words_of(operation: Operation, values: dict[Value, Any], places: dict[str, Array], keys: int) -> Array:
+    """The table of a lookup for each query, 32 cells to a word: (B or 1, N or 1, T, words), for so many keys."""
+    table, *indices, _ = operation.inputs
+    cells = values[table].reshape(table.shape)
+    many = -(-keys // word_span(operation)) * 32
+    cells = jnp.pad(cells, [(0, 0)] * (cells.ndim - 1) + [(0, many - cells.shape[-1])]).astype(jnp.uint32)
+    bits = cells.reshape(*cells.shape[:-1], -1, 32) << jnp.arange(32, dtype=jnp.uint32)
+    words = lax.bitcast_convert_type(jnp.sum(bits, axis=-1, dtype=jnp.uint32), jnp.int32)
+
+    def index(value: Value) -> Any:
+        if is_literal(value):
+            return jnp.asarray(value.constant)
+        return places["query"] if value.leaf == "query" else values[value]
+
+    # What is the same for all queries has T 1, but rows of words are for each.
+    return words[tuple(jnp.broadcast_arrays(*map(index, indices), places["query"]))[:-1]]
+
+
+def sides_of(problem: Problem, operands: Operands, block_k: int) -> Sides:
+    """The sides of mask and score, tables, the rows of dropout, and positions where they are not known before."""
+    found: Sides = []
     for function, sides in ((problem.mask, problem.sides(operands)), (problem.score, operands.score_sides)):
-        for value, side in zip(() if function is None else function.sides, sides, strict=True):
-            add(value, value.side, jnp.asarray(side))
+        values = dict(zip(() if function is None else function.sides, sides, strict=True))
+        for value, side in values.items():
+            assert value.side is not None
+            if not value.shape:
+                found.append((value, value.side, jnp.asarray(side)))
+        for operation in () if function is None else function.lookups:
+            keys = -(-operands.k.shape[1] // block_k) * block_k
+            words = _words_of(operation, values, positions(problem.sizes(operands)), keys)
+            found.append((operation, "query", words))
+    if operands.dropout_rows is not None:
+        found.append(("dropout", "neither", operands.dropout_rows))
     if operands.query_positions is not None:
-        add("query", "query", operands.query_positions)
+        found.append(("query", "query", operands.query_positions))
     if operands.key_positions is not None:
-        add("key", "key", operands.key_positions)
+        found.append(("key", "key", operands.key_positions))
     return found
+
+
+def side_inputs(sides: Sides, block_q: int, block_k: int) -> list[SideInput]:
+    """Sides in whole blocks, as int32 or float32."""
+
+    def one(key: Key, side: Side, array: Array) -> SideInput:
+        array = array.astype(jnp.float32 if jnp.issubdtype(array.dtype, jnp.floating) else jnp.int32)
+        if side == "neither":
+            return SideInput(key, side, array[:, :, 0])
+        if isinstance(key, Operation):
+            return SideInput(key, side, jnp.swapaxes(padded(array, 2, block_q), 2, 3)[:, :, :, None])
+        return SideInput(key, side, padded(array, 2, block_q if side == "query" else block_k)[:, :, None])
+
+    return [one(*side) for side in sides]
 
 
 @dataclass(frozen=True)
@@ -160,64 +220,110 @@ class Strip:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Mask and score of a problem, to be evaluated on strips."""
+    """Mask, score and dropout of a problem, to be evaluated on strips."""
 
     problem: Problem
-    refs: dict[Value | str, Any]
+    refs: dict[Key, tuple[Side, Any]]
     """Of the side inputs, by their keys."""
     key_length: int | None
     """How many keys there are, where the last block has some that are padding."""
 
-    def _reader(self, strip: Strip, score: Any) -> Callable[[Value], Any]:
-        def read(value: Value) -> Any:
-            if value.leaf == "score":
-                return score
-            ref = self.refs.get(value.leaf if value.leaf in ("query", "key") else value)
-            if value.side == "query":
-                if ref is None:
-                    first = strip.query + self.problem.query_offset
-                    return first + lax.broadcasted_iota(jnp.int32, (1, strip.queries), 1)
-                found = ref[0, 0, :, strip.query_slice]
-            elif value.side == "key":
-                found = self._keys(strip) if ref is None else _column(ref[0, 0, :, strip.key_slice])
-            else:
-                assert ref is not None
-                found = ref[strip.batch if ref.shape[0] > 1 else 0, strip.head if ref.shape[1] > 1 else 0]
-            return found != 0 if value.dtype == np.bool_ else found
+    def _side(self, key: Value | str, strip: Strip) -> Any:
+        """A side: (1, queries), (keys, 1) or a number."""
+        side, ref = self.refs[key]
+        if side == "query":
+            return ref[0, 0, :, strip.query_slice]
+        if side == "key":
+            return _column(ref[0, 0, :, strip.key_slice])
+        return ref[strip.batch if ref.shape[0] > 1 else 0, strip.head if ref.shape[1] > 1 else 0]
 
-        return read
+    def _queries(self, strip: Strip) -> Any:
+        """The positions of its queries."""
+        if "query" in self.refs:
+            return self._side("query", strip)
+        first = strip.query + self.problem.query_offset
+        return first + lax.broadcasted_iota(jnp.int32, (1, strip.queries), 1)
 
-    def _keys(self, strip: Strip) -> Any:
+    def _indices(self, strip: Strip) -> Any:
         """The indices of its keys."""
         return strip.key + lax.broadcasted_iota(jnp.int32, (strip.keys, 1), 0)
 
+    def _keys(self, strip: Strip) -> Any:
+        """The positions of its keys."""
+        return self._side("key", strip) if "key" in self.refs else self._indices(strip)
+
+    def _reader(self, strip: Strip, given: dict[Value | str, Any]) -> Callable[[Value], Any]:
+        """Reads leaves and sides; some are given, by Value or "score"."""
+
+        def read(value: Value) -> Any:
+            if (value.leaf or value) in given:
+                return given[value.leaf or value]
+            if value.leaf == "query":
+                return self._queries(strip)
+            if value.leaf == "key":
+                return self._keys(strip)
+            found = self._side(value, strip)
+            return found != 0 if value.dtype == np.bool_ else found.astype(value.dtype)
+
+        return read
+
     def masked(self, logits: Array, strip: Strip) -> Array:
         """-inf where a pair does not see each other."""
-        (visible,) = self.problem.mask.evaluate(self._reader(strip, None))
+        read = self._reader(strip, {})
+        (visible,) = self.problem.mask.evaluate(read, lambda operation: self._bit(operation, strip, read))
         if self.key_length is not None:
-            visible = visible & (self._keys(strip) < self.key_length)
+            visible = visible & (self._indices(strip) < self.key_length)
         return jnp.where(jnp.broadcast_to(visible, logits.shape), logits, -jnp.inf)
+
+    def _bit(self, operation: Operation, strip: Strip, read: Callable[[Value], Any]) -> Array:
+        """What a table says."""
+        span, (_, ref) = word_span(operation), self.refs[operation]
+        first = lax.div(strip.key_slice.start, span)
+        rows = [ref[0, 0, first + n, :, strip.query_slice] for n in range(max(1, strip.keys // span))]
+        wide = [jnp.broadcast_to(row, (strip.keys // len(rows), strip.queries)) for row in rows]
+        cell = read(operation.inputs[-1]) & 31
+        cell = jnp.broadcast_to(cell, (strip.keys, strip.queries))
+        return lax.shift_right_logical(jnp.concatenate(wide), cell) & 1 != 0
+
+    def kept(self, strip: Strip) -> Array | None:
+        """What dropout multiplies the weights with; None without dropout."""
+        if "dropout" not in self.refs:
+            return None
+        return self.problem.kept(self._side("dropout", strip), self._queries(strip), self._keys(strip))
 
     def scored(self, products: Array, strip: Strip) -> Array:
         """The logits, to base 2, of products q k."""
         function = self.problem.score
         if function is None:
             return products * (self.problem.scale * LOG2_E)
-        (score,) = function.evaluate(self._reader(strip, products * self.problem.scale))
+        (score,) = function.evaluate(self._reader(strip, {"score": products * self.problem.scale}))
         return score * LOG2_E
 
-    def scored_with_slope(self, products: Array, strip: Strip) -> tuple[Array, Array | None]:
-        """`scored`, and the derivative of the score by scale q k (None: 1)."""
+    def scored_with_slopes(self, products: Array, strip: Strip) -> tuple[Array, Array | None, list[Array]]:
+        """`scored`, and the derivatives of the score by scale q k (None: 1) and by each trained side."""
         function = self.problem.score
         if function is None:
-            return self.scored(products, strip), None
+            return self.scored(products, strip), None, []
+        names = ["score", *trained(self.problem)]
+        inputs = [products * self.problem.scale, *(self._side(x, strip).astype(x.dtype) for x in names[1:])]
+        known = dict(zip(names, inputs, strict=True))
 
-        def score(logits: Array) -> Array:
-            return function.evaluate(self._reader(strip, logits))[0]
+        def along(name: Value | str) -> tuple[Array, Array]:
+            # A unit tangent gives the derivative of every pair; jax.vjp has no rule inside a kernel.
+            def score(x: Array) -> Array:
+                (found,) = function.evaluate(self._reader(strip, known | {name: x}))
+                return jnp.broadcast_to(found, products.shape)
 
-        # A unit tangent gives the derivative of every pair; jax.vjp has no rule inside a kernel.
-        logits, slope = jax.jvp(score, (products * self.problem.scale,), (jnp.ones_like(products),))
-        return logits * LOG2_E, slope
+            return jax.jvp(score, (known[name],), (jnp.ones_like(known[name]),))
+
+        (logits, slope), *rest = map(along, names)
+        return logits * LOG2_E, slope, [slope for _, slope in rest]
+
+
+def trained(problem: Problem) -> list[Value]:
+    """The sides of the score that get gradients."""
+    sides = () if problem.score is None else problem.score.sides
+    return [value for value in sides if jnp.issubdtype(value.dtype, jnp.floating)]
 
 
 def _column(row: Array) -> Array:
@@ -238,13 +344,14 @@ class Stream:
         """Where copy `number` lies."""
         return self.buffer.at[lax.rem(number, self.buffer.shape[0])]
 
-    def _copy(self, block: Any, number: Any) -> Any:
+    def _copy(self, block: Any, number: Any, hbm: Any = None) -> Any:
         slot = lax.rem(number, self.buffer.shape[0])
-        return pltpu.make_async_copy(self.hbm.at[block], self.buffer.at[slot], self.semaphores.at[slot])
+        source = (self.hbm if hbm is None else hbm).at[block]
+        return pltpu.make_async_copy(source, self.buffer.at[slot], self.semaphores.at[slot])
 
-    def start(self, block: Any, number: Any) -> None:
-        """Starts the copy of a block, the `number`th of all."""
-        self._copy(block, number).start()
+    def start(self, block: Any, number: Any, hbm: Any = None) -> None:
+        """Starts the copy of a block, the `number`th of all, from the same array or another."""
+        self._copy(block, number, hbm).start()
 
     def wait(self, number: Any) -> None:
         """Returns when copy `number` is done."""
@@ -254,6 +361,7 @@ class Stream:
 class WriteBack(Stream):
     """The same buffer, copied to HBM."""
 
-    def _copy(self, block: Any, number: Any) -> Any:
+    def _copy(self, block: Any, number: Any, hbm: Any = None) -> Any:
         slot = lax.rem(number, self.buffer.shape[0])
-        return pltpu.make_async_copy(self.buffer.at[slot], self.hbm.at[block], self.semaphores.at[slot])
+        target = (self.hbm if hbm is None else hbm).at[block]
+        return pltpu.make_async_copy(self.buffer.at[slot], target, self.semaphores.at[slot])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flaxzoo import configs
-from flaxzoo.configs import MODELS, RUNS, Data, Optimizer, Run, get, get_model, get_run, models
+from flaxzoo.configs import MODELS, RUNS, Balance, Data, Optimizer, Run, get, get_model, get_run, models
 from flaxzoo.layers.spec import Spec
 from flaxzoo.train import optimizer as optimizers
 from flaxzoo.zoo import Decoder
@@ -116,7 +116,7 @@ def test_impossible_runs_are_refused(change, message):
 
 
 # Variables and attributes by these names hold a Run or a Data; properties of the spec read its fields as `self`.
-HOLDERS = {Run: "run", Data: "data"}
+HOLDERS = {Run: "run", Data: "data", Balance: "balance"}
 
 
 def attributes(tree: ast.AST, holder: str) -> set[str]:

@@ -7,8 +7,8 @@ from flaxzoo.configs import _named, gemma_models, get_model, models, qwen_models
 from flaxzoo.zoo import Decoder, family
 from flaxzoo.zoo.parameters import describe
 
-# The sum over the tensors of the checkpoint, as the model's page on the hub has it ("safetensors": total). Qwen3 0.6B and
-# 1.7B store their tied head besides, and Gemma 3 from 4B on a vision tower of 416,866,032 and a projection of
+# The sum over the tensors of the checkpoint, as the model's page on the hub has it ("safetensors": total). Qwen3 0.6B
+# and 1.7B store their tied head besides, and Gemma 3 from 4B on a vision tower of 416,866,032 and a projection of
 # 1152 (D + 1): these are subtracted.
 PUBLISHED = {
     "gpt2": ("gpt2", 124_439_808),

@@ -1,7 +1,5 @@
 """Masks against their definition in plain Python, and their blocks against every pair, for random expressions."""
 
-import operator
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +14,6 @@ from flaxzoo.layers.masks import (
     Dense,
     Documents,
     Full,
-    GlobalTokens,
     Lengths,
     Mask,
     PerHead,
@@ -26,76 +23,10 @@ from flaxzoo.layers.masks import (
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from random_masks import Sees, array, masks
 
 B, N, T, S = 2, 2, 7, 9
-Sees = Callable[[int, int, int, int], Any]
-"""Whether in this sequence and head, this query sees this key."""
-Case = tuple[Mask, Sees]
-
-
-def numbers(low: int, high: int) -> st.SearchStrategy[tuple[int, ...]]:
-    return st.tuples(*[st.integers(low, high)] * B)
-
-
-def array(values: Any, dtype: Any = jnp.int32) -> jax.Array:
-    return jnp.asarray(values, dtype)
-
-
-def tables(rows: int, columns: int) -> st.SearchStrategy[np.ndarray]:
-    return st.integers(0, 2**32 - 1).map(lambda seed: np.random.default_rng(seed).random((B, N, rows, columns)) < 0.4)
-
-
-def ids(length: int) -> st.SearchStrategy[list[list[int]]]:
-    row = st.lists(st.integers(0, 3), min_size=length, max_size=length)
-    return st.lists(row, min_size=B, max_size=B)
-
-
-def documents(queries: list[list[int]], keys: list[list[int]]) -> Case:
-    mask = Documents(array(queries), array(keys))
-    return mask, lambda b, h, q, k: queries[b][q] == keys[b][k] != 0
-
-
-def lengths(queries: tuple[int, ...], keys: tuple[int, ...]) -> Case:
-    return Lengths(array(queries), array(keys)), lambda b, h, q, k: q < queries[b] and k < keys[b]
-
-
-def per_head(first: Case, second: Case) -> Case:
-    return PerHead((first[0], second[0]), (1, 0)), lambda b, h, q, k: (second, first)[h][1](b, h, q, k)
-
-
-def joined(first: Case, second: Case, both: bool) -> Case:
-    join = operator.and_ if both else operator.or_
-    return join(first[0], second[0]), lambda b, h, q, k: join(bool(first[1](b, h, q, k)), bool(second[1](b, h, q, k)))
-
-
-SINGLE = st.one_of(
-    st.just((Full(), lambda b, h, q, k: True)),
-    st.just((Causal(), lambda b, h, q, k: k <= q)),
-    st.builds(
-        lambda left, right: (Window(left, right), lambda b, h, q, k: q - left < k < q + right),
-        st.integers(1, 6),
-        st.integers(1, 6),
-    ),
-    st.integers(1, 5).map(lambda size: (Chunked(size), lambda b, h, q, k: q // size == k // size)),
-    numbers(0, S).map(lambda n: (Prefix(array(n)), lambda b, h, q, k: k < n[b])),
-    st.builds(lengths, numbers(0, T), numbers(0, S)),
-    st.integers(0, 4).map(lambda n: (GlobalTokens(n), lambda b, h, q, k: q < n or k < n)),
-    st.builds(documents, ids(T), ids(S)),
-    tables(T, S).map(lambda x: (Dense(array(x, bool)), lambda b, h, q, k: x[b, h, q, k])),
-    tables(3, 3).map(lambda x: (BlockSparse(array(x, bool), 3), lambda b, h, q, k: x[b, h, q // 3, k // 3])),
-    st.integers(2, 4).map(
-        lambda n: (Where(lambda b, h, q, k: (q * n + k) % (h + 2) == b), lambda b, h, q, k: (q * n + k) % (h + 2) == b)
-    ),
-)
-MASKS = st.recursive(
-    SINGLE,
-    lambda inner: (
-        st.builds(joined, inner, inner, st.booleans())
-        | inner.map(lambda case: (~case[0], lambda b, h, q, k: not case[1](b, h, q, k)))
-        | st.builds(per_head, inner, inner)
-    ),
-    max_leaves=4,
-)
+MASKS = masks(B, N, T, S)
 
 
 def slowly(sees: Sees, offset: int = 0) -> np.ndarray:
@@ -234,3 +165,63 @@ def test_attend_gives_the_mean_of_visible_values(case):
 def test_numbers_that_make_no_mask(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@settings(max_examples=100, deadline=None)
+@given(MASKS | st.builds(lambda case: (case[0] & ~case[0], lambda *_: False), MASKS), st.sampled_from([1, 4, 16]))
+def test_a_mask_is_said_to_hide_everything_only_if_it_does(case, block):
+    mask, sees = case
+    function, sizes = pairs.trace(mask.visible), pairs.Sizes(B, N, T, S)
+    sides = [np.asarray(side) for side in function.side_values(sizes)]
+    found = blocks.classify(function, sides, sizes, block, block, kv_heads=N)
+    hidden = blocks.hides_everything(function, sides, sizes, found, block)
+    assert not (hidden and slowly(sees).any())
+
+
+NOTHING = {
+    "never": ~Full(),
+    "a mask and its opposite": Causal() & ~Causal(),
+    "a window in a larger one": Window(3, 2) & ~Window(4, 2),
+    "one chunk and another": Chunked(7) & ~Chunked(7),
+    "later keys, of which there are none": ~Causal() & Lengths(keys=1),
+    "beyond the length": Causal() & ~Window(1000),
+    "no document": Causal() & Documents(jnp.zeros((1, 1000), jnp.int32)),
+    "an order against documents": Causal() & ~Causal() & Documents(jnp.ones((1, 1000), jnp.int32)),
+}
+SOMETHING = {
+    "one pair": Causal() & ~Window(999),
+    "own key": Window(1),
+    "one query": Lengths(queries=1) & Causal(),
+    "last document": Documents(jnp.zeros((1, 1000), jnp.int32).at[0, 999].set(1)),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING | SOMETHING)
+def test_a_mask_that_hides_everything_is_refused(name):
+    x = jax.ShapeDtypeStruct((1, 1000, 1, 8), jnp.float32)
+
+    def call(mask: Mask) -> Any:
+        return jax.eval_shape(lambda x: attend(x, x, x, mask=mask), x)
+
+    if name in SOMETHING:
+        assert call(SOMETHING[name]).shape == x.shape
+    else:
+        with pytest.raises(ValueError, match="the mask hides every key from every query"):
+            call(NOTHING[name])
+
+
+@pytest.mark.parametrize("mask", [Causal() & Window(4096), Window(1), Causal() & ~Causal()], ids=str)
+def test_no_time_is_lost_looking_for_a_visible_pair(mask, monkeypatch):
+    """However long the sequence, so many blocks are looked at in all."""
+    looked: list[int] = []
+    bounds = blocks._bounds
+
+    def count(*arguments: Any) -> Any:
+        looked.append(arguments[6][0].size)
+        return bounds(*arguments)
+
+    function, sizes = pairs.trace(mask.visible), pairs.Sizes(1, 1, 2**19, 2**19)
+    found = blocks.classify(function, [], sizes, 512, 512, kv_heads=1)
+    monkeypatch.setattr(blocks, "_bounds", count)
+    assert not blocks.hides_everything(function, [], sizes, found, 512)
+    assert sum(looked) < 10 * 64 + 2 * blocks.SEARCHED

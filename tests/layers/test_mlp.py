@@ -16,6 +16,7 @@ PLAIN = {
     "silu": lambda x: x / (1 + np.exp(-x)),
     "gelu": lambda x: x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
     "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
     "relu": lambda x: np.maximum(x, 0),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
 }
@@ -59,6 +60,15 @@ def test_gated_mlp(activation, bias):
     if bias:
         random_biases(layer, "gate", "up", "down")
     wanted = affine(layer.down, PLAIN[activation](affine(layer.gate, X)) * affine(layer.up, X))
+    np.testing.assert_allclose(layer(jnp.asarray(X)), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_gated_mlp_with_limit_and_offset():
+    layer = GatedMLP(hidden=HIDDEN, activation="quick_gelu", limit=0.5, offset=1.0).build(DIM, rngs=nnx.Rngs(0))
+    gate, up = affine(layer.gate, X), affine(layer.up, X)
+    assert min(gate.min(), up.min()) < -0.5
+    assert min(gate.max(), up.max()) > 0.5
+    wanted = affine(layer.down, PLAIN["quick_gelu"](np.minimum(gate, 0.5)) * (np.clip(up, -0.5, 0.5) + 1))
     np.testing.assert_allclose(layer(jnp.asarray(X)), wanted, rtol=1e-5, atol=1e-5)
 
 

@@ -291,7 +291,7 @@ def test_a_run_by_a_name_close_to_it(say: Command, trained: Path) -> None:
     )
     assert "checkpoints of the steps [50, 100], but none of step 16" in error_of(say("generate", trained, "--step", 16))
     assert error_of(say("generate", trained, "--mesh", "fsdp=16")).startswith("mesh fsdp=16 needs 16 devices")
-    assert error_of(say("generate", trained, "--temperature", "-1")).startswith("generation needs prompts, temperature")
+    assert error_of(say("generate", trained, "--temperature", "-1")).startswith("temperature must be at least 0")
 
 
 def test_a_run_without_a_checkpoint(say: Command, tiny: Run, tmp_path: Path) -> None:

@@ -333,7 +333,7 @@ def test_compiled_programs_are_kept_where_the_user_says(
     monkeypatch.setenv("FLAXZOO_CACHE", str(tmp_path / "cache"))
     try:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine") if chosen else None)
-        loop._use_compilation_cache()
+        loop.use_compilation_cache()
         expected = tmp_path / "mine" if chosen else tmp_path / "cache" / "jax"
         assert jax.config.jax_compilation_cache_dir == str(expected)
     finally:
@@ -365,7 +365,7 @@ def test_a_loaded_model_generates_on_its_mesh(tiny: Run, tmp_path: Path):
     texts = []
     for mesh in ("", "fsdp=2,tensor=2"):
         model, tokenizer = load(tmp_path / "run", mesh=mesh)
-        texts.append(zoo.generate(model, tokenizer, ["the cat"], max_tokens=8, temperature=0.0))
+        texts.append(zoo.generate(model, tokenizer, ["the cat"], max_tokens=8, sampling=zoo.GREEDY))
     assert texts[0] == texts[1]
 
 

@@ -64,7 +64,7 @@ def compiled(run: Run) -> Any:
 
 def gradients(run: Run, batch: Batch) -> Outcome:
     """Loss, likelihood and gradient."""
-    return compiled(run)(parameters_of(run), batch)
+    return compiled(run)(parameters_of(run), batch)[:3]
 
 
 def difference(left: Outcome, right: Outcome) -> float:

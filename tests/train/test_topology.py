@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from flaxzoo.configs import Run
+from flaxzoo.configs import Balance, Run
 from flaxzoo.layers.sharding import batch_partition
 from flaxzoo.train import mesh as meshes
 from flaxzoo.train.step import abstract_state, make_step
+from flaxzoo.zoo import MLA, Block, GatedMLP, MoE, Router
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
@@ -51,3 +52,22 @@ def test_compiles_for_tpus(tiny: Run, topology: str, mesh: str) -> None:
     text = program.as_text()
     assert text is not None
     assert ("all-gather" in text) == (mesh != "fsdp=1")  # of parameters, over fsdp
+
+
+def test_experts_and_latent_attention_compile_for_tpus(tiny: Run) -> None:
+    """And the products of experts stay ragged: no row is multiplied by the matrices of all."""
+    router = Router(top_k=2, score="sigmoid", correction=True)
+    block = Block(
+        mixer=MLA(heads=2, kv_rank=128, nope_dim=64, rope_dim=64, value_dim=64),
+        ffn=MoE(experts=8, expert=GatedMLP(hidden=256), router=router, shared=GatedMLP(hidden=256)),
+    )
+    model = tiny.model.replace(vocab=512, dim=128, block=(block,))
+    balance = Balance(loss=0.01, bias_rate=0.001)
+    run = tiny.replace(model=model, length=128, mesh="fsdp=2,tensor=2", dtype="bfloat16", balance=balance)
+    program, state_bytes = compiled(run, "v5e:2x2")
+    memory = program.memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes >= state_bytes
+    text = program.as_text()
+    assert text is not None
+    assert "ragged_dot_tiling" in text

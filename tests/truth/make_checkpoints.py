@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 HERE = Path(__file__).parent
@@ -39,6 +38,24 @@ LONGROPE = {
     "rope_theta": 10_000.0,
     "short_factor": [1 + 0.05 * i for i in range(8)],
     "long_factor": [1 + 0.25 * i for i in range(8)],
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 16,
+}
+EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
 }
 GEMMA = {"head_dim": 24, "tie_word_embeddings": True}
 GPT2 = {name: SHAPE[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
@@ -83,11 +100,41 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", SHAPE | {"head_dim": 24}),
     "smollm3": ("smollm3", SHAPE | {"num_hidden_layers": 4, "tie_word_embeddings": True}),
     "olmo2": ("olmo2", SHAPE),
+    "mixtral": ("mixtral", SHAPE | {"intermediate_size": 64, "num_local_experts": 4}),
+    "qwen3_moe": ("qwen3_moe", SHAPE | EXPERTS | {"head_dim": 24, "norm_topk_prob": True, "num_experts": 8}),
+    "deepseek_v2": ("deepseek_v2", SHAPE | EXPERTS | LATENT | {"q_lora_rank": None, "num_experts_per_tok": 3}),
+    "deepseek_v2_limited": (
+        "deepseek_v2",
+        SHAPE
+        | EXPERTS
+        | LATENT
+        | {
+            "q_lora_rank": 24,
+            "num_experts_per_tok": 3,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+            "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        SHAPE | EXPERTS | LATENT | {"q_lora_rank": 24, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2},
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        SHAPE
+        | {"num_hidden_layers": 4, "head_dim": 16, "intermediate_size": 48, "sliding_window": 8}
+        | {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": YARN | {"truncate": False}},
+    ),
+    "stablelm": ("stablelm", SHAPE | {"use_qkv_bias": True, "partial_rotary_factor": 0.25}),
+    "stablelm_parallel": ("stablelm", SHAPE | {"use_parallel_residual": True, "partial_rotary_factor": 0.5}),
 }
 
 
 def model_of(name: str) -> Any:
-    """The model in float32, its weights drawn by the name's place in the list."""
+    """The model in float32, its weights drawn by the name's place in the list: new ones come at its end."""
     kind, fields = CHECKPOINTS[name]
     generator = torch.Generator().manual_seed(1000 + list(CHECKPOINTS).index(name))
     model = AutoModelForCausalLM.from_config(
@@ -104,6 +151,10 @@ def model_of(name: str) -> Any:
             else:  # norms start where the model has them: at 1, or at 0 where it adds the 1
                 drawn = parameter + 0.2 * noise
             parameter.copy_(drawn.to(torch.bfloat16).to(torch.float32))
+        for label, buffer in model.named_buffers():
+            if label.endswith("e_score_correction_bias"):
+                noise = 0.2 * torch.randn(buffer.shape, generator=generator)
+                buffer.copy_(noise.to(torch.bfloat16).to(torch.float32))
     return model
 
 
@@ -113,7 +164,9 @@ def truth_of(model: Any) -> dict[str, np.ndarray]:
     ids = torch.tensor(random.integers(3, model.config.vocab_size, (2, LENGTH)))
     mask = torch.tensor([[1] * valid + [0] * (LENGTH - valid) for valid in VALID])
     ids = torch.where(mask == 1, ids, 0)
-    logits = model(input_ids=ids, attention_mask=mask).logits
+    routed = {"output_router_logits": True} if hasattr(model.config, "num_experts_per_tok") else {}
+    output = model(input_ids=ids, attention_mask=mask, **routed)
+    logits = output.logits
     losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     nll, weights = losses.view(2, -1), mask[:, 1:].float()
     loss = (nll * weights).sum() / weights.sum()
@@ -123,7 +176,12 @@ def truth_of(model: Any) -> dict[str, np.ndarray]:
     with torch.no_grad():
         for _ in range(NEW):
             text = torch.cat([text, model(input_ids=text).logits[:, -1:].argmax(-1)], dim=1)
-    return {
+    told = {}
+    if getattr(output, "router_logits", None):
+        told["router_logits"] = torch.stack(output.router_logits).detach().view(-1, 2, LENGTH, routers(model)).numpy()
+    if getattr(output, "aux_loss", None) is not None:
+        told["balance_loss"] = np.asarray(output.aux_loss.detach(), np.float32)
+    return told | {
         "input_ids": ids.numpy().astype(np.int32),
         "attention_mask": mask.numpy().astype(np.int32),
         "logits": logits.detach().numpy(),
@@ -133,6 +191,13 @@ def truth_of(model: Any) -> dict[str, np.ndarray]:
         "gradient_names": np.asarray(list(norms)),
         "gradient_norms": np.asarray(list(norms.values())),
     }
+
+
+def routers(model: Any) -> int:
+    """How many experts a router chooses from."""
+    config = model.config.to_dict()
+    names = ("n_routed_experts", "num_local_experts", "num_experts")
+    return next(config[name] for name in names if name in config)
 
 
 def older(config: dict[str, Any]) -> dict[str, Any]:
@@ -157,11 +222,8 @@ def write(name: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model = model_of(name)
     np.savez_compressed(folder / "truth.npz", **truth_of(model))
-    tied = model.config.tie_word_embeddings
-    tensors = {label: p.detach().to(torch.bfloat16).contiguous() for label, p in model.named_parameters()}
-    tensors = {label: tensor for label, tensor in tensors.items() if not (tied and label == "lm_head.weight")}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    model.config.save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)  # with the hub's names: a tensor for each expert
+    (folder / "generation_config.json").unlink(missing_ok=True)
     config = json.loads((folder / "config.json").read_text())
     config |= {"architectures": [type(model).__name__], "dtype": "bfloat16"}
     for file, fields in (("config.json", config), ("config_v4.json", older(config))):

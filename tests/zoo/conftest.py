@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flaxzoo.layers.block import Block
-from flaxzoo.zoo import MLP, Attention, Decoder, GatedMLP, LayerNorm, RMSNorm
+from flaxzoo.zoo import MLA, MLP, Attention, Decoder, GatedMLP, Groups, LayerNorm, MoE, RMSNorm, Router
 from flaxzoo.zoo.decoder import DecoderModel
 from flaxzoo.zoo.parameters import describe, merge
 
@@ -19,6 +19,18 @@ LOCAL = Block(
 LEARNED = Block(
     mixer=ATTENTION.replace(kv_heads=4, rope=None, bias=True, output_bias=True), ffn=MLP(hidden=32), norm=LayerNorm()
 )
+LATENT = Block(
+    mixer=MLA(heads=4, kv_rank=12, nope_dim=8, rope_dim=4, value_dim=8, query_rank=16),
+    ffn=MoE(
+        experts=8,
+        expert=GatedMLP(hidden=16),
+        router=Router(
+            top_k=3, score="sigmoid", correction=True, groups=Groups(groups=4, chosen=2, judged_by="best_two")
+        ),
+        shared=GatedMLP(hidden=16),
+    ),
+)
+ROUTED = PLAIN.replace(ffn=MoE(experts=4, expert=GatedMLP(hidden=16, bias=True), router=Router(top_k=2, bias=True)))
 
 DECODERS = {
     "plain": Decoder(vocab=48, dim=32, layers=2, block=(PLAIN,), tied=False),
@@ -27,9 +39,12 @@ DECODERS = {
     ),
     "pattern": Decoder(vocab=48, dim=32, layers=4, block=(LOCAL, PLAIN), soft_cap=4.0),
     "unrolled": Decoder(vocab=48, dim=32, layers=2, first=(PLAIN,), block=(LOCAL, PLAIN)),
+    "routed": Decoder(
+        vocab=48, dim=32, layers=4, first=(LATENT.replace(ffn=GatedMLP(hidden=32)),), block=(LATENT, ROUTED)
+    ),
     "learned": Decoder(vocab=48, dim=32, layers=2, block=(LEARNED,), norm=LayerNorm(), max_positions=64),
 }
-"""`mixed`: 1 first block, the pattern of 2 twice, 1 block of the incomplete last repeat."""
+"""`mixed`: 1 first block, the pattern of 2 twice, 1 block of the incomplete last repeat; `routed`: 1, 2 and 1."""
 
 
 def fresh(decoder: Decoder) -> DecoderModel:

@@ -14,7 +14,7 @@ from flaxzoo.zoo.decoder import POLICIES
 from flaxzoo.zoo.parameters import describe, merge, partitions, shardings, split
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
-NAMES = ("plain", "mixed", "learned")
+NAMES = ("plain", "mixed", "learned", "routed")
 T = 13
 BATCH = jax.random.randint(jax.random.key(4), (8, T), 0, 48, jnp.int32)
 TOKENS = jax.random.randint(jax.random.key(3), (2, T), 0, 48, jnp.int32)
@@ -51,7 +51,7 @@ def assert_same(found, wanted, tolerance):
     assert found[1].keys() == wanted[1].keys()
     for name, gradient in wanted[1].items():
         scale = np.abs(gradient).max()
-        assert scale > 0, name
+        assert scale > 0 or name.endswith("correction"), name
         np.testing.assert_allclose(found[1][name], gradient, rtol=0, atol=tolerance * scale + 1e-6, err_msg=name)
 
 
@@ -113,7 +113,9 @@ def test_impossible_depths_are_refused(change, rule, decoders):
         decoders["mixed"].replace(**change)
 
 
-@pytest.mark.parametrize(("name", "remat"), [*(("plain", policy) for policy in POLICIES), ("unrolled", "full")])
+@pytest.mark.parametrize(
+    ("name", "remat"), [*(("plain", policy) for policy in POLICIES), ("unrolled", "full"), ("routed", "dots")]
+)
 def test_recomputation_changes_neither_loss_nor_gradients(name, remat, decoders, models, whole):
     found = loss_and_gradients(decoders[name], split(models[name]), BATCH, remat=remat)
     assert_same(found, whole(name), 1e-5)
@@ -226,7 +228,7 @@ def test_decoding_with_a_cache_is_the_whole_at_once(name, models):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["plain", "mixed"])
+@pytest.mark.parametrize("name", ["plain", "mixed", "routed"])
 def test_decoding_on_a_mesh(name, decoders, models):
     wanted = logits(models[name])
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"))
@@ -264,16 +266,20 @@ def on_mesh(decoder, model, mesh, batch=BATCH):
     return parameters, jax.device_put(np.asarray(batch), jax.sharding.NamedSharding(mesh, batch_partition(mesh)))
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(sizes, decoders, models, whole):
-    decoder = decoders["pattern"]
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [*(("pattern", sizes) for sizes in MESHES), ("routed", MESHES[3]), ("routed", {"data": 2, "expert": 4})],
+    ids=str,
+)
+def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(name, sizes, decoders, models, whole):
+    decoder = decoders[name]
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes))
     with jax.set_mesh(mesh):
-        parameters, tokens = on_mesh(decoder, models["pattern"], mesh)
+        parameters, tokens = on_mesh(decoder, models[name], mesh)
         found = loss_and_gradients(decoder, parameters, tokens)
         for n, gradient in found[1].items():
             assert gradient.sharding == parameters[n].sharding, n
-    assert_same(jax.device_get(found), whole("pattern"), 1e-5)
+    assert_same(jax.device_get(found), whole(name), 1e-5)
 
 
 @pytest.mark.parametrize(("sizes", "gathers"), [({"data": 8}, False), ({"fsdp": 8}, True)], ids=str)

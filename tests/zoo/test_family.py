@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flaxzoo import zoo
 from flaxzoo.layers import rope
@@ -14,6 +15,7 @@ from flaxzoo.zoo.config import ACTIVATIONS, INFORMATIONAL, Config, modern
 from flaxzoo.zoo.families import FAMILIES
 from flaxzoo.zoo.names import units
 from flaxzoo.zoo.parameters import describe
+from safetensors.numpy import load_file, save_file
 
 TRUTH = Path(__file__).parents[1] / "truth"
 NAMES = sorted(path.parent.name for path in TRUTH.glob("*/config_v4.json"))
@@ -26,6 +28,7 @@ def fields_of(name: str, file: str = "config.json") -> dict:
 
 # Fields that only say what layer_types (or no_rope_layers) would be if they were absent.
 DEFAULTS = {"max_window_layers", "_sliding_window_pattern", "sliding_window_pattern", "no_rope_layer_interval"}
+UNUSED = {"qwen3_moe": {"intermediate_size"}}  # of dense layers, and the checkpoint has none
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,8 +40,9 @@ def test_both_styles_say_the_same(name):
 def test_what_is_written_are_the_fields_that_were_read(name):
     fields = modern(fields_of(name))
     _, written = family.write(family.read(fields), fields["model_type"])
-    matter = {n: v for n, v in fields.items() if n not in INFORMATIONAL | DEFAULTS and v is not None}
-    assert {n: v for n, v in written.items() if n not in INFORMATIONAL and v is not None} == matter
+    silent = INFORMATIONAL | DEFAULTS | UNUSED.get(name, set())
+    matter = {n: v for n, v in fields.items() if n not in silent and v is not None}
+    assert {n: v for n, v in written.items() if n not in silent and v is not None} == matter
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -107,6 +111,14 @@ def test_what_is_not_supported_is_told(changes, message):
         ("gemma2", {"layer_types": ["linear_attention"] * 4}, "full_attention or sliding_attention for each"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "there is no sliding_window"),
         ("smollm3", {"no_rope_layers": [1, 2, 3, 4]}, "no_rope_layers must be 0 or 1 for each of 4 layers"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob=True is not supported; supported: False"),
+        ("deepseek_v2", {"topk_method": "best"}, "topk_method='best' is not supported; supported: 'greedy' or 'group_"),
+        ("deepseek_v2", {"num_key_value_heads": 2}, "num_key_value_heads=2 is not supported; supported: 4"),
+        ("deepseek_v3", {"n_group": 3}, "groups must divide the experts, .* experts=8, top_k=3, groups=3"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported; supported: 'sigmoid'"),
+        ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha=1.0 is not supported; supported: 1.702"),
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        ("qwen3_moe", {"mlp_only_layers": 1}, "mlp_only_layers must be a list of layers, got 1"),
         ("phi3", {"lm_head_bias": True}, "lm_head_bias=True is not supported"),
         ("phi3", {"rope_parameters": {"type": "su"}}, "'longrope' lack some of"),
     ],
@@ -144,6 +156,29 @@ def test_windows_of_qwen2_start_after_its_first_layers():
     assert (len(decoder.first), len(decoder.block)) == (1, 1)
     again = family.write(decoder, "qwen2")[1]
     assert family.read(again) == decoder
+
+
+def test_dense_layers_among_experts():
+    fields = fields_of("qwen3_moe") | {"mlp_only_layers": [0], "decoder_sparse_step": 2}
+    decoder = family.read(fields)
+    assert [block.ffn.routed for block in decoder.all_blocks] == [False, True, False]
+    assert decoder.all_blocks[0].ffn.hidden == 96  # pyright: ignore
+    again = family.write(decoder)[1]
+    assert family.read(again) == decoder
+    dense = family.read(fields_of("deepseek_v3") | {"first_k_dense_replace": 2})
+    assert [block.ffn.routed for block in dense.all_blocks] == [False, False, True]
+    assert family.read(family.write(dense)[1]) == dense
+
+
+def test_a_layer_of_multi_token_prediction_is_no_part_of_the_model(tmp_path):
+    tensors = load_file(TRUTH / "deepseek_v3" / "model.safetensors")
+    more = {"model.layers.3.enorm.weight": np.ones(64, np.float32)}
+    save_file(tensors | more, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(fields_of("deepseek_v3")))
+    assert zoo.load(tmp_path)[0].spec.layers == 3
+    save_file(tensors | {"model.layers.2.enorm.weight": np.ones(64, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"left over model.layers.2.enorm.weight"):
+        zoo.load(tmp_path)
 
 
 def test_the_first_gemma_says_gelu_and_means_its_approximation():
@@ -203,3 +238,9 @@ def test_the_shortest_pattern_is_found(layers, first, period):
     found = pattern(blocks)
     assert (len(found["first"]), len(found["block"])) == (first, period)
     assert list(zoo.Decoder(vocab=8, dim=8, **found).all_blocks) == blocks
+
+
+def test_the_family_of_the_guide_is_the_one_that_is_here():
+    root = Path(__file__).parents[2]
+    code = re.findall(r"```python\n(.*?)```", (root / "docs" / "add-a-family.md").read_text(), re.DOTALL)
+    assert code == [(root / "zoo" / "families" / "stablelm.py").read_text()]

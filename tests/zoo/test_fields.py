@@ -11,7 +11,20 @@ import pytest
 from flax import nnx
 from flaxzoo.layers import rope
 from flaxzoo.layers.spec import Spec
-from flaxzoo.zoo import MLP, Attention, Block, Decoder, GatedMLP, LayerNorm, RMSNorm, Rope
+from flaxzoo.zoo import (
+    MLA,
+    MLP,
+    Attention,
+    Block,
+    Decoder,
+    GatedMLP,
+    Groups,
+    LayerNorm,
+    MoE,
+    RMSNorm,
+    Rope,
+    Router,
+)
 from flaxzoo.zoo.parameters import describe, merge, split
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -22,6 +35,9 @@ BLOCK = Block(mixer=ATTENTION, ffn=GatedMLP(hidden=12))
 TINY = Decoder(vocab=20, dim=16, layers=2, block=(BLOCK,))
 TOKENS = jnp.asarray([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]], jnp.int32)
 MIXER, SCALING = "block.0.mixer", "block.0.mixer.rope.scaling"
+LATENT = MLA(heads=2, kv_rank=8, nope_dim=8, rope_dim=4, value_dim=8)
+ROUTER = Router(top_k=2, score="sigmoid", groups=Groups(groups=4, chosen=2, judged_by="best_two"))
+EXPERTS = MoE(experts=8, expert=GatedMLP(hidden=8), router=ROUTER)
 SHORT, LONG = (1.0, 1.5, 2.0, 3.0), (1.0, 4.0, 8.0, 16.0)
 LONGROPE = rope.LongRopeScaling(short_factors=SHORT, long_factors=LONG, original_length=12, length=64)
 
@@ -72,7 +88,55 @@ SPECS: dict[str, tuple[str, Spec, dict[str, object]]] = {
         {"qk_norm_joint": True},
     ),
     "MLP": ("block.0.ffn", MLP(hidden=12), {"hidden": 8, "activation": "relu", "bias": False}),
-    "GatedMLP": ("block.0.ffn", GatedMLP(hidden=12), {"hidden": 8, "activation": "relu", "bias": True}),
+    "GatedMLP": (
+        "block.0.ffn",
+        GatedMLP(hidden=12),
+        {"hidden": 8, "activation": "relu", "bias": True, "limit": 0.3, "offset": 1.0},
+    ),
+    "MLA": (
+        MIXER,
+        LATENT,
+        {
+            "heads": 4,
+            "kv_rank": 4,
+            "nope_dim": 4,
+            "rope_dim": 8,
+            "value_dim": 4,
+            "query_rank": 4,
+            "rope": Rope(interleaved=True, theta=100.0),
+            "norm": RMSNorm(eps=0.5),
+            "bias": True,
+            "scale": 2.0,
+        },
+    ),
+    "MoE": (
+        "block.0.ffn",
+        EXPERTS,
+        {
+            "experts": 16,
+            "expert": MLP(hidden=8),
+            "router": ROUTER.replace(top_k=3),
+            "shared": GatedMLP(hidden=8),
+        },
+    ),
+    "Router": (
+        "block.0.ffn.router",
+        ROUTER,
+        {
+            "top_k": 3,
+            "score": "softmax",
+            "normalise": False,
+            "scale": 2.0,
+            "groups": None,
+            "bias": True,
+            "correction": True,
+        },
+    ),
+    "Groups": (
+        "block.0.ffn.router.groups",
+        Groups(groups=4, chosen=2, judged_by="best_two"),
+        {"groups": 2, "chosen": 3, "judged_by": "best"},
+    ),
     "RMSNorm": ("block.0.norm", RMSNorm(), {"eps": 0.5, "zero_centered": True}),
     "LayerNorm": ("block.0.norm", LayerNorm(), {"eps": 0.5, "bias": False}),
     "Rope": (
@@ -140,6 +204,8 @@ def decoder_with(path: str, spec: Spec) -> Decoder:
         return spec
     if isinstance(spec, rope.RopeScaling):
         return TINY.replace(**{f"{MIXER}.rope": Rope(scaling=spec)})
+    if path.startswith("block.0.ffn.router"):
+        return TINY.replace(**{"block.0.ffn": EXPERTS}).replace(**{path: spec})
     return TINY.replace(**{path: spec})
 
 

@@ -13,7 +13,7 @@ from flaxzoo import zoo
 from flaxzoo.train import mesh as meshes
 from flaxzoo.zoo import family
 from flaxzoo.zoo.parameters import split
-from flaxzoo.zoo.save import ModelSource, write_folder
+from flaxzoo.zoo.save import OLDER, ModelSource, write_folder
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models
 
@@ -36,6 +36,17 @@ def test_out_again_is_bitwise_the_same(name, style, tmp_path):
     assert same(tmp_path / "out", TRUTH / name)
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == fields
     assert zoo.open_source(tmp_path / "out").tokenizer() is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_from_nothing_is_in_both_styles(name):
+    """What only knows one of them would take the default of the other in silence."""
+    model, _ = zoo.load(TRUTH / name)
+    kind, decoder = zoo.open_source(TRUTH / name).config["model_type"], model.spec
+    written = ModelSource(model, config={"model_type": kind}).config
+    assert family.read(written) == decoder
+    assert family.read({n: v for n, v in written.items() if n != "rope_parameters"}) == decoder
+    assert family.read({n: v for n, v in written.items() if n not in OLDER}) == decoder
 
 
 def test_large_weights_are_split_over_files(tmp_path):
@@ -94,7 +105,7 @@ def test_a_changed_model_changes_the_config_it_came_with(tmp_path):
     model.spec = model.spec.replace(**{"block.0.mixer.rope": zoo.Rope(theta=123.0)})
     written = ModelSource(model, config=fields).config
     assert written["rope_parameters"] == {"rope_theta": 123.0, "rope_type": "default"}
-    assert not {"rope_theta", "rope_scaling"} & written.keys()
+    assert (written["rope_theta"], written["rope_scaling"]) == (123.0, None)
     assert written["max_position_embeddings"] == fields["max_position_embeddings"]
 
 

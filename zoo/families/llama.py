@@ -80,6 +80,11 @@ def read(config: Config, *, rope: Rope | None = None, tied: bool = False, eps: f
     )
 
 
+def activation_name(activation: str) -> str:
+    """What Hugging Face calls an activation of ours."""
+    return {"gelu_tanh": "gelu_pytorch_tanh"}.get(activation, activation)
+
+
 def shared(decoder: Decoder) -> dict[str, Any]:
     """The fields that configs of Llama and of its descendants have."""
     block = decoder.all_blocks[0]
@@ -91,7 +96,7 @@ def shared(decoder: Decoder) -> dict[str, Any]:
         "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.kv_heads,
         "intermediate_size": ffn.hidden,
-        "hidden_act": {"gelu_tanh": "gelu_pytorch_tanh"}.get(ffn.activation, ffn.activation),
+        "hidden_act": activation_name(ffn.activation),
         "rms_norm_eps": block.norm.eps,
         "tie_word_embeddings": decoder.tied,
         **rope_config.write(next((a.rope for a in attentions(decoder) if a.rope), None)),

@@ -113,7 +113,7 @@ LAYERS: dict[str, dict[str, tuple[int, ...]]] = {
     },
 }
 """Two layers of what the architectures with experts hold, beside what all have."""
-UNKNOWN = ("ministral",)
+UNKNOWN = ("ministral", "stablelm", "stablelm_parallel")
 """What GGUF cannot say, or we do not write."""
 TINY = sorted({path.parent.name for path in TRUTH.glob("*/model.safetensors")} - {*UNKNOWN})
 RANDOM = [f"random {name}" for name in CONFIGS]

@@ -1,0 +1,132 @@
+"""Chat templates in their sandbox, and conversations against the same prompts read anew."""
+
+import jax.numpy as jnp
+import pytest
+from flaxzoo.zoo import GREEDY, ChatTemplate, Conversation, Sampling, generate
+from flaxzoo.zoo.chat import chosen_template
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+CHATML = (
+    "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def test_a_template_as_on_the_hub():
+    """The text that transformers makes of it."""
+    text = ChatTemplate(CHATML).render(HELLO)
+    assert text == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert ChatTemplate(CHATML).render(HELLO, prompt=False) == text.removesuffix("<|im_start|>assistant\n")
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m | tojson }}{% break %}{% endfor %}"
+        "{{ strftime_now('%Y') | int > 2000 }}"
+    )
+    assert ChatTemplate(template, {"bos_token": "<s>"}).render([{"role": "user", "content": "é"}] * 2) == (
+        '<s>{"role": "user", "content": "é"}True'
+    )
+    assert ChatTemplate("{{ tools[0] }}").render(HELLO, tools=["a"]) == "a"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no tools') }}", "no tools"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{% set _ = messages.append(1) %}", "unsafe"),
+        ("{{ 'x' * 100000000 * 100 }}", "too large"),
+        ("{{ 9 ** 99999 }}", "too large"),
+        ("{% for i in range(1000000) %}{% endfor %}", "[Rr]ange too big"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{{ missing.field }}", "missing"),
+        ("{{ 1 / 0 }}", "division"),
+    ],
+)
+def test_templates_are_not_trusted(template, message):
+    with pytest.raises(ValueError, match=message):
+        ChatTemplate(template).render(HELLO)
+
+
+def test_what_is_no_template_or_no_message_is_refused():
+    with pytest.raises(ValueError, match="not valid, in line 2"):
+        ChatTemplate("a\n{% if %}")
+    with pytest.raises(ValueError, match="at least one message"):
+        ChatTemplate("").render([])
+    with pytest.raises(ValueError, match="role and content"):
+        ChatTemplate("").render([{"role": "user"}])
+
+
+def test_one_of_several_templates():
+    named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    assert (chosen_template("c"), chosen_template(named), chosen_template(named, "tool_use")) == ("c", "a", "b")
+    with pytest.raises(ValueError, match="did you mean 'tool_use'"):
+        chosen_template(named, "tooluse")
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRST"
+TEMPLATE = ChatTemplate("{% for m in messages %}{{ m.role[0] }}{{ m.content }}Z{% endfor %}a")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    made = Tokenizer(WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token="a"))
+    made.pre_tokenizer = Split("", "isolated")
+    made.decoder = decoders.Fuse()
+    made.add_special_tokens(["Z"])
+    return made
+
+
+@pytest.mark.parametrize("name", ["plain", "mixed"])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.0, repetition_penalty=1.5)], ids=str)
+def test_turns_are_as_if_read_anew(name, sampling, models, tokenizer):
+    """`mixed` has rings: what they forgot is read again."""
+    talk = Conversation(models[name], tokenizer, TEMPLATE, stop=("Z",), sampling=sampling)
+    reused = []
+    for text in ("hello", "how", "a longer message", "x"):
+        prompt = TEMPLATE.render([*talk.messages, {"role": "user", "content": text}])
+        answer = "".join(talk.say(text, max_tokens=11))
+        wanted = generate(models[name], tokenizer, [prompt], max_tokens=11, sampling=sampling, stop=("Z",))[0]
+        assert answer == wanted
+        assert talk.messages[-1] == {"role": "assistant", "content": answer}
+        reused.append(talk.reused)
+    assert max(reused) > 20
+
+
+def test_reset_and_an_answer_that_is_left(models, tokenizer):
+    talk = Conversation(models["mixed"], tokenizer, TEMPLATE, stop=(), system="kind", sampling=GREEDY)
+    pieces = talk.say("hello", max_tokens=40)
+    first = next(pieces)
+    pieces.close()
+    assert [m["content"] for m in talk.messages] == ["kind", "hello", first]
+    prompt = TEMPLATE.render([*talk.messages, {"role": "user", "content": "go"}])
+    wanted = generate(models["mixed"], tokenizer, [prompt], max_tokens=5, sampling=GREEDY, stop=())[0]
+    assert "".join(talk.say("go", max_tokens=5)) == wanted
+    talk.reset()
+    assert talk.messages == [{"role": "system", "content": "kind"}]
+    assert "".join(talk.say("hello", max_tokens=40)).startswith(first)
+
+
+def test_a_message_that_does_not_fit_is_not_kept(models, tokenizer):
+    talk = Conversation(models["learned"], tokenizer, TEMPLATE, stop=("Z",))
+    with pytest.raises(ValueError, match="64 positions"):
+        list(talk.say("hello", max_tokens=60))
+    assert talk.messages == []
+    assert len("".join(talk.say("hello", max_tokens=5))) <= 5
+
+
+def test_draws_differ_from_turn_to_turn(models, tokenizer):
+    options = {"stop": (), "sampling": Sampling(temperature=3.0), "dtype": jnp.float32, "seed": 1}
+    talk = Conversation(models["plain"], tokenizer, TEMPLATE, **options)
+    answers = []
+    for _ in range(2):
+        answers.append("".join(talk.say("hello", max_tokens=12)))
+        talk.reset()
+    again = "".join(Conversation(models["plain"], tokenizer, TEMPLATE, **options).say("hello", max_tokens=12))
+    assert answers[0] == again != answers[1]

@@ -1,0 +1,151 @@
+"""Guessing ahead: greedily the same tokens, drawn the same distribution, whoever guesses."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flaxzoo.zoo import GREEDY, Sampling, Speculation, complete
+from flaxzoo.zoo.sampling import row_keys
+from flaxzoo.zoo.speculative import _judged
+from flaxzoo.zoo.state import State
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+COUNT = 45
+PROMPTS = [[1, 2, 3, 1, 2], [5], [7, 8, 9, 7, 8, 9, 7, 8]]
+TOKENIZER = Tokenizer(WordLevel({str(i): i for i in range(48)}, unk_token="0"))
+
+
+def ids(model, **options):
+    options = {"max_tokens": COUNT, "sampling": GREEDY, "stop": ()} | options
+    return [found.ids for found in complete(model, TOKENIZER, PROMPTS, **options)]
+
+
+@pytest.fixture(scope="module")
+def plain(models):
+    return {name: ids(models[name]) for name in ("mixed", "learned")}
+
+
+@pytest.mark.parametrize("name", ["mixed", "learned"])
+@pytest.mark.parametrize("guesser", ["lookup", "bad draft", "itself"])
+def test_greedy_is_the_same(name, guesser, models, decoders, plain):
+    """Windows of 5 with 45 tokens: rings go round, and guesses are taken back."""
+    draft = {
+        "lookup": None,
+        "bad draft": models["mixed"] if name == "learned" else models["plain"],
+        "itself": models[name],
+    }
+    options = {"speculation": Speculation(tokens=5, ngram=2), "draft": draft[guesser]}
+    assert ids(models[name], **options) == plain[name]
+    assert ids(models[name], **options, max_tokens=7) == [row[:7] for row in plain[name]]
+
+
+def test_a_stop_among_kept_guesses_ends_the_row(models, plain):
+    stop = plain["mixed"][0][6]
+    found = ids(models["mixed"], stop=(str(stop),), draft=models["mixed"])
+    assert found == [row[: row.index(stop) + 1] if stop in row else row for row in plain["mixed"]]
+
+
+def test_penalties_see_the_guesses(models):
+    sampling = Sampling(temperature=0.0, repetition_penalty=1.5)
+    wanted = ids(models["mixed"], sampling=sampling)
+    for options in ({"draft": models["mixed"]}, {"speculation": Speculation(tokens=3)}):
+        assert ids(models["mixed"], sampling=sampling, **options) == wanted
+
+
+def test_log_probs(models):
+    one, other = (
+        complete(
+            models["mixed"], TOKENIZER, PROMPTS, max_tokens=9, sampling=GREEDY, stop=(), log_probs=True, draft=draft
+        )
+        for draft in (None, models["mixed"])
+    )
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-4)
+
+
+def test_a_good_draft_saves_passes(models, monkeypatch):
+    """Of itself, a model keeps every guess; and a loop is found by looking up."""
+    from flaxzoo.zoo import speculative
+
+    kept = []
+    original = speculative._judged
+
+    def spied(*args):
+        found = original(*args)
+        jax.debug.callback(lambda x: kept.append(np.asarray(x)), found[0])
+        return found
+
+    monkeypatch.setattr(speculative, "_judged", spied)
+    jax.clear_caches()
+    ids(models["plain"], draft=models["plain"], max_tokens=22)
+    jax.effects_barrier()
+    assert np.concatenate(kept).max() == 4
+    assert len(kept) <= 6  # 1 + 5 + 5 + 5 + 5 + 1
+    jax.clear_caches()
+
+
+def test_kept_and_replaced_tokens_follow_the_model():
+    """Chi-square over all outcomes of a step: a draft that is far off, and one guess that is certain."""
+    vocab, rows = 4, 40_000
+    p = np.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]], np.float32)  # at two places, after any token
+    q = np.array([[0.05, 0.15, 0.3, 0.5]], np.float32)
+    filters = Sampling(temperature=1.0).traced(vocab)
+    zeros = jnp.zeros(rows, jnp.int32)
+    keys = jax.random.split(jax.random.key(1), rows)
+    state = State(lengths=zeros, token=zeros, drawn=zeros, left=zeros + 9, keys=keys, seen=None)
+    weights = jnp.tile(p[None], (rows, 1, 1))
+    for drawn in (True, False):
+        if drawn:
+            guesses = filters.draw(jnp.log(jnp.tile(q, (rows, 1))), row_keys(keys, zeros, 1))
+            shares = jnp.tile(q[None], (rows, 1, 1))
+        else:
+            guesses, shares = zeros + 2, None
+        kept, after = _judged(state, filters, guesses[:, None], shares, weights, zeros + 1)
+        first = np.asarray(jnp.where(kept > 0, guesses, after))
+        counts = np.bincount(first, minlength=vocab)
+        assert chi_square(counts, p[0] * rows) < 16.3  # 0.999 of 3 degrees of freedom
+        second = np.asarray(after)[np.asarray(kept) > 0]
+        counts = np.bincount(second, minlength=vocab)
+        assert chi_square(counts, p[1] * len(second)) < 16.3
+        accepted = np.minimum(p[0], q[0]).sum() if drawn else p[0, 2]
+        np.testing.assert_allclose(np.mean(np.asarray(kept)), accepted, atol=0.01)
+
+
+def chi_square(found, wanted):
+    return float(np.sum((found - wanted) ** 2 / wanted))
+
+
+def test_sampled_text_follows_the_model(models, decoders):
+    """Two tokens drawn with a draft model, of a vocabulary of 3, against the probabilities of the model itself."""
+    tiny = decoders["plain"].replace(vocab=3)
+    model, draft = (tiny.build(rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    sampling, rows = Sampling(temperature=0.5), 4000
+    tokenizer = Tokenizer(WordLevel({str(i): i for i in range(3)}, unk_token="0"))
+    for options in ({"draft": draft}, {"speculation": Speculation(tokens=2)}):
+        found = complete(model, tokenizer, [[0, 1]] * rows, max_tokens=3, sampling=sampling, stop=(), seed=5, **options)
+        counts = np.zeros((3, 3))
+        for one in found:
+            counts[one.ids[1], one.ids[2]] += 1
+        wanted = np.zeros((3, 3))
+        for texts in itertools.product(range(3), repeat=3):
+            logits = model(jnp.asarray([[0, 1, *texts[:2]]], jnp.int32))[0][0]
+            logs = jax.nn.log_softmax(logits / sampling.temperature)
+            wanted[texts[1:]] += np.exp(sum(float(logs[1 + i, token]) for i, token in enumerate(texts)))
+        assert chi_square(counts, wanted * rows) < 26.1  # 0.999 of 8 degrees of freedom
+
+
+@pytest.mark.parametrize("change", [{"tokens": 0}, {"tokens": 17}, {"ngram": 0}], ids=str)
+def test_what_cannot_be_is_refused(change):
+    with pytest.raises(ValueError, match=f"got .*{next(iter(change.values()))}"):
+        Speculation(**change)
+
+
+def test_a_draft_of_another_vocabulary_is_refused(models, decoders):
+    draft = decoders["plain"].replace(vocab=50).build(rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="vocabulary, got 50 and 48"):
+        ids(models["plain"], draft=draft)

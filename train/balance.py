@@ -1,0 +1,70 @@
+"""Experts kept equally busy: losses, the corrections that routers add in their choice, and what is reported."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ..configs.run import Balance
+from ..layers.routing import Routing
+from ..layers.sharding import as_split
+from ..zoo.parameters import Parameters
+
+Done = dict[str, Routing]
+"""What each router of a model did, by the name of its block; of stacked blocks, with a leading axis L."""
+
+
+def loads(done: Done) -> dict[str, Array]:
+    """How often each expert was chosen."""
+    return {name: router["load"] for name, router in done.items()}
+
+
+def loss(balance: Balance, done: Done, loads: dict[str, Array], tokens: Float[Array, ""]) -> Float[Array, ""]:
+    """The part of the training loss that routers get.
+
+    It adds up over parts of a batch where `loads` and `tokens` are those of the whole batch.
+    """
+    even, z = _means(done, loads, tokens)
+    return balance.loss * even + balance.router_z_loss * z
+
+
+def metrics(done: Done, tokens: Float[Array, ""]) -> dict[str, Float[Array, ""]]:
+    """For a model with routers: the unweighted losses, and MaxVio (2408.15664, 4.1), the most any expert is overloaded.
+
+    MaxVio is the load of the busiest expert of any router over the mean load, minus 1.
+    """
+    if not done:
+        return {}
+    even, z = _means(done, loads(done), tokens)
+    violations = [jnp.max(load, axis=-1) / jnp.mean(load, axis=-1) - 1 for load in loads(done).values()]
+    return {
+        "balance_loss": even,
+        "router_z_loss": z,
+        "max_violation": jnp.max(jnp.concatenate([each.reshape(-1) for each in violations])),
+    }
+
+
+def corrected(balance: Balance, params: Parameters, done: Done) -> Parameters:
+    """The parameters, with the corrections of routers moved against the loads (2408.15664, algorithm 1)."""
+    if not balance.bias_rate:
+        return params
+    moved = {}
+    for name, load in loads(done).items():
+        correction = params.get(f"{name}.ffn.router.correction")
+        if correction is not None:
+            missing = jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
+            moved[f"{name}.ffn.router.correction"] = correction + balance.bias_rate * as_split(missing, correction)
+    return params | moved
+
+
+def _means(done: Done, loads: dict[str, Array], tokens: Array) -> tuple[Array, Array]:
+    """Over all routers, the means of E sum_e (share of the choices)_e (mean probability)_e, and of z per token."""
+    tokens = jnp.maximum(tokens, 1.0)
+    routers, even, z = 0, jnp.zeros(()), jnp.zeros(())
+    for name, router in done.items():
+        load = jax.lax.stop_gradient(loads[name])
+        experts = load.shape[-1]
+        routers += load.size // experts
+        shares = load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1.0)
+        even = even + experts * jnp.sum(shares * router["probability"]) / tokens
+        z = z + jnp.sum(router["z"]) / tokens
+    return even / max(routers, 1), z / max(routers, 1)

@@ -1,0 +1,104 @@
+"""What a SOURCE on the command line comes to: a model, its tokenizer, how it chats and where its texts end."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tokenizers import Tokenizer
+
+from .. import zoo
+from ..layers.spec import unknown
+from ..zoo import family
+from ..zoo.chat import ChatTemplate, chosen_template
+from ..zoo.decoder import DecoderModel
+from ..zoo.hugging_face import HuggingFaceFolder, read_json
+from ..zoo.load import is_run
+from . import folder as folders
+from . import mesh as meshes
+from .data import separator
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Everything that generation needs."""
+
+    model: DecoderModel
+    tokenizer: Tokenizer
+    stop: tuple[str, ...]
+    """The tokens that end a text."""
+    template: ChatTemplate | None
+    dtype: Any
+    """What the model computes in."""
+
+    def for_decoding(self) -> "Writer":
+        """The same with the model in the form that decodes fastest."""
+        return dataclasses.replace(self, model=zoo.for_decoding(self.model, self.dtype))
+
+
+def open_writer(
+    source: str | Path, *, step: int | None = None, mesh: str = "", dtype: str = "", progress: Any = None
+) -> Writer:
+    """The model of a source with all that belongs to it.
+
+    Args:
+        source: the folder of a run, a Hugging Face folder, a `.gguf` file, or a name on the hub.
+        step: of a run, the checkpoint; the latest by default.
+        mesh: axes and sizes to place the parameters on, e.g. "tensor=4"; one device by default.
+        dtype: what the model computes in; by default float32 for a run, and for others what they are stored in.
+        progress: told bytes loaded and bytes in all.
+
+    Raises ValueError where there is no such source, it is damaged, or it lacks a tokenizer.
+    """
+    if dtype and dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    path = Path(source)
+    if is_run(path) or (not path.exists() and path.parent.is_dir()):
+        model, tokenizer = folders.load(path, step=step, mesh=mesh)
+        stop = (str(tokenizer.id_to_token(separator(tokenizer))),)
+        return Writer(model, tokenizer, stop, None, jnp.dtype(dtype or "float32"))
+    if step is not None:
+        raise ValueError(f"step is of the checkpoints of a run, and {source} is none; leave it out")
+    opened = zoo.open_source(source)
+    placed = meshes.for_parameters(family.read(opened.config), mesh) if mesh else None
+    wanted = jnp.dtype(dtype) if dtype else None
+    model, tokenizer = zoo.load(opened, dtype=wanted, mesh=placed, progress=progress)
+    if tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer: put its tokenizer.json beside the weights")
+    tokens, template = _described(opened, tokenizer)
+    stored = jax.tree.leaves(model)[0].dtype
+    computed = jnp.float32 if stored == jnp.float16 else stored
+    stop = tuple(tokens.pop("stop"))
+    made = None if template is None else ChatTemplate(template, tokens)
+    return Writer(model, tokenizer, stop, made, jnp.dtype(dtype) if dtype else computed)
+
+
+def _described(source: Any, tokenizer: Tokenizer) -> tuple[dict[str, Any], str | None]:
+    """Special tokens by the names that templates use, the tokens that end a text as "stop", and the template."""
+    config, template = dict(source.config), getattr(source, "chat_template", None)
+    named: dict[str, Any] = {}
+    stop: list[str] = []
+    if isinstance(source, HuggingFaceFolder):
+        folder = source.path
+        described = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        if (folder / "generation_config.json").is_file():
+            config |= {k: v for k, v in read_json(folder / "generation_config.json").items() if k == "eos_token_id"}
+        for name, token in described.items():
+            text = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and isinstance(text, str):
+                named[name] = text
+        template = described.get("chat_template")
+        if (folder / "chat_template.jinja").is_file():
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("bos_token", "eos_token"):
+        ids = config.get(f"{name}_id")
+        texts = [tokenizer.id_to_token(i) for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
+        stop += [text for text in texts if text and name == "eos_token"]
+        if texts and texts[0]:
+            named.setdefault(name, texts[0])
+    stop += [named["eos_token"]] if "eos_token" in named else []
+    return named | {"stop": list(dict.fromkeys(stop))}, None if template is None else chosen_template(template)

@@ -1,0 +1,58 @@
+"""Mixtral 8x7B and 8x22B: Mistral's shape with experts (2401.04088)."""
+
+from typing import Any
+
+from ...layers.mlp import GatedMLP
+from ...layers.moe import MoE
+from ...layers.routing import Router
+from ..blocks import experts, fed, part, window_of
+from ..config import Config
+from ..decoder import Decoder
+from ..family import Family
+from . import llama
+
+MOE = "model.layers.{layer}.block_sparse_moe"
+NAMES = (
+    llama.OUTSIDE
+    | llama.NORMS
+    | llama.ATTENTION
+    | {
+        f"{MOE}.gate.weight": ("E D", "ffn.router.weight"),
+        f"{MOE}.experts.{{expert}}.w1.weight": ("F D", "ffn.experts.gate.weight"),
+        f"{MOE}.experts.{{expert}}.w3.weight": ("F D", "ffn.experts.up.weight"),
+        f"{MOE}.experts.{{expert}}.w2.weight": ("D F", "ffn.experts.down.weight"),
+    }
+)
+
+
+def read(config: Config) -> Decoder:
+    """The decoder of a config."""
+    for name in ("attention_bias", "mlp_bias"):
+        config.only(name, False)
+    decoder = llama.read(config, rope=config.rope(1_000_000.0), eps=1e-5)
+    ffn = MoE(
+        experts=config.count("num_local_experts", config.count("num_experts", 8)),
+        expert=part(decoder.block[0].ffn, GatedMLP),
+        router=Router(top_k=config.count("num_experts_per_tok", 2)),
+    )
+    return decoder.replace(**{"block.0.ffn": ffn, "block.0.mixer.window": config.count("sliding_window", None)})
+
+
+def write(decoder: Decoder) -> dict[str, Any]:
+    """The fields that `read` takes."""
+    moe = experts(decoder)
+    return llama.shared(fed(decoder, moe.expert)) | {
+        "sliding_window": window_of(decoder),
+        "num_local_experts": moe.experts,
+        "num_experts_per_tok": moe.router.top_k,
+    }
+
+
+FAMILY = Family(
+    model_types=("mixtral",),
+    architecture="MixtralForCausalLM",
+    read=read,
+    write=write,
+    names=NAMES,
+    buffers=llama.BUFFERS,
+)
