@@ -21,7 +21,7 @@ train: .venv/.train ## train a language model on Shakespeare
 	.venv/bin/zoo train shakespeare $(ARGS)
 
 test: .venv/.test ## run the tests, minutes on a CPU
-	.venv/bin/pytest $(ARGS)
+	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: .venv/.test ## run the tests that take minutes each
 	.venv/bin/pytest -m 'slow and not tpu and not gpu and not real' $(ARGS)

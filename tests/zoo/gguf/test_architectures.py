@@ -7,12 +7,14 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from flaxzoo import zoo
 from flaxzoo.zoo.family import read as read_config
 from flaxzoo.zoo.gguf import GgufFile, save_gguf
 from flaxzoo.zoo.gguf.architectures import ARCHITECTURES
 from flaxzoo.zoo.gguf.config import Metadata
 from flaxzoo.zoo.gguf.rules import Pair, Stacked
 from flaxzoo.zoo.gguf.save import architecture_for
+from flaxzoo.zoo.parameters import split
 from safetensors.numpy import load_file
 
 TRUTH = Path(__file__).parents[2] / "truth"
@@ -111,7 +113,7 @@ LAYERS: dict[str, dict[str, tuple[int, ...]]] = {
     },
 }
 """Two layers of what the architectures with experts hold, beside what all have."""
-UNKNOWN = ("ministral",)
+UNKNOWN = ("ministral", "stablelm", "stablelm_parallel")
 """What GGUF cannot say, or we do not write."""
 TINY = sorted({path.parent.name for path in TRUTH.glob("*/model.safetensors")} - {*UNKNOWN})
 RANDOM = [f"random {name}" for name in CONFIGS]
@@ -183,6 +185,20 @@ def test_config(name: str, memory: Any, tmp_path: Path) -> None:
     assert read_config(GgufFile(tmp_path / "model.gguf").config) == read_config(config)
 
 
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt2", "llama3_rope"])
+def test_load(name: str, memory: Any, tmp_path: Path) -> None:
+    """`zoo.load` gives the model that the Hugging Face folder does, of the same numbers."""
+    config, arrays = checkpoint(name)
+    save_gguf(memory(config, arrays), tmp_path / "model.gguf")
+    zoo.convert(tmp_path / "model.gguf", tmp_path / "folder")
+    file, folder = (zoo.load(tmp_path / place, dtype="float32")[0] for place in ("model.gguf", "folder"))
+    assert file.spec == folder.spec
+    found, wanted = split(file), split(folder)
+    assert found.keys() == wanted.keys()
+    for parameter, value in wanted.items():
+        np.testing.assert_array_equal(found[parameter], value)
+
+
 @pytest.mark.parametrize("name", RANDOM)
 def test_fields(name: str, memory: Any, tmp_path: Path) -> None:
     """Every field comes back."""
@@ -243,22 +259,14 @@ def test_real_metadata(model: str) -> None:
     )
 
 
-def test_groups_of_older_files(memory: Any, tmp_path: Path) -> None:
+def test_groups_of_older_files() -> None:
     """Files of DeepSeek-V3 from before llama.cpp knew of groups do not say them."""
-    config, arrays = checkpoint("random deepseek_v3")
-    experts = 256
-    for layer in range(2):
-        prefix = f"model.layers.{layer}.mlp."
-        for name in ("gate.weight", "gate.e_score_correction_bias"):
-            arrays[prefix + name] = np.repeat(arrays[prefix + name], experts // 4, axis=0)
-        for expert in range(4, experts):
-            for name in SWIGLU:
-                arrays[f"{prefix}experts.{expert}.{name}"] = arrays[f"{prefix}experts.0.{name}"]
-    changes = {"n_routed_experts": experts, "n_group": None, "topk_group": None}
-    path = tmp_path / "model.gguf"
-    save_gguf(memory(config | changes, arrays), path)
-    assert GgufFile(path).config["n_group"] == 1  # written, it is said
-    data = path.read_bytes().replace(b"deepseek2.expert_group_count", b"deepseek2.expert_group_dunno")
-    path.write_bytes(data)
-    found = GgufFile(path).config
-    assert (found["n_group"], found["topk_group"]) == (8, 4)
+    config, _ = checkpoint("random deepseek_v3")
+    architecture = architecture_for(config)
+    values = architecture.metadata(config | {"n_routed_experts": 256, "n_group": 1, "topk_group": 1})
+    found = []
+    for left_out in ("", "expert_group_count"):
+        said = {f"deepseek2.{key}": value for key, value in values.items() if key != left_out}
+        read = architecture.config(Metadata(said, "deepseek2", rows=160, extra={}, tensors=frozenset()))
+        found.append((read["n_group"], read["topk_group"]))
+    assert found == [(1, 1), (8, 4)]
