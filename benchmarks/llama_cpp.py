@@ -70,7 +70,7 @@ def difference(path: Path, ids: list[int], count: int) -> tuple[float, float]:
     from flaxzoo import zoo
 
     model, _ = zoo.load(path)
-    logits, theirs = np.asarray(model(np.asarray(ids, np.int32)[None])[0][0]), LlamaCpp(path)
+    logits, theirs = np.asarray(model(jax.numpy.asarray([ids], jax.numpy.int32))[0][0]), LlamaCpp(path)
     worst, spread = 0.0, 0.0
     for length in LENGTHS:
         ours = np.asarray(jax.nn.log_softmax(logits[length - 1]))

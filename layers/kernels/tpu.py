@@ -87,8 +87,8 @@ def backward(
         return jax.tree.map(lambda x, like: x.astype(like.dtype), found, gradients_like(problem, operands))
 
     @jax.custom_batching.sequential_vmap
-    def call(operands: Operands, *rest: Array) -> Gradients:
-        return tpu_backward.backward(problem, operands, *rest, chosen, interpret)
+    def call(operands: Operands, lse: Array, delta: Array, out_grad: Array) -> Gradients:
+        return tpu_backward.backward(problem, operands, lse, delta, out_grad, chosen, interpret)
 
     return call(operands, lse, delta, out_grad)
 

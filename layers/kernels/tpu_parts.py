@@ -169,9 +169,8 @@ def _is_cell(key: Value, size: int) -> bool:
     if size == 1 or key.operation is None:
         return key.leaf == "key" and size == 1
     inputs = key.operation.inputs
-    return (
-        key.operation.name == "div" and inputs[0].leaf == "key" and is_literal(inputs[1]) and inputs[1].constant == size
-    )
+    divided = key.operation.name == "div" and inputs[0].leaf == "key" and is_literal(inputs[1])
+    return divided and int(inputs[1].constant) == size
 
 
 def _words_of(operation: Operation, values: dict[Value, Any], places: dict[str, Array], keys: int) -> Array:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import torch  # pyright: ignore[reportMissingImports]
+from transformers import AutoConfig, AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
 HERE = Path(__file__).parent
 LENGTH, VALID, PROMPT, NEW = 24, (24, 17), 10, 16
@@ -221,7 +221,8 @@ def write(name: str, folder: Path) -> None:
     """Writes one checkpoint and its truth."""
     folder.mkdir(parents=True, exist_ok=True)
     model = model_of(name)
-    np.savez_compressed(folder / "truth.npz", **truth_of(model))
+    arrays: dict[str, Any] = truth_of(model)
+    np.savez_compressed(folder / "truth.npz", **arrays)
     model.to(torch.bfloat16).save_pretrained(folder)  # with the hub's names: a tensor for each expert
     (folder / "generation_config.json").unlink(missing_ok=True)
     config = json.loads((folder / "config.json").read_text())

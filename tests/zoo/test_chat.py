@@ -1,5 +1,7 @@
 """Chat templates in their sandbox, and conversations against the same prompts read anew."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import pytest
 from flaxzoo.zoo import GREEDY, ChatTemplate, Conversation, Sampling, generate
@@ -102,7 +104,7 @@ def test_turns_are_as_if_read_anew(name, sampling, models, tokenizer):
 
 def test_reset_and_an_answer_that_is_left(models, tokenizer):
     talk = Conversation(models["mixed"], tokenizer, TEMPLATE, stop=(), system="kind", sampling=GREEDY)
-    pieces = talk.say("hello", max_tokens=40)
+    pieces: Any = talk.say("hello", max_tokens=40)
     first = next(pieces)
     pieces.close()
     assert [m["content"] for m in talk.messages] == ["kind", "hello", first]

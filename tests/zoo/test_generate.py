@@ -1,5 +1,7 @@
 """Generation against repeated full forward passes, and its rules."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -186,7 +188,8 @@ def test_a_stream_is_the_text_in_pieces(models, tokenizer):
 
 def test_similar_lengths_and_other_settings_share_programs(models, tokenizer):
     def made():
-        return session._prefill._cache_size() + session._advance._cache_size() + session._first._cache_size()
+        programs: list[Any] = [session._prefill, session._advance, session._first]
+        return sum(program._cache_size() for program in programs)
 
     run(models["plain"], tokenizer, ["hello"], sampling=Sampling(temperature=1.0, top_k=30))
     before = made()

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,8 @@ def test_router_logits(name: str) -> None:
     ]
     tokens = jnp.asarray(data["input_ids"])
     x, places, found = model.embedding(tokens, jnp.float32), plain_places(tokens), []
-    for block in itertools.chain(model.first, *stacks, model.rest):
+    blocks: Any = itertools.chain(model.first, *stacks, model.rest)
+    for block in blocks:
         if block.spec.ffn.routed:
             mixed, _ = block.mixer(block.mixer_norm(x), places)
             found.append(block.ffn.router.logits(block.ffn_norm(x + mixed)))

@@ -154,7 +154,7 @@ def test_the_harness_asks_for_text(candidate, models, tokenizer):
 def test_a_local_task_of_the_harness(candidate, tmp_path):
     """Multiple choice from a file, with lm-evaluation-harness itself (skipped where it is not installed)."""
     lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'flaxzoo[eval]'")
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     (tmp_path / "test.jsonl").write_text('{"q": "the quick", "a": 0}\n{"q": "brown fox", "a": 1}\n')
     (tmp_path / "tiny.yaml").write_text(

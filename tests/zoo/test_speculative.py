@@ -1,6 +1,7 @@
 """Guessing ahead: greedily the same tokens, drawn the same distribution, whoever guesses."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,8 @@ def test_sampled_text_follows_the_model(models, decoders):
     model, draft = (tiny.build(rngs=nnx.Rngs(seed)) for seed in (0, 1))
     sampling, rows = Sampling(temperature=0.5), 4000
     tokenizer = Tokenizer(WordLevel({str(i): i for i in range(3)}, unk_token="0"))
-    for options in ({"draft": draft}, {"speculation": Speculation(tokens=2)}):
+    guesses: list[dict[str, Any]] = [{"draft": draft}, {"speculation": Speculation(tokens=2)}]
+    for options in guesses:
         found = complete(model, tokenizer, [[0, 1]] * rows, max_tokens=3, sampling=sampling, stop=(), seed=5, **options)
         counts = np.zeros((3, 3))
         for one in found:

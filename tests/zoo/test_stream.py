@@ -1,5 +1,7 @@
 """Text in pieces: characters of several bytes, and stop strings that straddle tokens."""
 
+from typing import Any
+
 import pytest
 from flaxzoo.zoo.stream import TextStream
 from hypothesis import given
@@ -21,7 +23,7 @@ def made():
 
 
 TOKENIZER = made()
-END = TOKENIZER.token_to_id("<|end|>")
+END: Any = TOKENIZER.token_to_id("<|end|>")
 
 
 def pieces(text, sizes, stop=(), ends=()):
@@ -81,6 +83,6 @@ def test_bytes_that_are_no_text_come_at_the_end(data):
     # Bytes that are not printable are 256 and up, in order, in this alphabet.
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [byte for byte in range(256) if byte not in printable]
-    tokens = [TOKENIZER.token_to_id(chr(b if b in printable else 256 + others.index(b))) for b in data]
+    tokens: list[Any] = [TOKENIZER.token_to_id(chr(b if b in printable else 256 + others.index(b))) for b in data]
     stream = TextStream(TOKENIZER)
     assert "".join(stream.push([token]) for token in tokens) + stream.finish() == data.decode(errors="replace")

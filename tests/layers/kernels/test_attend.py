@@ -97,7 +97,10 @@ def test_low_precision_errs_no_more_than_twice_the_plain_definition(name, dtype)
     assert ours(case, "portable")(**rounded).dtype == dtype
     for variant in functions:
         for part, value in found[variant].items():
-            error, allowed = (np.sqrt(np.mean((x - exact["plain"][part]) ** 2)) for x in (value, found["plain"][part]))
+            right = exact["plain"][part]
+            error, allowed = (np.sqrt(np.mean((x - right) ** 2)) for x in (value, found["plain"][part]))
+            # Of four numbers, one may be right by luck: half a unit in the last place is never too much.
+            allowed = max(allowed, float(jnp.finfo(dtype).eps) / 4 * np.sqrt(np.mean(right**2)))
             assert 0 < error <= 2 * allowed, (variant, part)
 
 
