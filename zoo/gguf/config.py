@@ -87,7 +87,9 @@ class Field:
         if value is None and self.zero is None:
             return self.kind(0)
         if value is None and self.default is REQUIRED:
-            raise ValueError(f"the config of a {config['model_type']} model needs the field {self.name}")
+            raise ValueError(
+                f"the config of a {config['model_type']} model needs the field {self.name}: give it with the config"
+            )
         return self.default if value is None else self.kind(value)
 
 
@@ -146,16 +148,14 @@ def write_rope(config: Config) -> dict[str, Any]:
     values["rope.dimension_count"] = round(width * scaling.get("partial_rotary_factor", 1.0))
     if kind in ("default", "llama3"):  # llama3's factors are a tensor
         return values
+    known = {"linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")}
+    beside = {"rope_type", "partial_rotary_factor", "original_max_position_embeddings", "truncate"}
+    given = {name for name, value in scaling.items() if value is not None}
+    if kind not in known or not given <= {*beside, *known[kind]}:
+        raise ValueError(f"this RoPE scaling cannot be said in GGUF: {scaling}")
     values |= {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling["factor"])}
     if kind == "linear":
         return values
-    known = ("factor", "rope_type", "original_max_position_embeddings", "beta_fast", "beta_slow")
-    if kind != "yarn" or any(
-        value is not None
-        for name, value in scaling.items()
-        if name not in (*known, "partial_rotary_factor", "truncate")
-    ):
-        raise ValueError(f"this RoPE scaling cannot be said in GGUF: {scaling}")
     return values | {
         "rope.scaling.original_context_length": scaling["original_max_position_embeddings"],
         "rope.scaling.yarn_beta_fast": float(scaling.get("beta_fast", 32.0)),

@@ -115,6 +115,16 @@ WRONG = {
     "window": ({"sliding_window": 4096}, {}, "GGUF cannot say sliding_window=4096 of a llama model: .* assume None"),
     "activation": ({"hidden_act": "gelu"}, {}, "hidden_act='gelu' of a llama model"),
     "rope": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, {}, "this RoPE scaling cannot be said in GGUF"),
+    "factors": (
+        {"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0]}},
+        {},
+        "this RoPE scaling cannot be said",
+    ),
+    "mscale": (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}},
+        {},
+        "RoPE scaling cannot be said",
+    ),
     "missing": ({"hidden_size": None}, {}, "of a llama model needs the field hidden_size"),
     "ends": ({"eos_token_id": [1, 2, 3, 4]}, {}, "room for 3 tokens as eos_token_id"),
     "left over": ({}, {"model.extra.weight": np.zeros(3)}, "1 tensors are not known .* llama: model.extra.weight"),
