@@ -25,6 +25,9 @@ PREFIXES = {
     "gemma3_text": ("gemma3_",),
     "phi3": ("phi",),
     "qwen2": ("qwen2_5", "r1_distill_qwen"),
+    "qwen3": ("qwen3_0", "qwen3_1", "qwen3_32b", "qwen3_4b", "qwen3_8b"),
+    "qwen3_moe": ("qwen3_30b_a3b", "qwen3_235b_a22b"),
+    "deepseek_v3": ("deepseek_v3",),
     "deepseek_v2": ("deepseek_v2", "deepseek_coder"),
 }
 
