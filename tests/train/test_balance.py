@@ -220,7 +220,7 @@ def test_a_run_of_experts_and_latent_attention(routed: Run, tmp_path: Path) -> N
     assert " active, " in shown.getvalue()
     model, tokenizer = load(tmp_path / "run")
     assert np.abs(split(model)["stack.0.ffn.router.correction"]).max() > 0.01
-    text = zoo.generate(model, tokenizer, ["the cat"], max_tokens=8, temperature=0.0)[0]
+    text = zoo.generate(model, tokenizer, ["the cat"], max_tokens=8, sampling=zoo.GREEDY)[0]
     assert text
     early, _ = load(tmp_path / "run", step=15)
     assert np.abs(split(early)["stack.0.ffn.router.correction"] - split(model)["stack.0.ffn.router.correction"]).max()

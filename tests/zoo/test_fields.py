@@ -194,7 +194,7 @@ CASES = [(name, field) for name, (_, _, changes) in SPECS.items() for field in c
 
 def every_spec(kind: type[Spec] = Spec) -> set[type[Spec]]:
     below = {sub for child in kind.__subclasses__() for sub in every_spec(child)}
-    ours = kind.__module__.startswith(("flaxzoo.layers.", "flaxzoo.zoo.")) and kind is not Spec
+    ours = kind.__module__.startswith(("flaxzoo.layers.", "flaxzoo.zoo.decoder")) and kind is not Spec
     return below | ({kind} if ours and not getattr(kind, "__abstractmethods__", None) else set())
 
 
