@@ -1,8 +1,9 @@
 """Training: data, step, loop, checkpoints, meshes, and the `zoo` command."""
 
-from ..zoo.load import RUN_LOADERS
+from ..zoo.load import RUNS, Runs
 from .folder import load as load
+from .folder import open_run
 from .loop import Result as Result
 from .loop import train as train
 
-RUN_LOADERS.append(load)  # zoo.load knows no training, and so no runs, of its own
+RUNS.append(Runs(load, open_run))

@@ -15,6 +15,7 @@ from ..configs.run import LAYOUT, Run
 from ..layers.spec import unknown
 from ..zoo.decoder import DecoderModel
 from ..zoo.parameters import describe, merge, shardings
+from ..zoo.save import ModelSource
 from . import mesh as meshes
 from . import step_folders
 from .checkpoint import Checkpoints
@@ -138,3 +139,9 @@ def load(
     if dtype is not None:
         parameters = {name: array.astype(dtype) for name, array in parameters.items()}
     return merge(abstract, parameters), Tokenizer.from_file(str(folder.tokenizer))
+
+
+def open_run(path: str | Path) -> ModelSource:
+    """The checkpoint of a run as a source, with the length it was trained on as that of the model."""
+    model, tokenizer = load(path)
+    return ModelSource(model, tokenizer=tokenizer, config={"max_position_embeddings": Folder(Path(path)).run().length})

@@ -6,8 +6,8 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from ..layers.spec import unknown
-from .load import Plan, is_run, load, open_source
-from .save import ModelSource, write_folder
+from .load import Plan, open_source
+from .save import write_folder
 from .source import Progress, Source, Watched
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -45,13 +45,8 @@ def convert(
         raise unknown(f"dtype for {destination.name}", dtype, known)
     if destination.is_file():
         raise ValueError(f"{destination} exists already; choose another place")
-    opened: Source
-    if isinstance(source, str | Path) and is_run(source):
-        model, tokenizer = load(source)
-        opened = ModelSource(model, tokenizer=tokenizer)
-    else:
-        opened = open_source(source)
-        Plan(opened, ignore)  # every tensor is accounted for, as in loading
+    opened = open_source(source)
+    Plan(opened, ignore)  # every tensor is accounted for, as in loading
     opened = opened if progress is None else Watched(opened, progress)
     if to_gguf:
         from .gguf import save_gguf  # which needs the `gguf` extra

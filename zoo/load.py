@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,18 @@ KEPT = tuple(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 """What parameters stay in where the caller gives no dtype."""
 
 Loaded = tuple[DecoderModel, Tokenizer | None]
-RUN_LOADERS: list[Callable[..., Loaded]] = []
-"""What loads the folder of a run; `flaxzoo.train` puts it here when it is imported."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """How the folder of a run is read: as a model, and as a source."""
+
+    load: Callable[..., Loaded]
+    open: Callable[[str | Path], Source]
+
+
+RUNS: list[Runs] = []
+"""`flaxzoo.train` puts its own here when it is imported: this package knows no training."""
 
 
 def load(
@@ -54,11 +65,7 @@ def load(
             tensor, has one too many, or one of another shape; all of these are listed at once.
     """
     if isinstance(source, str | Path) and is_run(source):
-        if not RUN_LOADERS:
-            raise ValueError(
-                f"{source} is the folder of a run: `import flaxzoo.train` first, or use flaxzoo.train.load"
-            )
-        return RUN_LOADERS[0](source, dtype=dtype, mesh=mesh)
+        return _runs(source).load(source, dtype=dtype, mesh=mesh)
     source = open_source(source)
     source = source if progress is None else Watched(source, progress)
     return model_of(source, dtype=dtype, mesh=mesh, ignore=ignore), source.tokenizer()
@@ -69,6 +76,8 @@ def open_source(source: str | Path | Source) -> Source:
     if not isinstance(source, str | Path):
         return source
     path = Path(source)
+    if is_run(path):
+        return _runs(path).open(path)
     if path.suffix == ".gguf":
         from .gguf import GgufFile  # which needs the `gguf` extra
 
@@ -86,6 +95,12 @@ def is_run(path: str | Path) -> bool:
     """Whether this is the folder of a run of `flaxzoo.train`: its config describes a run, and no `model_type`."""
     config = Path(path) / "config.json"
     return config.is_file() and read_json(config).get("kind") == "Run"
+
+
+def _runs(source: str | Path) -> Runs:
+    if not RUNS:
+        raise ValueError(f"{source} is the folder of a run: `import flaxzoo.train` first, or use flaxzoo.train.load")
+    return RUNS[0]
 
 
 def model_of(

@@ -149,6 +149,8 @@ def test_convert_a_run_and_back(say: Command, trained: Path) -> None:
         np.testing.assert_array_equal(array, split(ours)[name].astype(jnp.bfloat16))
     assert "28,192 parameters" in say("show", "exported").out
     assert "exported exists already" in error_of(say("convert", trained, "exported"))
+    assert say("convert", trained, "exported.gguf").out == "wrote exported.gguf\n"
+    assert zoo.load("exported.gguf")[0].spec == ours.spec
     assert "unknown dtype for other 'bf16'; did you mean 'bfloat16'" in error_of(
         say("convert", trained, "other", "--dtype", "bf16")
     )

@@ -57,6 +57,6 @@ def test_mistakes_are_told(tmp_path, destination, dtype, message):
 
 def test_the_folder_of_a_run_needs_training_to_be_imported(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"kind": "Run"}')
-    monkeypatch.setitem(zoo.load.__globals__, "RUN_LOADERS", [])
+    monkeypatch.setitem(zoo.load.__globals__, "RUNS", [])
     with pytest.raises(ValueError, match="is the folder of a run: `import flaxzoo.train` first"):
         zoo.convert(tmp_path, tmp_path / "out")
