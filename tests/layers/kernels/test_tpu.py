@@ -85,7 +85,8 @@ QUICK = [
     ("v5p", "soft cap"),
     ("v6e", "MLA"),
     ("tpu7x", "window"),
-    ("v5e", "parameters, streamed"),
+    ("v5e", "streamed"),
+    ("v6e", "parameters"),
     ("v6e", "blocks"),
     ("v5p", "dropout"),
 ]
