@@ -11,7 +11,7 @@ VENV = PYTHON='$(PYTHON)' GOAL='$(GOAL)' .ci/venv
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test test-slow test-oldest check format bench-train bench-attention docs docs-attention constraints clean
+.PHONY: help train test test-slow test-oldest check format bench-train bench-attention tune-attention docs docs-attention constraints clean
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -42,8 +42,11 @@ format: .venv/.test ## format the code and apply the linter's safe fixes
 bench-train: .venv/.train ## measure training speed
 	.venv/bin/python benchmarks/train.py $(ARGS)
 
-bench-attention: .venv/.test ## measure attention: TPU by the compiler's schedule, masks, this CPU
-	.venv/bin/python benchmarks/attention.py $(ARGS)
+bench-attention: .venv/.bench ## measure attention: TPU by the compiler's schedule, masks, this CPU
+	.venv/bin/python benchmarks/attention $(ARGS)
+
+tune-attention: .venv/.test ## rank the block sizes of attention; on this machine with ARGS=--here
+	.venv/bin/python benchmarks/attention tune $(ARGS)
 
 docs: .venv/.train ## train anew, and put the picture and the report into docs/
 	.venv/bin/zoo train shakespeare --fresh
@@ -55,9 +58,9 @@ docs-attention: .venv/.train ## draw the masks of docs/attention.md anew
 
 constraints: ## write constraints.txt anew, from the newest versions
 	rm -rf .venv-constraints
-	$(VENV) .venv-constraints -e '.[viz]' --group dev
-	echo '# The environment the tests run in: core, viz and dev, on Linux x86-64. Written by `make constraints`.' > $@.txt
-	.venv-constraints/bin/python -m pip freeze --exclude-editable | tr 'A-Z_' 'a-z-' | LC_ALL=C sort -t= -k1,1 >> $@.txt
+	$(VENV) .venv-constraints -e '.[viz]' --group dev --group bench
+	echo '# The environment the tests run in: core, viz, dev and bench, on Linux x86-64. Written by `make constraints`.' > $@.txt
+	.venv-constraints/bin/python -m pip freeze --exclude-editable | tr 'A-Z_' 'a-z-' | sed 's/^\([^=]*\)\./\1-/' | LC_ALL=C sort -t= -k1,1 >> $@.txt
 	rm -rf .venv-constraints
 
 clean: ## remove the virtual environments and caches; runs/ stays
@@ -71,6 +74,10 @@ clean: ## remove the virtual environments and caches; runs/ stays
 .venv/.test: pyproject.toml constraints.txt
 	@$(VENV) .venv -e '.[viz]' --group dev -c constraints.txt
 	@touch .venv/.train $@
+
+.venv/.bench: pyproject.toml constraints.txt
+	@$(VENV) .venv -e '.[viz]' --group dev --group bench -c constraints.txt
+	@touch .venv/.train .venv/.test $@
 
 .venv-oldest/.test: pyproject.toml
 	@$(VENV) .venv-oldest -e '.[viz]' --group dev jax==0.11.2 jaxlib==0.11.2
