@@ -11,6 +11,7 @@ measured ones; elsewhere they serve to compare programs on the same chip, and no
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import multiprocessing
@@ -18,10 +19,12 @@ import multiprocessing.connection
 import os
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import filelock
 import others
 import page
 import tune
@@ -42,17 +45,32 @@ KEYS = {
 
 
 class Results:
-    """Rows of all parts, in a file that is up to date after each."""
+    """Rows of all parts, in a file that is up to date after each, even if several commands add to it at once."""
 
     def __init__(self, name: str, packages: tuple[str, ...]) -> None:
         self.file = RESULTS / f"{name}.json"
-        saved = json.loads(self.file.read_text()) if self.file.exists() else {}
-        self.found: dict[str, list[dict[str, Any]]] = saved.get("found", {})
         self.facts = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "cores": os.cpu_count(),
             "versions": {name: version(name) for name in packages},
         }
+        with self.changing() as found:
+            saved = json.loads(self.file.read_text())["facts"]["versions"] if self.file.exists() else {}
+            if saved != self.facts["versions"]:  # nothing measured with these stands beside what others gave
+                found.clear()
+
+    @property
+    def found(self) -> dict[str, list[dict[str, Any]]]:
+        """The rows of each part."""
+        return json.loads(self.file.read_text())["found"] if self.file.exists() else {}
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[dict[str, list[dict[str, Any]]]]:
+        """The rows, saved at the end."""
+        with filelock.FileLock(self.file.with_suffix(".lock")):
+            found = self.found
+            yield found
+            self.file.write_text(json.dumps({"facts": self.facts, "found": found}, indent=1) + "\n")
 
     def key(self, part: str, row: dict[str, Any]) -> tuple[Any, ...]:
         """Of a row."""
@@ -60,13 +78,14 @@ class Results:
 
     def keep(self, part: str, wanted: Any) -> None:
         """Drops the rows whose key is not among those."""
-        self.found[part] = [row for row in self.found.get(part, []) if self.key(part, row) in wanted]
+        with self.changing() as found:
+            found[part] = [row for row in found.get(part, []) if self.key(part, row) in wanted]
 
     def add(self, part: str, row: dict[str, Any]) -> None:
-        """Puts a row in, and saves."""
-        others = [old for old in self.found.get(part, []) if self.key(part, old) != self.key(part, row)]
-        self.found[part] = [*others, row]
-        self.file.write_text(json.dumps({"facts": self.facts, "found": self.found}, indent=1) + "\n")
+        """Puts a row in, in place of one with the same key."""
+        with self.changing() as found:
+            key = self.key(part, row)
+            found[part] = [*(old for old in found.get(part, []) if self.key(part, old) != key), row]
 
 
 def gather(results: Results, part: str, jobs: list[tuple[Any, ...]], expected: int = 0) -> None:

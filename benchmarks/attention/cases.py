@@ -77,11 +77,10 @@ CASES = {
     for case in (
         Case("causal", 4096, 32, 8),
         Case("causal", 4096, 4, 4, size=64),
-        Case("causal", 4096, 4, 4, size=256),
         Case("causal", 4096, 4, 4, size=192, value_size=128),
-        Case("window", 16384, 4, 2),
+        Case("window", 16384, 4, 2, size=256),
         Case("documents", 32768, 2, 2),
-        Case("causal", 131072, 1, 1, searched_at=16384),
+        Case("causal", 131072, 1, 1, searched_at=32768),
     )
 }
 """Heads are few where sequences are long: time grows linearly with them, and so does that of finding it."""

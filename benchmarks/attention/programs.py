@@ -45,8 +45,7 @@ def ours(device: Any, case: Case, which: Pass, settings: Settings) -> Program:
         return Operands(*(jnp.swapaxes(x, 1, 2) for x in arrays), mask_sides=[], score_sides=[])
 
     given = jax.eval_shape(operands, *shapes)
-    with jax.sharding.use_abstract_mesh(Mesh(np.array([device]), ("x",)).abstract_mesh):
-        chosen = dataclasses.replace(tpu.sizes(given), **settings)
+    chosen = dataclasses.replace(sizes(device, given), **settings)
     backward = which == "backward"
     blocks = problem.blocks(given, chosen.block_q, chosen.block_k, transposed=backward)
     # What steers the kernels is an argument, which tpu_static.py knows the number of.
@@ -68,6 +67,20 @@ def ours(device: Any, case: Case, which: Pass, settings: Settings) -> Program:
     out = jax.ShapeDtypeStruct((1, case.heads, case.length, case.values), jnp.bfloat16)
     lse = jax.ShapeDtypeStruct((1, case.heads, case.length), jnp.float32)
     return gradients, (steering, *shapes, out, lse, out)
+
+
+def sizes(device: Any, operands: Operands) -> tpu.BlockSizes:
+    """The block sizes that ours take for a device; of operands only the shapes matter."""
+    with jax.sharding.use_abstract_mesh(Mesh(np.array([device]), ("x",)).abstract_mesh):
+        return tpu.sizes(operands)
+
+
+def shipped(device: Any, case: Case) -> Settings:
+    """The settings that ours ship with."""
+    q, k, v = (jax.ShapeDtypeStruct((1, x.shape[1], x.shape[0], x.shape[2]), x.dtype) for x in shapes_of(case))
+    found: Any = Operands(q, k, v, [], [])  # pyright: ignore[reportArgumentType]
+    chosen = sizes(device, found)
+    return {"block_q": chosen.block_q, "block_k": chosen.block_k, "strip": chosen.strip}
 
 
 def splash(package: str, device: Any, case: Case, which: Pass, settings: Settings) -> Program:

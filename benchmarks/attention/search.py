@@ -46,7 +46,7 @@ def search(measure: Callable[[Settings], Row], tried: list[list[Settings]]) -> t
             except Exception as error:
                 rows.append({"settings": settings, "error": str(error).strip().split("\n")[0][:160]})
                 continue
-            rows.append({"settings": settings, "us": found["us"]})
+            rows.append({name: found[name] for name in ("settings", "us", "compile_seconds")})
             best = min(best, found, key=lambda row: row["us"])
     if not best["settings"]:
         raise ValueError(f"none of the settings compiles: {rows}")
