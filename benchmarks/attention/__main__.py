@@ -156,7 +156,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="leave out what is in the results already")
     parser.add_argument("--settings", action="store_true", help="measure again, with the settings found before")
     parser.add_argument("--quick", action="store_true", help="one case a chip, short lengths")
-    parser.add_argument("--here", action="store_true", help="tune: by time on this machine's CPU or GPU")
+    parser.add_argument(
+        "--here", action="store_true", help="tune: by time, on this CPU; with JAX_PLATFORMS=cuda on its GPU"
+    )
     arguments = parser.parse_args()
     for name, allowed in (("chips", TOPOLOGIES), ("whose", ("ours", *RIVALS))):
         if unknown := set(getattr(arguments, name).split(",")) - set(allowed):
@@ -170,7 +172,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     os.environ |= {
-        "JAX_PLATFORMS": "" if arguments.here else "cpu",  # for the children
+        "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu") if arguments.here else "cpu",  # for the children
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
