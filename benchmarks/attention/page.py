@@ -15,12 +15,13 @@ differ); heads are few where sequences are long, as time grows linearly with the
 microseconds, by the schedule that the TPU compiler made for them. The passes are compiled apart: backward is from the
 saved output and the logarithms of the sums.
 
-Ours are in the block sizes that they ship with. The others are in the fastest settings of a search on the same case
-(on 32K tokens for 128K): blocks of 512 and 1024, in the longest 1024 and 2048, 512 keys at a time; then, one
-after the other and kept where it is faster: forward 256 keys at a time, backward 1024; in tokamax forward skipped
-products in diagonal blocks, two stacked heads of a group and the other scheduler, backward the sum in three parts. Those
-that do not fit into the VMEM that XLA grants by default get 64 MiB, and all are mapped over key heads, for otherwise
-they use one of the two cores of v5p. Not among the options is tokamax's given bound of the logits, which changes results. All that was tried is in attention.json.
+Ours are in the block sizes that they ship with. The others are in the fastest settings of a search on the same case (on
+32K tokens for 128K): blocks of 512 and 1024, in the longest 1024 and 2048, 512 keys at a time; then, one after the
+other and kept where it is faster: forward 256 keys at a time, backward 1024; in tokamax forward skipped products in
+diagonal blocks, two stacked heads of a group and the other scheduler, backward the sum in three parts. Where they do
+not fit into the VMEM that XLA grants by default they get 64 MiB. All are mapped over key heads, for otherwise they use
+one of the two cores of v5p. Not among the options is tokamax's given bound of the logits, which changes results. All
+that was tried is in attention.json.
 
 Documents have many lengths, {DOCUMENT} tokens in the mean. They are segment ids to the others: JAX's kernel masks them
 and skips no block for them, tokamax's does. A window has {WINDOW} keys. *Ratio* is ours to the faster of the two;
