@@ -191,6 +191,7 @@ def main() -> None:
             if part == "chips":
                 chips(results, arguments)
             else:
+                results.keep(part, ())
                 gather(results, part, [(getattr(others, part), arguments.quick)])
         text = page.attention(results.facts, results.found)
     results.file.with_suffix(".md").write_text(text)

@@ -1,5 +1,6 @@
 """The pages of results that a reader sees."""
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -64,15 +65,13 @@ def attention(facts: Row, found: dict[str, list[Row]]) -> str:
 
 def chips(facts: Row, rows: list[Row]) -> list[str]:
     """The kernels side by side."""
-    by_place = {(row["chip"], row["case"], row["pass"], row["who"]): row for row in rows if "us" in row}
+    by_place = {(row["chip"], row["case"], row["pass"], row["who"]): row for row in rows}
     pairs = []
-    for chip in TOPOLOGIES:
-        for name in CASES:
-            for which in PASSES:
-                mine = by_place.get((chip, name, which, "ours"))
-                theirs = [by_place[key] for who in RIVALS if (key := (chip, name, which, who)) in by_place]
-                if mine and theirs:
-                    pairs.append((mine, min(theirs, key=lambda row: row["us"]), theirs))
+    for chip, name, which in itertools.product(TOPOLOGIES, CASES, PASSES):
+        mine, *theirs = (by_place.get((chip, name, which, who)) for who in ("ours", *RIVALS))
+        measured = [row for row in theirs if row and "us" in row]
+        if mine and "us" in mine and all(theirs) and measured:
+            pairs.append((mine, min(measured, key=lambda row: row["us"]), measured))
     heads = ("chip", "case", "pass", "ours", *RIVALS, "ratio", "program", "HBM MB", "temporary MiB", "peak", "bound by")
     body = [_line(*pair) for pair in pairs]
     lines = ["## TPU, by the compiler's schedule", "", *ABOUT.splitlines(), *summary(pairs), *table(heads, body)]
