@@ -76,10 +76,10 @@ CASES = {
     case.name: case
     for case in (
         Case("causal", 4096, 32, 8),
-        Case("causal", 4096, 4, 4, size=64),
-        Case("causal", 4096, 4, 4, size=192, value_size=128),
-        Case("window", 16384, 4, 2, size=256),
         Case("documents", 32768, 2, 2),
+        Case("window", 16384, 4, 2, size=256),
+        Case("causal", 4096, 4, 4, size=192, value_size=128),
+        Case("causal", 4096, 4, 4, size=64),
         Case("causal", 131072, 1, 1, searched_at=32768),
     )
 }
