@@ -11,8 +11,8 @@ VENV = PYTHON='$(PYTHON)' GOAL='$(GOAL)' .ci/venv
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test test-slow test-real test-oldest check format
-.PHONY: bench-train bench-attention bench-generate docs docs-attention docs-zoo constraints clean
+.PHONY: help train test test-slow test-real test-oldest check format constraints clean
+.PHONY: bench-train bench-attention tune-attention bench-generate docs docs-attention docs-zoo
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -47,8 +47,11 @@ format: .venv/.test ## format the code and apply the linter's safe fixes
 bench-train: .venv/.train ## measure training speed
 	.venv/bin/python benchmarks/train.py $(ARGS)
 
-bench-attention: .venv/.test ## measure attention: TPU by the compiler's schedule, masks, this CPU
-	.venv/bin/python benchmarks/attention.py $(ARGS)
+bench-attention: .venv/.bench ## measure attention: TPU by the compiler's schedule, masks, this CPU
+	.venv/bin/python benchmarks/attention $(ARGS)
+
+tune-attention: .venv/.test ## rank the block sizes of attention; on this machine with ARGS=--here
+	.venv/bin/python benchmarks/attention tune $(ARGS)
 
 bench-generate: .venv/.test .venv-torch/.torch ## measure generation beside transformers on PyTorch
 	.venv/bin/python benchmarks/generate.py $(ARGS)
@@ -66,9 +69,9 @@ docs-zoo: .venv/.train ## measure every family on its truth, and write the table
 
 constraints: ## write constraints.txt anew, from the newest versions
 	rm -rf .venv-constraints
-	$(VENV) .venv-constraints -e '.[viz,chat]' --group dev
-	echo '# The environment the tests run in: core, viz and dev, on Linux x86-64. Written by `make constraints`.' > $@.txt
-	.venv-constraints/bin/python -m pip freeze --exclude-editable | tr 'A-Z_' 'a-z-' | LC_ALL=C sort -t= -k1,1 >> $@.txt
+	$(VENV) .venv-constraints -e '.[viz,chat]' --group dev --group bench
+	echo '# The environment the tests run in: core, viz, dev and bench, on Linux x86-64. Written by `make constraints`.' > $@.txt
+	.venv-constraints/bin/python -m pip freeze --exclude-editable | tr 'A-Z_' 'a-z-' | sed 's/^\([^=]*\)\./\1-/' | LC_ALL=C sort -t= -k1,1 >> $@.txt
 	rm -rf .venv-constraints
 
 clean: ## remove the virtual environments and caches; runs/ stays
@@ -82,6 +85,10 @@ clean: ## remove the virtual environments and caches; runs/ stays
 .venv/.test: pyproject.toml constraints.txt
 	@$(VENV) .venv -e '.[viz,chat]' --group dev -c constraints.txt
 	@touch .venv/.train $@
+
+.venv/.bench: pyproject.toml constraints.txt
+	@$(VENV) .venv -e '.[viz,chat]' --group dev --group bench -c constraints.txt
+	@touch .venv/.train .venv/.test $@
 
 .venv-oldest/.test: pyproject.toml
 	@$(VENV) .venv-oldest -e '.[viz,chat]' --group dev jax==0.11.2 jaxlib==0.11.2

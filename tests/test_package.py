@@ -46,6 +46,7 @@ def test_constraints_pin_every_requirement() -> None:
         project["project"]["dependencies"]
         + project["project"]["optional-dependencies"]["viz"]
         + project["dependency-groups"]["dev"]
+        + project["dependency-groups"]["bench"]
     )
     assert {normal(Requirement(text).name) for text in direct} <= pinned
     assert closure("flaxzoo") - {"flaxzoo"} <= pinned
