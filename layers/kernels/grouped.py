@@ -1,6 +1,7 @@
 """Products of rows with the matrix of their group: what experts compute."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def _blocks(x: Array, weights: Array, sizes: Array) -> Array:
     block = _block_size(x.shape[0], sizes.shape[0])
     padded = jnp.pad(x, ((0, block), (0, 0)))
 
-    def step(index: Array, y: Array) -> Array:
+    def step(index: Any, y: Array) -> Array:
         # A block may reach into the next group: what it writes there is overwritten by that group's first block.
         group, start, _ = _place(index, sizes, block)
         rows = jax.lax.dynamic_slice_in_dim(padded, start, block)
@@ -73,7 +74,7 @@ def _outer_blocks(x: Array, g: Array, sizes: Array) -> Array:
     block = _block_size(x.shape[0], sizes.shape[0])
     x, g = (jnp.pad(rows, ((0, block), (0, 0))) for rows in (x, g))
 
-    def step(index: Array, total: Array) -> Array:
+    def step(index: Any, total: Array) -> Array:
         group, start, end = _place(index, sizes, block)
         inside = start + jnp.arange(block, dtype=jnp.int32) < end
         left, right = (jax.lax.dynamic_slice_in_dim(rows, start, block) for rows in (x, g))
@@ -96,7 +97,7 @@ def _counts(sizes: Array, block: int) -> Array:
     return -(-sizes // block)
 
 
-def _place(index: Array, sizes: Array, block: int) -> tuple[Array, Array, Array]:
+def _place(index: Any, sizes: Array, block: int) -> tuple[Array, Array, Array]:
     """The group of a block, its first row, and the first row after the group."""
     ends = jnp.cumsum(_counts(sizes, block))
     group = jnp.sum(ends <= index, dtype=jnp.int32)

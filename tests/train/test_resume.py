@@ -165,7 +165,7 @@ def test_a_profile_ends_and_begins_with_a_run(tiny: Run, tmp_path: Path, monkeyp
 
 @pytest.fixture(scope="module")
 def killable(tiny: Run) -> Run:
-    return tiny.replace(steps=60, save_every=10, eval_every=20, ema=0.9)
+    return tiny.replace(steps=120, save_every=10, eval_every=20, ema=0.9)
 
 
 @pytest.fixture(scope="module")

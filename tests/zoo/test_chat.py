@@ -99,7 +99,7 @@ def test_turns_are_as_if_read_anew(name, sampling, models, tokenizer):
         assert answer == wanted
         assert talk.messages[-1] == {"role": "assistant", "content": answer}
         reused.append(talk.reused)
-    assert max(reused) > 20
+    assert reused[0] == 0 < reused[1]
 
 
 def test_reset_and_an_answer_that_is_left(models, tokenizer):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -57,6 +58,6 @@ def test_mistakes_are_told(tmp_path, destination, dtype, message):
 
 def test_the_folder_of_a_run_needs_training_to_be_imported(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"kind": "Run"}')
-    monkeypatch.setitem(zoo.load.__globals__, "RUNS", [])
+    monkeypatch.setattr(sys.modules["flaxzoo.zoo.load"], "RUNS", [])
     with pytest.raises(ValueError, match="is the folder of a run: `import flaxzoo.train` first"):
         zoo.convert(tmp_path, tmp_path / "out")
