@@ -1,5 +1,6 @@
 """Every implementation of attend against the plain definition and JAX's own, forward and gradients."""
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -90,18 +91,21 @@ def test_what_the_kernels_for_tpu_refuse(name, caplog):
 @pytest.mark.parametrize("name", ["everything", "groups of 2, whole blocks", "sinks"])
 def test_low_precision_errs_no_more_than_twice_the_plain_definition(name, dtype):
     case = CASES[name]
-    rounded = case.inputs(dtype)
-    exact = outcomes({n: x.astype(jnp.float32) for n, x in rounded.items()}, plain=functools.partial(plain, case))
-    functions = {variant: ours(case, variant) for variant in variants(name)}
-    found = outcomes(rounded, plain=functools.partial(plain, case), **functions)
-    assert ours(case, "portable")(**rounded).dtype == dtype
-    for variant in functions:
-        for part, value in found[variant].items():
-            right = exact["plain"][part]
-            error, allowed = (np.sqrt(np.mean((x - right) ** 2)) for x in (value, found["plain"][part]))
-            # Of four numbers, one may be right by luck: half a unit in the last place is never too much.
-            allowed = max(allowed, float(jnp.finfo(dtype).eps) / 4 * np.sqrt(np.mean(right**2)))
-            assert 0 < error <= 2 * allowed, (variant, part)
+    assert ours(case, "portable")(**case.inputs(dtype)).dtype == dtype
+    # With dropout, four draws: of the few numbers that a gradient by head has, some are right by luck.
+    seeds = [{"dropout_seed": seed} for seed in (7, 8, 9, 10)] if "dropout_seed" in case.options else [{}]
+    squares: dict[tuple[str, str], float] = {}
+    for seed in seeds:
+        case = dataclasses.replace(CASES[name], options=CASES[name].options | seed)
+        rounded, definition = case.inputs(dtype), functools.partial(plain, case)
+        exact = outcomes({n: x.astype(jnp.float32) for n, x in rounded.items()}, plain=definition)["plain"]
+        functions = {variant: ours(case, variant) for variant in variants(name)}
+        for variant, parts in outcomes(rounded, plain=definition, **functions).items():
+            for part, value in parts.items():
+                error = float(np.mean((value - exact[part]) ** 2))
+                squares[variant, part] = squares.get((variant, part), 0.0) + error
+    for (variant, part), square in squares.items():
+        assert 0 < square <= 2**2 * squares["plain", part], (variant, part)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
