@@ -17,6 +17,7 @@ import resource
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def ours(folder: str, dtype: str) -> Any:
-    """Loads, and gives a function that generates and says (first token's seconds, tokens a second, ids)."""
+    """Loads, and gives a function that generates so many tokens."""
     import jax.numpy as jnp
     from flaxzoo import zoo
 
@@ -39,13 +40,11 @@ def ours(folder: str, dtype: str) -> Any:
     model = zoo.for_decoding(model, jnp.dtype(dtype))
     assert tokenizer is not None
 
-    def run() -> tuple[float, float, list[int]]:
-        found = zoo.complete(
-            model, tokenizer, [IDS], max_tokens=TOKENS, sampling=zoo.GREEDY, stop=(), dtype=jnp.dtype(dtype)
-        )[0]
-        return found.speed.first_token_seconds, found.speed.tokens_per_second, found.ids
+    def generate(count: int) -> list[int]:
+        options = {"sampling": zoo.GREEDY, "stop": (), "dtype": jnp.dtype(dtype)}
+        return zoo.complete(model, tokenizer, [IDS], max_tokens=count, **options)[0].ids
 
-    return run
+    return generate
 
 
 def theirs(folder: str, dtype: str) -> Any:
@@ -57,30 +56,32 @@ def theirs(folder: str, dtype: str) -> Any:
     prompt = torch.tensor([IDS])
     options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
 
-    def timed(count: int) -> tuple[float, list[int]]:
-        began = time.perf_counter()
+    def generate(count: int) -> list[int]:
         with torch.inference_mode():
-            out = model.generate(prompt, max_new_tokens=count, min_new_tokens=count, **options)
-        return time.perf_counter() - began, out[0, PROMPT:].tolist()
+            return model.generate(prompt, max_new_tokens=count, min_new_tokens=count, **options)[0, PROMPT:].tolist()
 
-    def run() -> tuple[float, float, list[int]]:
-        first, _ = timed(1)
-        whole, ids = timed(TOKENS)
-        return first, (TOKENS - 1) / (whole - first), ids
+    return generate
 
-    return run
+
+def timed(generate: Any, count: int) -> tuple[float, list[int]]:
+    """Seconds, and the tokens."""
+    began = time.perf_counter()
+    ids = generate(count)
+    return time.perf_counter() - began, ids
 
 
 def serve(kind: str, folder: str, dtype: str) -> None:
     """Loads, then generates once for each line of standard input; answers are lines of JSON."""
     began = time.perf_counter()
-    run = {"ours": ours, "torch": theirs}[kind](folder, dtype)
-    print(json.dumps({"load": time.perf_counter() - began}), flush=True)
+    generate = {"ours": ours, "torch": theirs}[kind](folder, dtype)
+    found = [f"{name} {version(name)}" for name in {"ours": ["jax"], "torch": ["torch", "transformers"]}[kind]]
+    print(json.dumps({"load": time.perf_counter() - began, "versions": found}), flush=True)
     for _ in sys.stdin:
         began, cpu = time.perf_counter(), sum(os.times()[:2])
-        first, speed, ids = run()
+        first, _ = timed(generate, 1)
+        rest, ids = timed(generate, TOKENS)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        found = {"first": first, "speed": speed, "ids": ids, "peak": peak}
+        found = {"first": first, "speed": (TOKENS - 1) / (rest - first), "ids": ids, "peak": peak}
         print(json.dumps(found | {"wall": time.perf_counter() - began, "cpu": sum(os.times()[:2]) - cpu}), flush=True)
 
 
@@ -94,7 +95,8 @@ class Child:
         command = [python, str(HERE / "generate.py"), "--serve", kind, "--dtype", dtype, "--folder", str(folder)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-        self.load = self._line()["load"]
+        loaded = self._line()
+        self.load, self.versions = loaded["load"], loaded["versions"]
         self.first = self.go()
         self.rounds: list[dict[str, Any]] = []
 
@@ -117,6 +119,7 @@ class Child:
         self.process.stdin.close()
         self.process.wait()
         return {
+            "versions": self.versions,
             "load_seconds": self.load,
             "first_run_seconds": self.first["wall"],
             "first_token_seconds": min(found["first"] for found in self.rounds),
@@ -189,8 +192,9 @@ def main() -> None:
         return serve(options.serve, str(options.folder), options.dtype)
     found = measure(weights(options.folder), options.torch_python, options.rounds)
     text = table(found)
-    note = f"{PROMPT} tokens of prompt, {TOKENS} generated, batch 1, {platform.processor() or platform.machine()}, "
-    note += f"{os.cpu_count()} cores, {datetime.date.today()}; the best of {options.rounds} rounds in turns."
+    versions = ", ".join(name for kind in found[DTYPES[0]].values() for name in kind["versions"])
+    note = f"{versions}. {PROMPT} tokens of prompt, {TOKENS} generated, batch 1, "
+    note += f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {datetime.date.today()}; the best of {options.rounds} rounds in turns."
     page = f"# Generation on a CPU\n\nSmolLM2-135M. {note} Made by `make bench-generate`.\n\n{text}\n"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "generate.md").write_text(page)

@@ -1,7 +1,7 @@
 """Multi-head, grouped-query and multi-query attention."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from .cache import KeyValueCache
 from .kernels import attend
-from .linear import Linear
+from .linear import Linear, products
 from .masks import Causal, Documents, Mask, Window
 from .mixer import Cache, Mixer, Places
 from .norm import Norm
@@ -74,6 +74,9 @@ class Attention(Mixer):
 class AttentionLayer(nnx.Module):
     """Projections, rotary positions, attention and the way back."""
 
+    same_input: ClassVar = ("query", "key", "value")
+    """Linear maps that `zoo.for_decoding` may make one."""
+
     def __init__(self, spec: Attention, dim: int, *, rngs: nnx.Rngs):
         sizes = {"D": dim, "N": spec.heads, "K": spec.kv_heads, "H": spec.head_dim}
         self.spec = spec
@@ -93,7 +96,7 @@ class AttentionLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The layer's output in the dtype of `x`, and the cache with this call's keys and values written into it."""
         spec = self.spec
-        query, key, value = self.query(x), self.key(x), self.value(x)
+        query, key, value = products((self.query, self.key, self.value), x)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if spec.rope is not None:

@@ -169,15 +169,32 @@ def _put(slots: Array, new: Array, index: Int[Array, "B T"]) -> Array:
     """`slots[b, :, index[b, t]] = new[b, :, t]`, but for an index past the end; the slots are split as `new` is."""
 
     def put(new: Array, slots: Array, index: Array) -> Array:
-        if new.shape[2] > 1:
-            row = jnp.arange(new.shape[0], dtype=jnp.int32)[:, None]
-            return slots.at[row, :, index].set(jnp.swapaxes(new, 1, 2), mode="drop")
-        # One token: in place, without a scatter. Past the end, the slot is given what it has.
-        at = jnp.minimum(index[:, 0], slots.shape[2] - 1)
-        old = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, 1, 1))(slots, at)
-        fits = (index < slots.shape[2]).reshape(-1, 1, *[1] * (new.ndim - 2))
-        put_one = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
-        return put_one(slots, jnp.where(fits, new, old), at, 1)
+        if new.shape[2] == 1:
+            return jax.lax.platform_dependent(slots, new, index[:, 0], cpu=_put_in_turn, default=_put_at_once)
+        row = jnp.arange(new.shape[0], dtype=jnp.int32)[:, None]
+        return slots.at[row, :, index].set(jnp.swapaxes(new, 1, 2), mode="drop")
 
     new = new.astype(slots.dtype)
     return locally(put, new, as_split(slots, new), index)
+
+
+def _put_at_once(slots: Array, new: Array, index: Int[Array, " B"]) -> Array:
+    """One token of every row."""
+    return jax.vmap(lambda slots, new, index: _put_one(slots[None], new[None], 0, index)[0])(slots, new, index)
+
+
+def _put_in_turn(slots: Array, new: Array, index: Int[Array, " B"]) -> Array:
+    """The same, row after row in a loop: an update outside one is fused into all that read it, each in its own copy."""
+
+    def put(row: Any, slots: Array) -> Array:
+        return _put_one(slots, jax.lax.dynamic_slice_in_dim(new, row, 1), row, index[row])
+
+    rows = jnp.where(jnp.any(index < slots.shape[2]), index.size, 0)  # a number that XLA does not know
+    return jax.lax.fori_loop(0, rows, put, slots)
+
+
+def _put_one(slots: Array, new: Array, row: Any, index: Int[Array, ""]) -> Array:
+    """`slots[row, :, index] = new[0, :, 0]`, in place; past the end, a slot is given what it has."""
+    place = (row, 0, jnp.minimum(index, slots.shape[2] - 1), *[0] * (slots.ndim - 3))
+    old = jax.lax.dynamic_slice(slots, place, new.shape)
+    return jax.lax.dynamic_update_slice(slots, jnp.where(index < slots.shape[2], new, old), place)

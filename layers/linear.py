@@ -1,7 +1,8 @@
 """Linear maps between named axes, and embeddings."""
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -64,37 +65,49 @@ _product.defvjp(_forward, _backward)
 
 
 class OutputMajor(nnx.Module):
-    """A linear map for decoding on a CPU: the weight's outputs come first, so that each output reads one stretch of it.
+    """Linear maps of the same x as one matrix for decoding on a CPU, whose rows are the outputs.
 
-    XLA's CPU compiler makes a float32 copy of a bfloat16 matrix at every product; for a few tokens the copy takes far
-    longer than the product. A sum of products it does in one pass.
+    An output reads one stretch of memory. XLA's CPU compiler transposes a weight of more dimensions in memory at every
+    product, and makes a float32 copy of one in bfloat16; for a few tokens that takes longer than the product. A sum of
+    products it does in one pass, but two that share x put x in memory as often as the weight has rows.
     """
 
-    def __init__(self, linear: Linear):
-        inputs, outputs = (side.split() for side in linear.axes.split("->"))
-        weight = linear.weight[...]
-        order = [*range(len(inputs), weight.ndim), *range(len(inputs))]
-        self.axes = linear.axes
-        self.weight = parameter(" ".join(outputs + inputs), jnp.transpose(weight, order), inputs=len(outputs))
-        self.bias = None if linear.bias is None else parameter(" ".join(outputs), linear.bias[...])
+    def __init__(self, *linears: Linear):
+        weights = [linear.weight[...] for linear in linears]
+        biases = [linear.bias[...].reshape(-1) for linear in linears if linear.bias is not None]
+        inputs = len(linears[0].axes.split("->")[0].split())
+        self.shapes = tuple((weight.shape[:inputs], weight.shape[inputs:]) for weight in weights)
+        """Of the inputs and the outputs of each map."""
+        columns = [weight.reshape(math.prod(weight.shape[:inputs]), -1) for weight in weights]
+        self.rows = parameter("F D", jnp.concatenate(columns, axis=1).T, inputs=1)
+        assert len(biases) in (0, len(linears)), linears
+        self.bias = parameter("F", jnp.concatenate(biases)) if biases else None
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-        """Maps the last axes of `x`, in the dtype of `x`."""
-        inputs, outputs = (side.strip() for side in self.axes.split("->"))
-        weight = gather(self.weight[...], x.dtype)
-        if _few(x, weight):
-            flat = x.reshape(*x.shape[:2], -1)
-            y = _rows_product(flat, weight.reshape(-1, flat.shape[-1])).astype(x.dtype)
-            y = y.reshape(*x.shape[:2], *weight.shape[: len(outputs.split())])
-        else:
-            y = einsum(f"B T {inputs}, {outputs} {inputs} -> B T {outputs}", x, weight)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        """Maps the last axes of `x`, in the dtype of `x`, by the one map this is."""
+        (y,) = self.each(x)
+        return y
+
+    def each(self, x: Float[Array, "B T ..."]) -> list[Float[Array, "B T ..."]]:
+        """What each of the maps makes of `x`, in the dtype of `x`."""
+        rows = self.rows[...].astype(x.dtype)
+        flat = x.reshape(*x.shape[:2], -1)
+        y = _rows_product(flat, rows).astype(x.dtype) if _few(x, rows) else jnp.einsum("BTD,FD->BTF", flat, rows)
+        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        ends = list(itertools.accumulate(math.prod(shape) for _, shape in self.shapes))
+        parts = zip(jnp.split(y, ends[:-1], axis=2), self.shapes, strict=True)
+        return [part.reshape(*x.shape[:2], *outputs) for part, (_, outputs) in parts]
 
     def matrix(self, dtype: Any) -> Float[Array, "..."]:
-        """W made ready for use, its input axes first."""
-        count = len(self.axes.split("->")[1].split())
-        weight = gather(self.weight[...], dtype)
-        return jnp.transpose(weight, [*range(count, weight.ndim), *range(count)])
+        """W of the one map this is, made ready for use, its input axes first."""
+        ((inputs, outputs),) = self.shapes
+        return self.rows[...].astype(dtype).T.reshape(*inputs, *outputs)
+
+
+def products(linears: Sequence[Any], x: Float[Array, "B T ..."], *which: Array) -> list[Float[Array, "B T ..."]]:
+    """What each of several linear maps makes of `x`; `OutputMajor` may stand first for all of them."""
+    first = linears[0]
+    return first.each(x) if isinstance(first, OutputMajor) else [linear(x, *which) for linear in linears]
 
 
 def _rows_product(x: Float[Array, "B T D"], weight: Float[Array, "F D"]) -> Float[Array, "B T F"]:

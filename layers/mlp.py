@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from .linear import Linear
+from .linear import Linear, products
 from .spec import Spec
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
@@ -114,6 +114,9 @@ class GatedMLP(FeedForward):
 class GatedMLPLayer(nnx.Module):
     """Three linear maps, one of them through an activation as a gate."""
 
+    same_input: ClassVar = ("gate", "up")
+    """Linear maps that `zoo.for_decoding` may make one."""
+
     def __init__(self, spec: GatedMLP, dim: int, *, rngs: nnx.Rngs, linear: MakeLinear):
         sizes = {"D": dim, "F": spec.hidden}
         self.spec = spec
@@ -123,7 +126,8 @@ class GatedMLPLayer(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"], *which: Array) -> Float[Array, "... D"]:
         """The layer's output, in the dtype of `x`; the linear maps are given `which`."""
-        return self.down(_gated(self.spec, self.gate(x, *which), self.up(x, *which)), *which)
+        gate, up = products((self.gate, self.up), x, *which)
+        return self.down(_gated(self.spec, gate, up), *which)
 
 
 @partial(jax.checkpoint, static_argnums=0)

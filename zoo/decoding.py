@@ -31,14 +31,18 @@ def for_decoding(model: DecoderModel, dtype: Any) -> DecoderModel:
     for name, value in split(model).items():
         value = value.astype(dtype) if known[name].inputs and not known[name].exact else value
         apart |= _apart(model.spec, name, value)
-    return jax.jit(lambda parameters: _output_major(merge(spec.abstract(), parameters)))(apart)
+    made = merge(spec.abstract(), apart)
+    del apart  # so that each matrix goes when another has taken its place
+    for parent in list(_modules(made)):
+        _output_major(parent)
+    return made
 
 
 def is_for_decoding(model: DecoderModel, dtype: Any) -> bool:
     """Whether this is what `for_decoding` makes."""
     return (
         not model.spec.repeats
-        and not any(isinstance(module, Linear) for _, _, module in _modules(model))
+        and not any(isinstance(module, Linear) for module in _modules(model))
         and model.embedding.table[...].dtype == dtype
     )
 
@@ -57,19 +61,21 @@ def _apart(spec: Decoder, name: str, value: jax.Array) -> Parameters:
     return {name: value}
 
 
-def _output_major(model: DecoderModel) -> DecoderModel:
-    for parent, name, module in list(_modules(model)):
-        if isinstance(module, Linear):
-            setattr(parent, name, OutputMajor(module))
-    return model
+def _output_major(module: nnx.Module) -> None:
+    """Replaces the linear maps of a module; those with the same input become one, in the place of the first."""
+    linears = {name: child for name, child in vars(module).items() if isinstance(child, Linear)}
+    together = [name for name in getattr(module, "same_input", ()) if name in linears]
+    alone = [[name] for name in linears if name not in together]
+    for first, *others in [together, *alone] if together else alone:
+        setattr(module, first, OutputMajor(*(linears[name] for name in (first, *others))))
+        for name in others:
+            setattr(module, name, None)
 
 
-def _modules(module: nnx.Module) -> Iterator[tuple[nnx.Module, str, nnx.Module]]:
-    """Every module inside, with the one it belongs to and its name there."""
-    for name, child in vars(module).items():
-        if isinstance(child, nnx.List):
-            for inner in child:
+def _modules(module: nnx.Module) -> Iterator[nnx.Module]:
+    """A module and all that are inside it."""
+    yield module
+    for child in vars(module).values():
+        for inner in child if isinstance(child, nnx.List) else [child]:
+            if isinstance(inner, nnx.Module):
                 yield from _modules(inner)
-        elif isinstance(child, nnx.Module):
-            yield module, name, child
-            yield from _modules(child)

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 
 from ..layers.sharding import whole
 from .decoder import DecoderModel
-from .session import mesh_of, rounded
+from .parameters import Flat
+from .session import rounded
 from .state import places_from
 
 LOGITS_BYTES = 2**26
@@ -96,7 +97,8 @@ class Scorer:
                 f"scoring needs a length of 2 or more{f' and at most {limit}' if limit else ''} and a batch of at "
                 f"least 1, got length={length}, batch={batch}"
             )
-        self.model, self.length, self.batch, self.dtype = model, length, batch, dtype
+        self.length, self.batch, self.dtype = length, batch, dtype
+        self._flat = Flat.of(model)
 
     def rows(self, rows: Sequence[Row], progress: Callable[[int], None] | None = None) -> list[Likelihood]:
         """The likelihood of each row; rows of similar length go together. `progress` is told how many more are done.
@@ -122,8 +124,8 @@ class Scorer:
                 tokens[line, :count], targets[line, :count] = ids[:-1], ids[1:]
                 scored[line, count - rows[i].scored : count] = True
                 counts[line] = count
-            with mesh_of(self.model):
-                sums, greedy = map(np.asarray, _likelihoods(self.model, tokens, targets, scored, counts, self.dtype))
+            with self._flat.on_mesh():
+                sums, greedy = map(np.asarray, _likelihoods(self._flat, tokens, targets, scored, counts, self.dtype))
             for line, i in enumerate(chosen):
                 found[i] = Likelihood(float(sums[line]), bool(greedy[line]))
             if progress is not None:
@@ -181,7 +183,7 @@ class Scorer:
 
 @partial(jax.jit, static_argnums=5)
 def _likelihoods(
-    model: DecoderModel,
+    flat: Flat,
     tokens: Int[Array, "B T"],
     targets: Int[Array, "B T"],
     scored: Bool[Array, "B T"],
@@ -193,6 +195,7 @@ def _likelihoods(
     Logits exist for some positions at a time.
     """
     batch, length = tokens.shape
+    model: DecoderModel = flat.model
     hidden, _ = model.hidden(tokens, places_from(counts * 0, counts, length), dtype=dtype)
     size = min(length, max(1, LOGITS_BYTES // (4 * batch * model.spec.vocab)))
     missing = -length % size

@@ -4,7 +4,6 @@
 until all rows are done or so many are drawn. Sizes are rounded up, so that prompts of similar length share programs.
 """
 
-import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from ..layers.cache import KeyValueCache
 from ..layers.sharding import whole
 from .decoder import Caches, Decoder, DecoderModel
+from .parameters import Flat
 from .sampling import Filters, Sampling, row_keys
 from .speculative import Speculation
 from .speculative import advance as _advance_by_guesses
@@ -112,29 +111,23 @@ class Session:
         """The tokens of each row; those in the caches, and the latest one."""
         self.speed = Speed()
         vocab = model.spec.vocab
-        with mesh_of(self.model):
+        self._flat = Flat.of(model)
+        self._flat_draft = None if draft is None else Flat.of(draft)
+        with self._flat.on_mesh():
             self.filters = sampling.traced(vocab)
             self.end_ids = jnp.asarray([*ends, -1], jnp.int32)
             kept = dtype if cache_dtype is None else cache_dtype
             self.caches: Any = _caches(model.spec, batch, self.room, kept)
             self.draft_caches: Any = None if draft is None else _caches(draft.spec, batch, self.room, kept)
-            zeros = jnp.zeros(batch, jnp.int32)
-            self.state = State(
-                lengths=zeros,
-                token=zeros,
-                drawn=zeros,
-                left=zeros,
-                keys=jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch)),
-                seen=jnp.zeros((batch, vocab), bool) if self.filters.penalised else None,
-                history=None if speculation is None or draft is not None else jnp.zeros((batch, self.room), jnp.int32),
-            )
+            looks_up = speculation is not None and draft is None
+            self.state = _start(key, batch, vocab if self.filters.penalised else None, self.room if looks_up else None)
 
     def read(self, rows: Sequence[Sequence[int]], max_tokens: int) -> list[Drawn]:
         """Reads more tokens of every row, one at least, and draws the first of up to `max_tokens` new ones."""
         began = time.perf_counter()
         counts = np.array([len(row) for row in rows], np.int32)
         last = np.zeros((self.batch, self.model.spec.vocab), np.float32)
-        with mesh_of(self.model):
+        with self._flat.on_mesh():
             logits: Any = whole(jnp.asarray(last))
             starts = np.asarray(self.state.lengths)
             for first in range(0, int(counts.max()), CHUNK):
@@ -143,10 +136,10 @@ class Session:
                 for line, row in zip(tokens, rows, strict=True):
                     part = row[first : first + CHUNK]
                     line[: len(part)] = part
-                before, at = self.state, (tokens, here, starts + first, logits)
-                logits, self.caches, self.state = _prefill(self.model, self.caches, before, *at, dtype=self.dtype)
-                if self.draft is not None:
-                    _, self.draft_caches, _ = _prefill(self.draft, self.draft_caches, before, *at, dtype=self.dtype)
+                at = self.state, tokens, here, starts + first, logits
+                logits, self.caches, self.state = _prefill(self._flat, self.caches, *at, dtype=self.dtype)
+                if self._flat_draft is not None:
+                    _, self.draft_caches, _ = _prefill(self._flat_draft, self.draft_caches, *at, dtype=self.dtype)
             self.state = replace(self.state, left=jnp.full(self.batch, max_tokens, jnp.int32))
             self.state, token, log_prob = _first(self.state, logits, self.filters, self.end_ids)
         for ids, row in zip(self.ids, rows, strict=True):
@@ -170,7 +163,7 @@ class Session:
         if held - shared > min((x.rewinds for x in caches if isinstance(x, KeyValueCache)), default=held):
             shared = 0
         self.ids = [list(ids[:shared])]
-        with mesh_of(self.model):
+        with self._flat.on_mesh():
             seen = self.state.seen
             if seen is not None:
                 seen = (seen & False).at[0, jnp.asarray(ids[:shared], jnp.int32)].set(True)
@@ -180,16 +173,16 @@ class Session:
     def advance(self, limit: int = STRIDE) -> list[Drawn]:
         """Draws up to `limit` more tokens of each row that is not done."""
         began = time.perf_counter()
-        with mesh_of(self.model):
+        with self._flat.on_mesh():
             rest = self.state, self.filters, self.end_ids, jnp.int32(min(limit, STRIDE))
             if self.speculation is None:
                 self.caches, self.state, *out = _advance(
-                    self.model, self.caches, *rest, log_probs=self.log_probs, dtype=self.dtype
+                    self._flat, self.caches, *rest, log_probs=self.log_probs, dtype=self.dtype
                 )
             else:
                 self.caches, self.draft_caches, self.state, *out = _advance_by_guesses(
-                    self.model,
-                    self.draft,
+                    self._flat,
+                    self._flat_draft,
                     self.caches,
                     self.draft_caches,
                     *rest,
@@ -208,7 +201,7 @@ class Session:
 
     def end(self, row: int) -> None:
         """Draws no more tokens of a row."""
-        with mesh_of(self.model):
+        with self._flat.on_mesh():
             self.state = replace(self.state, left=self.state.left.at[row].set(0))
 
     def _taken(self, tokens: np.ndarray, log_probs: np.ndarray, counts: np.ndarray) -> list[Drawn]:
@@ -219,21 +212,29 @@ class Session:
         return found
 
 
-def mesh_of(model: DecoderModel) -> contextlib.AbstractContextManager[Any]:
-    """The mesh the parameters live on, to compute on."""
-    sharding = jax.tree.leaves(model)[0].sharding
-    mesh = getattr(sharding, "mesh", None)
-    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext()
-
-
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _caches(spec: Decoder, batch: int, length: int, dtype: Any) -> Caches:
     return spec.cache(batch, length, dtype)
 
 
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _start(key: Key[Array, ""], batch: int, penalised: int | None, looked_up: int | None) -> State:
+    """Rows without tokens, of a vocabulary whose tokens are `penalised`, and of a length that is `looked_up`."""
+    zeros = jnp.zeros(batch, jnp.int32)
+    return State(
+        lengths=zeros,
+        token=zeros,
+        drawn=zeros,
+        left=zeros,
+        keys=jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch)),
+        seen=None if penalised is None else jnp.zeros((batch, penalised), bool),
+        history=None if looked_up is None else jnp.zeros((batch, looked_up), jnp.int32),
+    )
+
+
 @partial(jax.jit, static_argnames="dtype", donate_argnames="caches")
 def _prefill(
-    model: DecoderModel,
+    flat: Flat,
     caches: Caches,
     state: State,
     tokens: Int[Array, "B T"],
@@ -244,6 +245,7 @@ def _prefill(
     dtype: Any,
 ) -> tuple[Float[Array, "B V"], Caches, State]:
     """Reads right-padded stretches of rows; the logits after the last token of each row that has any here."""
+    model: DecoderModel = flat.model
     some = counts > 0
     places = places_from(jnp.where(some, starts, state.lengths), counts, tokens.shape[1])
     real = places.segments > 0
@@ -271,7 +273,7 @@ def _first(
 
 @partial(jax.jit, static_argnames=("log_probs", "dtype"), donate_argnames="caches")
 def _advance(
-    model: DecoderModel,
+    flat: Flat,
     caches: Caches,
     state: State,
     filters: Filters,
@@ -283,6 +285,7 @@ def _advance(
 ) -> tuple[Caches, State, Int[Array, "B C"], Float[Array, "B C"], Int[Array, " B"]]:
     """Draws up to `limit` tokens of each row that is not done: the tokens, their log-probabilities and how many."""
     batch = state.token.shape[0]
+    model: DecoderModel = flat.model
 
     def step(carry: Any) -> Any:
         step, caches, state, tokens, logs, counts = carry

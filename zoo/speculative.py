@@ -17,6 +17,7 @@ from ..layers.cache import AHEAD
 from ..layers.sharding import whole
 from ..layers.spec import Spec
 from .decoder import Caches, DecoderModel
+from .parameters import Flat
 from .sampling import Filters, row_keys
 from .state import STRIDE, State, log_prob_of, places_from
 
@@ -43,8 +44,8 @@ class Speculation(Spec):
 
 @partial(jax.jit, static_argnames=("speculation", "dtype"), donate_argnames=("caches", "draft_caches"))
 def advance(
-    model: DecoderModel,
-    draft: DecoderModel | None,
+    flat: Flat,
+    flat_draft: Flat | None,
     caches: Caches,
     draft_caches: Caches | None,
     state: State,
@@ -59,6 +60,8 @@ def advance(
 
     Rows keep different numbers of guesses, so each is at a place of its own.
     """
+    model: DecoderModel = flat.model
+    draft: DecoderModel | None = None if flat_draft is None else flat_draft.model
     batch, count = state.token.shape[0], speculation.tokens
     width = STRIDE + count
 
