@@ -194,7 +194,8 @@ def main() -> None:
     text = table(found)
     versions = ", ".join(name for kind in found[DTYPES[0]].values() for name in kind["versions"])
     note = f"{versions}. {PROMPT} tokens of prompt, {TOKENS} generated, batch 1, "
-    note += f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {datetime.date.today()}; the best of {options.rounds} rounds in turns."
+    note += f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+    note += f"{datetime.date.today()}; the best of {options.rounds} rounds in turns."
     page = f"# Generation on a CPU\n\nSmolLM2-135M. {note} Made by `make bench-generate`.\n\n{text}\n"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "generate.md").write_text(page)
