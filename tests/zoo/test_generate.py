@@ -118,7 +118,7 @@ def test_what_cannot_be_is_refused(prompts, options, message, models, tokenizer)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temprature": 0.0}, "unknown option 'temprature'"),
+        ({"samples": 2}, "unknown option 'samples'"),
         ({"log_prob": True}, "did you mean 'log_probs'"),
         ({"temperature": 0.0}, r"field of Sampling: pass sampling=Sampling\(temperature=0\.0\)"),
         ({"length": 3}, "unknown option 'length'"),
