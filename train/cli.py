@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from .. import configs, zoo
 from ..configs.run import Run
@@ -82,13 +81,8 @@ def convert(
         destination: a folder that does not exist yet, or a name that ends in .gguf.
         dtype: float32, bfloat16 or float16; F16 or Q8_0 for a .gguf file; as stored, and F16, if not given.
     """
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        zoo.convert(
-            source, destination, dtype=dtype, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+    with commands.bytes_shown() as progress:
+        zoo.convert(source, destination, dtype=dtype, progress=progress)
     print(f"wrote {destination}")
 
 

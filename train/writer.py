@@ -58,7 +58,8 @@ def open_writer(
         raise unknown("dtype", dtype, DTYPES)
     path = Path(source)
     # What is not there is a mistyped run where its parent is a folder, or is called what `zoo train` calls it.
-    if is_run(path) or (not path.exists() and (path.parent.is_dir() or path.parent.name == "runs")):
+    mistyped = not path.exists() and path.suffix != ".gguf" and (path.parent.is_dir() or path.parent.name == "runs")
+    if is_run(path) or mistyped:
         model, tokenizer = folders.load(path, step=step, mesh=mesh)
         stop = (str(tokenizer.id_to_token(separator(tokenizer))),)
         return Writer(model, tokenizer, stop, None, jnp.dtype(dtype or "float32"))

@@ -89,17 +89,20 @@ def tokenizer():
     ("name", "sampling"), [("plain", GREEDY), ("mixed", Sampling(temperature=0.0, repetition_penalty=1.5))]
 )
 def test_turns_are_as_if_read_anew(name, sampling, models, tokenizer):
-    """`mixed` has rings: what they forgot is read again."""
+    """`mixed` has rings: what they forgot is read again. The last message takes more room than there is."""
     talk = Conversation(models[name], tokenizer, TEMPLATE, stop=("Z",), sampling=sampling)
-    reused = []
-    for text in ("hello", "how", "a longer message"):
+    reused, lengths = [], []
+    for text in ("hello" * 8, "how", "a longer message", "the longest" * 8):
         prompt = TEMPLATE.render([*talk.messages, {"role": "user", "content": text}])
         answer = "".join(talk.say(text, max_tokens=11))
         wanted = generate(models[name], tokenizer, [prompt], max_tokens=11, sampling=sampling, stop=("Z",))[0]
         assert answer == wanted
         assert talk.messages[-1] == {"role": "assistant", "content": answer}
         reused.append(talk.reused)
-    assert reused[0] == 0 < reused[1]
+        lengths.append(len(prompt))  # a letter is a token
+    assert reused[0] == reused[3] == 0
+    assert reused[1] >= lengths[0] > 40
+    assert reused[2] >= lengths[1] > 45
 
 
 def test_reset_and_an_answer_that_is_left(models, tokenizer):
