@@ -1,6 +1,7 @@
 """What is known of TPU chips, and slices of them by name."""
 
 import functools
+import math
 import tomllib
 from dataclasses import dataclass
 from importlib.resources import files
@@ -27,6 +28,8 @@ class Chip:
     attention: tuple[float, float]
     trust: str
     """How far predicted times are to be trusted."""
+    devices: int = 1
+    """JAX devices of a chip."""
     usd_hour: float | None = None
     watts: float | None = None
 
@@ -53,3 +56,10 @@ def slice_of(text: str) -> str:
     if not all(side.isdecimal() and int(side) for side in shape.split("x")):
         raise ValueError(f"a topology is written 'v6e:2x4': a chip and the sides of a slice, got {text!r}")
     return topology
+
+
+def chip_of(text: str) -> tuple[Chip, int]:
+    """The chip of a topology, and how many JAX devices it has."""
+    name, _, shape = slice_of(text).partition(":")
+    chip = next(chip for chip in chips().values() if chip.name == name)
+    return chip, chip.devices * math.prod(int(side) for side in shape.split("x"))

@@ -1,7 +1,6 @@
 """The `zoo` command."""
 
 import inspect
-import math
 import os
 import shlex
 import shutil
@@ -21,7 +20,7 @@ from ..layers.spec import unknown
 from ..zoo import family
 from ..zoo.load import is_run
 from . import commands, hardware, loop, plan_report, show
-from .chips import slice_of
+from .chips import chip_of
 from .folder import Folder
 
 RUNS = Path("runs")
@@ -104,6 +103,8 @@ def plan_(
     accumulate: int = 0,
     optimizer: Literal["", "adamw", "lion", "muon", "adafactor", "sgd"] = "",
     dtype: Literal["", "float32", "bfloat16"] = "",
+    search: bool = False,
+    plot: Path | None = None,
     json: bool = False,
     usd_hour: float | None = None,
     watts: float | None = None,
@@ -124,25 +125,26 @@ def plan_(
         accumulate: parts that a step is cut into; that of the run if not given.
         optimizer: by name; that of the run, or adamw, if not given.
         dtype: what layers compute in; that of the run, or bfloat16, if not given.
+        search: look for the fastest mesh, remat and accumulate: rank all by arithmetic, and compile the best ones.
+        plot: a file that the picture of a search goes to, e.g. plan.png.
         json: print JSON.
         usd_hour: the price of a chip and hour, in place of the list price.
         watts: the power of a chip; without it no energy is told.
     """
     found = _find(name)
-    chips = math.prod(int(side) for side in slice_of(topology).partition(":")[2].split("x"))
+    chips = chip_of(topology)[1]
     if isinstance(found, Run):
         run = found
     else:
         run = Run(model=found, batch=chips, length=min(2048, found.max_positions or 2048), dtype="bfloat16")
     given = {"length": length, "batch": batch, "mesh": mesh, "remat": remat, "accumulate": accumulate, "dtype": dtype}
     given["optimizer.name"] = optimizer
-    plan_report.command(
-        run.replace(**{key: value for key, value in given.items() if value}),
-        topology,
-        as_json=json,
-        usd_hour=usd_hour,
-        watts=watts,
-    )
+    wanted = run.replace(**{key: value for key, value in given.items() if value})
+    costs = {"usd_hour": usd_hour, "watts": watts}
+    if search:
+        plan_report.search_command(name, wanted, topology, plot=plot, as_json=json, **costs)
+    else:
+        plan_report.command(wanted, topology, as_json=json, **costs)
 
 
 def train(arguments: list[str]) -> None:

@@ -1,17 +1,22 @@
 """A plan as a page of text and as JSON."""
 
+import importlib.util
 import json
 import math
 import os
+import shlex
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from .. import configs
 from ..configs.run import Run
 from .plan import Memory, Plan, Time, first_that_fits, plan
+from .plan_search import front, picture, search
 from .progress import amount
 
 PARTS = {
@@ -49,6 +54,66 @@ def command(run: Run, topology: str, *, as_json: bool, usd_hour: float | None, w
         return
     console.print(f"\nIt fits with [bold]{change_text(run, better.run)}[/]:\n")
     page(better, console, usd_hour=usd_hour, watts=watts)
+
+
+def search_command(
+    name: str,
+    run: Run,
+    topology: str,
+    *,
+    plot: Path | None,
+    as_json: bool,
+    usd_hour: float | None,
+    watts: float | None,
+) -> None:
+    """Searches the layouts of a run and prints the best, and the command that trains with it."""
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    console, asides = Console(), Console(stderr=True)
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("a picture needs matplotlib, which is not installed: pip install 'flaxzoo[viz]'")
+    with asides.status("ranking the layouts ...") as status:
+        ranked, plans = search(
+            run,
+            topology,
+            lambda done, count: status.update(f"compiled {done} of the {count} most promising layouts ..."),
+        )
+    if plot is not None:
+        picture(plans, plot)
+    if as_json:
+        print(json.dumps([json.loads(json_of(one, usd_hour=usd_hour, watts=watts)) for one in plans], indent=2))
+        return
+    console.print(f"{ranked} layouts of {topology} ranked by arithmetic, {len(plans)} compiled:\n", highlight=False)
+    rows = Table(box=None, pad_edge=False, header_style="bold")
+    for heading, side in (("mesh", "left"), ("remat", "left"), *((h, "right") for h in SEARCHED)):
+        rows.add_column(heading, justify=side, no_wrap=True)  # pyright: ignore[reportArgumentType]
+    best = front(plans)
+    for one in plans:
+        memory = _gib(one.memory.used)
+        told = one.time is not None and not one.time.unknown and one.fits
+        told_as = (
+            [f"{one.tokens_per_second:,.0f}", f"{one.mfu:.1%}", one.time.bound] if told and one.time else ["-", "-", ""]
+        )
+        marks = "front" if one in best else "" if one.fits else "does not fit"
+        rows.add_row(one.run.mesh, one.run.remat, str(one.run.accumulate), memory, *told_as, marks)
+    _wide(console, rows)
+    if plot is not None:
+        console.print(f"\ndrawn in {plot}", highlight=False)
+    if best:
+        console.print(f"\nThe fastest:\n\n  {train_line(name, best[0].run)}\n", highlight=False, soft_wrap=True)
+        page(best[0], console, usd_hour=usd_hour, watts=watts)
+
+
+SEARCHED = ("accumulate", "memory", "tokens/s a chip", "MFU", "bound by", "")
+"""Headings of what is told of a layout beside its mesh and remat."""
+
+
+def train_line(name: str, run: Run) -> str:
+    """The command that trains a run by this name in the layout of `run`."""
+    usual = run if Path(name).exists() else configs.get_run(name)
+    names = ("batch", "length", "dtype", "mesh", "remat", "accumulate", "optimizer.name")
+    given, default = run.flat(), usual.flat()
+    flags = [text for key in names if given[key] != default[key] for text in (f"--{key}", str(given[key]))]
+    return shlex.join(["zoo", "train", name, *flags])
 
 
 def page(found: Plan, console: Console, *, usd_hour: float | None = None, watts: float | None = None) -> None:

@@ -4,11 +4,13 @@ import io
 import json
 import math
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from flaxzoo import configs
 from flaxzoo.configs import Optimizer, Run, models
-from flaxzoo.train import cli, hlo, plan_report
+from flaxzoo.train import cli, hlo, plan_report, plan_search
+from flaxzoo.train import mesh as meshes
 from flaxzoo.train.chips import TOPOLOGIES, chips, slice_of
 from flaxzoo.train.plan import Memory, Plan, Time, Traffic, first_that_fits, plan, remedies, time_of
 from flaxzoo.zoo.parameters import describe
@@ -227,3 +229,58 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     cli.dispatch(["plan", "shakespeare", "--topology", "colab-v5e", "--batch", "32"])
     assert asked[-1][0] == configs.get_run("shakespeare").replace(batch=32)
     assert "tokens/s a chip" in capsys.readouterr().out
+
+
+def test_layouts_divide_and_are_ranked() -> None:
+    made = run()
+    found = list(plan_search.layouts(made, 8))
+    assert len({(one.mesh, one.remat, one.accumulate) for one in found}) == len(found)
+    assert {one.remat for one in found} == set(plan_search.REMATS)
+    for one in found:
+        sizes = meshes.parse(one.mesh)
+        assert math.prod(sizes.values()) == 8
+        assert made.batch // one.accumulate % (sizes.get("data", 1) * sizes.get("fsdp", 1)) == 0
+        assert sizes.get("tensor", 1) in (1, 2)  # two heads of keys and values
+        assert one.replace(mesh="", remat="none", accumulate=1) == made
+    chip, known = chips()["TPU v6 lite"], describe(MODEL.abstract())
+    guesses = {(one.mesh, one.remat, one.accumulate): plan_search.guess(one, chip, known) for one in found}
+    assert guesses["fsdp=8", "full", 1].bytes < guesses["fsdp=8", "dots", 1].bytes < guesses["fsdp=8", "none", 1].bytes
+    assert guesses["fsdp=8", "full", 1].bytes < guesses["data=8", "full", 1].bytes
+    assert guesses["fsdp=8", "none", 1].seconds < guesses["fsdp=8", "full", 1].seconds
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    def made(speed: float, gib: float, missing: float = 0.0) -> Plan:
+        chip = chips()["TPU v5 lite"]
+        memory = Memory(chip.hbm, parameters=gib * 2**30, missing=missing)
+        return Plan(run(), "v5e:2x2", chip, {"fsdp": 4}, memory, Time(compute=1 / speed))
+
+    plans = [made(5, 9), made(4, 10), made(3, 4), made(2, 4), made(1, 1), made(9, 20, missing=1.0)]
+    assert plan_search.front(plans) == [plans[0], plans[2], plans[4]]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_search_finds_what_is_no_slower_than_plain_sharding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = run(mesh="fsdp=4", remat="full")
+    cli.dispatch(["plan", "bench_cpu", "--topology", "v5e:2x2", "--search", "--plot", str(tmp_path / "plan.png")])
+    out = capsys.readouterr().out
+    assert "layouts of v5e:2x2 ranked by arithmetic, 8 compiled" in out
+    assert "zoo train bench_cpu --mesh " in out
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    ranked, plans = plan_search.search(wanted, "v5e:2x2", lambda *_: None, count=4)
+    assert ranked == len(list(plan_search.layouts(wanted, 4)))
+    assert plans[0].tokens_per_second >= plan(wanted, "v5e:2x2").tokens_per_second
+
+
+def test_a_search_without_a_layout_that_fits() -> None:
+    with pytest.raises(ValueError, match=r"no layout fits v5e:1x1: the smallest of \d+ needs 1\d\d\.. GiB of 15.75"):
+        plan_search.search(run().replace(model=configs.MODELS["llama3_1_8b"]()), "v5e:1x1", lambda *_: None)
+
+
+def test_the_command_that_trains() -> None:
+    made = configs.get_run("bench_cpu").replace(mesh="fsdp=4", remat="dots", accumulate=2)
+    line = "zoo train bench_cpu --mesh fsdp=4 --remat dots --accumulate 2"
+    assert plan_report.train_line("bench_cpu", made) == line
