@@ -4,7 +4,7 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxlib._jax import Device
 
 from ..configs.run import Run
@@ -54,7 +54,7 @@ def for_parameters(model: Decoder, text: str) -> Mesh:
     return mesh
 
 
-def check(run: Run, mesh: Mesh) -> None:
+def check(run: Run, mesh: Mesh | AbstractMesh) -> None:
     """Raises ValueError where the mesh does not divide the batch or a parameter."""
     shards = math.prod(mesh.shape.get(name, 1) for name in BATCH)
     rows = run.batch // run.accumulate
