@@ -91,7 +91,7 @@ def test_misspelled_names_get_a_suggestion():
 
 
 def test_a_model_is_a_run_with_the_usual_settings():
-    assert get_run("gpt2") == Run(model=get("gpt2"))
+    assert get_run("gpt2") == Run(model=get_model("gpt2"))
 
 
 def test_a_run_has_a_model():

@@ -261,7 +261,7 @@ def test_chat(say: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.M
     [
         (
             "trainn",
-            "unknown command 'trainn'; did you mean 'train'? Known: chat, convert, diff, eval, generate, list, show, ",
+            "unknown command 'trainn'; did you mean 'train'? Known: chat, convert, diff, eval, generate, list, plan, ",
         ),
         ("show gtp2", "unknown model or run 'gtp2'; did you mean 'gpt2' or "),
         ("diff gpt2 gpt3", "unknown model or run 'gpt3'; did you mean 'gpt2' or "),
