@@ -43,7 +43,7 @@ def convert(
     known = QUANTIZATIONS if to_gguf else DTYPES
     if dtype and dtype not in known:
         raise unknown(f"dtype for {destination.name}", dtype, known)
-    if destination.is_file():
+    if destination.is_file() or (to_gguf and destination.exists()):
         raise ValueError(f"{destination} exists already; choose another place")
     opened = open_source(source)
     Plan(opened, ignore)  # every tensor is accounted for, as in loading
