@@ -1,6 +1,6 @@
 """Reading a `config.json`: every field is taken or known to say nothing of what the model computes."""
 
-import math
+import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -173,4 +173,5 @@ def _whole(value: Any) -> bool:
 
 
 def _real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # JSON's whole numbers have no end: those past any float are no numbers here.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -44,7 +44,7 @@ def convert(
     if dtype and dtype not in known:
         kind = "a .gguf file" if to_gguf else "a folder"
         raise unknown(f"dtype for {destination.name}, {kind},", dtype, known)
-    if destination.is_file():
+    if destination.is_file() or (to_gguf and destination.exists()):
         raise ValueError(f"{destination} exists already; choose another place")
     opened = open_source(source)
     Plan(opened, ignore)  # every tensor is accounted for, as in loading

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from .hugging_face import COMPANIONS
 
-PATTERNS = ("config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json", *COMPANIONS)
-"""The files that are fetched: never code, never a pickle."""
+PATTERNS = ("config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", *COMPANIONS)
+"""The files that are fetched: never code, never a pickle, nor the weights in a maker's own format beside
+(consolidated.safetensors, original/model.safetensors)."""
 
 
 def is_name(text: str) -> bool:
