@@ -190,7 +190,10 @@ def main() -> None:
         print(stop, file=sys.stderr)
         sys.exit(143 if stop.signal_name == "SIGTERM" else 130)
     except KeyboardInterrupt:
-        print("interrupted; what was saved stays", file=sys.stderr)
+        print(
+            "interrupted; " + ("what was saved stays" if arguments[:1] == ["train"] else "nothing was written"),
+            file=sys.stderr,
+        )
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)

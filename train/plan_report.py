@@ -15,6 +15,7 @@ from rich.table import Table
 
 from .. import configs
 from ..configs.run import Run
+from ..layers.spec import missing_package
 from .plan import Memory, Plan, Time, first_that_fits, plan
 from .plan_search import front, picture, search
 from .progress import amount
@@ -70,7 +71,7 @@ def search_command(
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     console, asides = Console(), Console(stderr=True)
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("a picture needs matplotlib, which is not installed: pip install 'flaxzoo[viz]'")
+        raise missing_package("pictures take", "matplotlib")
     with asides.status("ranking the layouts ...") as status:
         ranked, plans = search(
             run,

@@ -17,10 +17,11 @@ class Inexpressible(ValueError):
     """No family, or not the one asked for, has such a decoder."""
 
 
-def part[T: Spec](spec: Spec, kind: type[T]) -> T:
-    """`spec`, which must be of this kind for the family to express it."""
-    if not isinstance(spec, kind):
-        raise Inexpressible(f"a {type(spec).__name__} where it has a {kind.__name__}")
+def part[T: Spec](spec: Spec, *kinds: type[T]) -> T:
+    """`spec`, which must be of one of these kinds for the family to express it."""
+    if not isinstance(spec, kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise Inexpressible(f"a {type(spec).__name__} where it has a {names}")
     return spec
 
 

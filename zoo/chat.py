@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
-from ..layers.spec import unknown
+from ..layers.spec import missing_package, unknown
 from .decoder import DecoderModel
 from .generate import Pace, Writing, check_length
 from .sampling import Sampling
@@ -67,7 +67,7 @@ def _jinja() -> Any:
     try:
         import jinja2.sandbox  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError("chat templates take Jinja: pip install 'flaxzoo[chat]'") from error
+        raise missing_package("chat templates take", "jinja2") from error
     return jinja2
 
 

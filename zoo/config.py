@@ -29,7 +29,16 @@ INFORMATIONAL = frozenset(
             "do_sample",
         ),
         # training alone
-        *("initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
+        *(
+            "initializer_range",
+            "attention_dropout",
+            "hidden_dropout",
+            "embedding_dropout",
+            "residual_dropout",
+            "resid_pdrop",
+            "embd_pdrop",
+            "attn_pdrop",
+        ),
         *("gradient_checkpointing", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
         *("aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers", "num_mtp_layers"),
         *("output_attentions", "output_hidden_states", "problem_type"),

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
+from ..layers.spec import missing_package
 from .chat import ChatTemplate
 from .decoder import DecoderModel
 from .generate import complete
@@ -107,7 +108,7 @@ def harness_model(candidate: Candidate) -> Any:
     try:
         from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError("tasks take lm-evaluation-harness: pip install 'flaxzoo[eval]'") from error
+        raise missing_package("tasks take", "lm-eval") from error
 
     class HarnessModel(LM):
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
