@@ -129,6 +129,8 @@ class Run(Spec):
     """Micro-batches a step is split into, one after another, to save memory. Changes no result."""
     mesh: str = ""
     """Mesh axes and sizes, e.g. 'fsdp=4,tensor=2'; empty: fsdp over every device the batch divides by."""
+    context: Literal["ring", "all_gather"] = "ring"
+    """What devices that share a sequence (mesh axis context) do for each other's keys; see docs/sharding.md."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What layers compute in. Parameters and optimizer state stay float32."""
     remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
@@ -193,6 +195,7 @@ class Run(Spec):
 LAYOUT = frozenset(
     [
         "mesh",
+        "context",
         "accumulate",
         "remat",
         "max_bad_steps",

@@ -15,7 +15,7 @@ from .mixer import Cache, Mixer, Places
 from .norm import Norm
 from .rope import Rope
 from .scores import SoftCap
-from .sharding import parameter
+from .sharding import context_axis, parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,5 +117,7 @@ class AttentionLayer(nnx.Module):
             sinks=None if self.sinks is None else self.sinks[...],
             scale=spec.scale,
             query_offset=start,
+            context_axis=context_axis(query),
+            context=places.exchange,
         )
         return self.output(mixed), cache

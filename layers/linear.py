@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,8 +11,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from .einsum import einsum, einsums
 from .kernels.platform import by_platform
-from .sharding import einsum, gather, parameter, spec_of, split_as
+from .sharding import gather, gather_here, kept, names_of, parameter, spec, spec_of, sum_here, time_after
 
 
 class Linear(nnx.Module):
@@ -33,35 +33,17 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         """Maps the last axes of `x`, in the dtype of `x`."""
-        inputs, outputs = (side.strip() for side in self.axes.split("->"))
+        return products((self,), x)[0]
+
+    def finished(self, y: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+        """A product with the weight, named and with the bias."""
         # By this name a remat policy keeps y: it sees no matmul inside a function that has a gradient of its own.
-        y = checkpoint_name(_product(inputs, outputs, x, gather(self.weight[...], x.dtype)), "product")
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = checkpoint_name(y, "product")
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def matrix(self, dtype: Any) -> Float[Array, "..."]:
         """W made ready for use, its input axes first."""
         return gather(self.weight[...], dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(inputs: str, outputs: str, x: Array, weight: Array) -> Array:
-    """The gradient that JAX would derive has g, the gradient of y, on the left of x; XLA on CPU then transposes g in
-    memory, which takes longer than the product. With x on the left, nothing moves (a third off a step's time).
-    """
-    return einsum(f"B T {inputs}, {inputs} {outputs} -> B T {outputs}", x, weight)
-
-
-def _forward(inputs: str, outputs: str, x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(inputs, outputs, x, weight), (x, weight)
-
-
-def _backward(inputs: str, outputs: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, weight = saved
-    x_grad = einsum(f"B T {outputs}, {inputs} {outputs} -> B T {inputs}", g, weight)
-    return x_grad, einsum(f"B T {inputs}, B T {outputs} -> {inputs} {outputs}", x, g)
-
-
-_product.defvjp(_forward, _backward)
 
 
 class OutputMajor(nnx.Module):
@@ -105,9 +87,19 @@ class OutputMajor(nnx.Module):
 
 
 def products(linears: Sequence[Any], x: Float[Array, "B T ..."], *which: Array) -> list[Float[Array, "B T ..."]]:
-    """What each of several linear maps makes of `x`; `OutputMajor` may stand first for all of them."""
+    """What each of several linear maps makes of `x`, which on a mesh is gathered once for all of them.
+
+    `OutputMajor` may stand first for all; maps of other kinds are given `which` besides.
+    """
     first = linears[0]
-    return first.each(x) if isinstance(first, OutputMajor) else [linear(x, *which) for linear in linears]
+    if isinstance(first, OutputMajor):
+        return first.each(x)
+    if not all(type(linear) is Linear for linear in linears):
+        return [linear(x, *which) for linear in linears]
+    sides = [[side.strip() for side in linear.axes.split("->")] for linear in linears]
+    texts = [f"B T {inputs}, {inputs} {outputs} -> B T {outputs}" for inputs, outputs in sides]
+    found = einsums(x, *zip(texts, (linear.weight[...] for linear in linears), strict=True))
+    return [linear.finished(y) for linear, y in zip(linears, found, strict=True)]
 
 
 def _rows_product(x: Float[Array, "B T D"], weight: Float[Array, "F D"]) -> Float[Array, "B T F"]:
@@ -141,6 +133,27 @@ class Embedding(nnx.Module):
         self.table = parameter(axes, jax.random.normal(rngs.params(), (rows, dim), jnp.float32) * std, inputs=1)
 
     def __call__(self, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-        """The rows of `ids`, in `dtype`."""
-        table = gather(self.table[...], dtype)
-        return table.at[ids].get(out_sharding=split_as(*spec_of(ids), None))
+        """The rows of `ids`, in `dtype`, as the residual stream is split."""
+        return _rows(self.table[...].astype(dtype), ids)
+
+
+def _rows(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """The rows of ids. Where the vocabulary is split, each device looks for all ids in its part."""
+    before = spec_of(table)
+    after = tuple(map(kept, before))
+    over = after[0]
+    batch, time = spec_of(ids)
+    if not any(map(names_of, (*before, batch, time))):
+        return table.at[ids].get()
+
+    def local(table: Array, ids: Array) -> Array:
+        table = gather_here(table, before, after)
+        if not over:
+            return table.at[ids].get()
+        places = ids - jax.lax.axis_index(over) * table.shape[0]
+        inside = (places >= 0) & (places < table.shape[0])
+        rows = table.at[jnp.where(inside, places, 0)].get()
+        return sum_here(jnp.where(inside[..., None], rows, jnp.zeros((), rows.dtype)), over, 1)
+
+    out = spec(batch, time_after(time, ids.shape[1], over), None)
+    return jax.shard_map(local, in_specs=(spec(*before), spec(batch, time)), out_specs=out, check_vma=False)(table, ids)

@@ -1,5 +1,6 @@
 """Cross-entropy that never holds the logits of all tokens at once."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .sharding import einsum, gather, shards, spec_of, zeros
+from .sharding import gather_here, kept, names_of, spec, spec_of
 
 LOGITS_BYTES = 2**28
 """Float32 logits that exist at a time unless told otherwise: 523 tokens of a vocabulary of 128,256."""
@@ -38,56 +39,52 @@ def cross_entropy(
         z_loss: weight of the squared log-partition.
         chunk: tokens whose logits exist at a time (one of each row at least); as many as fit 256 MiB if not given.
     """
-    batch, length = targets.shape
     chunk = max(1, LOGITS_BYTES // (4 * head.shape[0])) if chunk is None else chunk
-    rows = -(-batch // shards(targets, 0))
-    parts = max(1, -(-rows * length // chunk))
-    size = -(-length // parts)
-    if length % size:
-        padding = ((0, 0), (0, -length % size))
-        hidden = jnp.pad(hidden, (*padding, (0, 0)))
-        targets, weights = jnp.pad(targets, padding), jnp.pad(weights, padding)
-    return _sums(hidden, gather(head, hidden.dtype), targets, weights, soft_cap, z_loss, size)
+    return _sums(hidden, head, targets, weights, soft_cap, z_loss, chunk)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _sums(
-    hidden: Array, head: Array, targets: Array, weights: Array, soft_cap: float | None, z_loss: float, size: int
+    hidden: Array, head: Array, targets: Array, weights: Array, soft_cap: float | None, z_loss: float, chunk: int
 ) -> tuple[Array, Array]:
-    def step(sums: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        loss, nll, _ = _piece(*piece, head, soft_cap, z_loss)
-        return sums + jnp.stack([loss, nll]), None
+    def local(split: _Split, hidden: Array, head: Array, targets: Array, weights: Array) -> Array:
+        def step(sums: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
+            loss, nll, _ = _piece(*piece, head, split.vocab, soft_cap, z_loss)
+            return sums + jnp.stack([loss, nll]), None
 
-    sums, _ = jax.lax.scan(step, jnp.zeros(2), _pieces(size, hidden, targets, weights))
+        return _summed(jax.lax.scan(step, jnp.zeros(2), _pieces(chunk, hidden, targets, weights))[0], split.tokens)
+
+    sums = _Split(hidden, head, targets).run(local, (hidden, head, targets, weights), lambda split: spec(None))
     return sums[0], sums[1]
 
 
 def _forward(
-    hidden: Array, head: Array, targets: Array, weights: Array, soft_cap: float | None, z_loss: float, size: int
+    hidden: Array, head: Array, targets: Array, weights: Array, soft_cap: float | None, z_loss: float, chunk: int
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    # Each shard of the batch sums its own gradient of the head (axis P), so that they are added over devices once.
-    split = shards(targets, 0)
+    def local(split: _Split, hidden: Array, head: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array]:
+        def step(carry: tuple[Array, Array], piece: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+            sums, head_grad = carry
+            loss, nll, logits_grad = _piece(*piece, head, split.vocab, soft_cap, z_loss)
+            logits_grad = logits_grad.astype(hidden.dtype)
+            hidden_grad = jnp.einsum("btv,vd->btd", logits_grad, head)
+            head_grad = head_grad + jnp.einsum("btv,btd->vd", logits_grad, piece[0], preferred_element_type=jnp.float32)
+            return (sums + jnp.stack([loss, nll]), head_grad), hidden_grad
 
-    def step(carry: tuple[Array, Array], piece: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
-        sums, head_grad = carry
-        loss, nll, logits_grad = _piece(*piece, head, soft_cap, z_loss)
-        logits_grad = logits_grad.astype(hidden.dtype)
-        hidden_grad = einsum("B T V, V D -> B T D", logits_grad, head)
-        own_logits, own_hidden = (x.reshape(split, -1, *x.shape[1:]) for x in (logits_grad, piece[0]))
-        head_grad = head_grad + einsum(
-            "P B T V, P B T D -> P V D", own_logits, own_hidden, preferred_element_type=jnp.float32
-        )
-        return (sums + jnp.stack([loss, nll]), head_grad), hidden_grad
+        start = jnp.zeros(2), jnp.zeros(head.shape, jnp.float32)
+        (sums, head_grad), hidden_grad = jax.lax.scan(step, start, _pieces(chunk, hidden, targets, weights))
+        hidden_grad = jnp.moveaxis(hidden_grad, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
+        hidden_grad = split.to_hidden(hidden_grad[:, : hidden.shape[1]])
+        return _summed(sums, split.tokens), hidden_grad, split.to_head(head_grad)
 
-    pieces = _pieces(size, hidden, targets, weights)
-    start = zeros((split, *head.shape), jnp.float32, (spec_of(targets)[0], *spec_of(head)))
-    (sums, head_grad), hidden_grad = jax.lax.scan(step, (jnp.zeros(2), start), pieces)
-    hidden_grad = jnp.moveaxis(hidden_grad, 0, 1).reshape(hidden.shape)
-    return (sums[0], sums[1]), (hidden_grad, jnp.sum(head_grad, axis=0).astype(head.dtype))
+    def out(split: _Split) -> Any:
+        return spec(None), spec(*split.hidden), spec(*split.head)
+
+    sums, hidden_grad, head_grad = _Split(hidden, head, targets).run(local, (hidden, head, targets, weights), out)
+    return (sums[0], sums[1]), (hidden_grad, head_grad.astype(head.dtype))
 
 
 def _backward(
-    soft_cap: float | None, z_loss: float, size: int, saved: tuple[Array, Array], cotangents: tuple[Array, Array]
+    soft_cap: float | None, z_loss: float, chunk: int, saved: tuple[Array, Array], cotangents: tuple[Array, Array]
 ) -> tuple[Any, ...]:
     hidden_grad, head_grad = saved
     scale = cotangents[0]
@@ -97,22 +94,92 @@ def _backward(
 _sums.defvjp(_forward, _backward)
 
 
-def _pieces(size: int, *arrays: Array) -> Any:
-    """Cuts B T ... into (T / size) B size ..., to be scanned over."""
-    return tuple(jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0) for x in arrays)
+class _Split:
+    """How the mesh splits hidden states, head and tokens."""
+
+    def __init__(self, hidden: Array, head: Array, targets: Array):
+        self.hidden, self.head = spec_of(hidden), spec_of(head)
+        self.head_used = tuple(map(kept, self.head))
+        self.vocab = self.head_used[0]
+        """The mesh axes that split the vocabulary; a sum over it is one over them."""
+        batch, time, dim = self.hidden
+        self.hidden_used = batch, tuple(name for name in names_of(time) if name not in self.vocab), dim
+        self.targets = spec_of(targets)
+        self.tokens = (*names_of(self.targets[0]), *names_of(self.targets[1]))
+        """The mesh axes that split the tokens."""
+
+    def run(self, local: Callable[..., Any], arrays: tuple[Array, ...], out: Callable[["_Split"], Any]) -> Any:
+        """`local(self, hidden, head, targets, weights)` on each device, with all that its tokens and words need."""
+
+        def gathered(hidden: Array, head: Array, targets: Array, weights: Array) -> Any:
+            hidden = gather_here(hidden, self.hidden, self.hidden_used)
+            head = gather_here(head.astype(hidden.dtype), self.head, self.head_used)
+            return local(self, hidden, head, targets, weights)
+
+        if not any(map(names_of, (*self.hidden, *self.head, *self.targets))):
+            return gathered(*arrays)
+        in_specs = tuple(spec(*each) for each in (self.hidden, self.head, self.targets, self.targets))
+        return jax.shard_map(gathered, in_specs=in_specs, out_specs=out(self), check_vma=False)(*arrays)
+
+    def to_hidden(self, gradient: Array) -> Array:
+        """The sum over the vocabulary of the gradient of hidden states, split as they are."""
+        if self.hidden_used[1] == names_of(self.hidden[1]):
+            return _summed(gradient, self.vocab)
+        return jax.lax.psum_scatter(gradient, self.vocab, scatter_dimension=1, tiled=True)
+
+    def to_head(self, gradient: Array) -> Array:
+        """The sum over all tokens of the gradient of the head, split as it is at rest."""
+        left = self.tokens
+        for dim, (entry, used) in enumerate(zip(self.head, self.head_used, strict=True)):
+            over = names_of(entry)[len(used) :]
+            if over:
+                if not set(over) <= set(left):  # each device has the whole sum
+                    gradient = gradient / jax.lax.axis_size(over)
+                gradient = jax.lax.psum_scatter(gradient, over, scatter_dimension=dim, tiled=True)
+                left = tuple(name for name in left if name not in over)
+        return _summed(gradient, left)
+
+
+def _summed(array: Array, over: tuple[str, ...]) -> Array:
+    return jax.lax.psum(array, over) if over else array
+
+
+def _pieces(chunk: int, *arrays: Array) -> Any:
+    """Cuts B T ... into P B size ..., to be scanned over, of about `chunk` tokens each and padded with nothing."""
+    batch, length = arrays[0].shape[:2]
+    parts = max(1, -(-batch * length // chunk))
+    size = -(-length // parts)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, -length % size), *[(0, 0)] * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
+
+    return tuple(map(cut, arrays))
 
 
 def _piece(
-    hidden: Array, targets: Array, weights: Array, head: Array, soft_cap: float | None, z_loss: float
+    hidden: Array,
+    targets: Array,
+    weights: Array,
+    head: Array,
+    vocab: tuple[str, ...],
+    soft_cap: float | None,
+    z_loss: float,
 ) -> tuple[Array, Array, Array]:
-    """Loss and likelihood summed over some tokens, and the gradient of the loss in the logits (before the cap)."""
-    logits = einsum("B T D, V D -> B T V", hidden, head, preferred_element_type=jnp.float32)
+    """Loss and likelihood summed over some tokens, and the gradient of the loss in the logits (before the cap).
+
+    `head` has a part of the vocabulary where mesh axes split it.
+    """
+    logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     highest = jnp.max(logits, axis=-1, keepdims=True)
-    log_z = highest + jnp.log(jnp.sum(jnp.exp(logits - highest), axis=-1, keepdims=True))
-    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
-    nll = (log_z - jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1, keepdims=True))[..., 0] * weights
+    highest = jax.lax.pmax(highest, vocab) if vocab else highest
+    log_z = highest + jnp.log(_summed(jnp.sum(jnp.exp(logits - highest), axis=-1, keepdims=True), vocab))
+    first = jax.lax.axis_index(vocab) * head.shape[0] if vocab else 0
+    chosen = first + jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
+    of_target = _summed(jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1, keepdims=True), vocab)
+    nll = (log_z - of_target)[..., 0] * weights
     loss = nll + z_loss * jnp.square(log_z[..., 0]) * weights
     grad = jnp.exp(logits - log_z) * (1 + 2 * z_loss * log_z) - chosen.astype(jnp.float32)
     if soft_cap is not None:

@@ -1,13 +1,14 @@
 """What a layer that mixes information between tokens offers, whatever it is made of."""
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Int
 
+from .kernels.context import Method
 from .spec import Spec
 
 Cache = Any
@@ -21,6 +22,8 @@ class Places:
 
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"]
+    exchange: Method = field(default="ring", metadata={"static": True})
+    """How devices that share a sequence see each other's keys (`context` of `attend`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .cache import written
+from .einsum import einsum
 from .kernels import attend
 from .linear import Linear
 from .masks import Causal, Documents, Mask
 from .mixer import Cache, Mixer, Places
 from .norm import Norm, RMSNorm
 from .rope import Rope, YarnScaling, yarn_mscale
-from .sharding import einsum, shards, spec_of, split_as
+from .sharding import between_norms, context_axis, shards, spec_of, split_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,16 +121,18 @@ class MLALayer(nnx.Module):
         spec = self.spec
         query, latent = self._query(x, places), self._latent(x, places)
         mask: Mask = Causal()
-        start: Any = 0
         absorbs = False
+        options: dict[str, Any] = {"context_axis": context_axis(query), "context": places.exchange}
         if cache is None:
             mask = mask & Documents(places.segments)
         else:
-            start = places.positions[:, 0]
+            options["query_offset"] = places.positions[:, 0]
             cache = {"latent": written(cache["latent"], latent, places)}
             latent = jnp.swapaxes(cache["latent"].astype(x.dtype), 1, 2)
             absorbs = spec.absorbs(x.shape[1], latent.shape[1])
-        mixed = (self._absorbed if absorbs else self._expanded)(query, latent, mask, start)
+        mixed = (self._absorbed if absorbs else self._expanded)(
+            query, latent, mask=mask, scale=spec.logit_scale, **options
+        )
         return self.output(mixed), cache
 
     def _query(self, x: Array, places: Places) -> Float[Array, "B T N H"]:
@@ -141,17 +144,17 @@ class MLALayer(nnx.Module):
 
     def _latent(self, x: Array, places: Places) -> Float[Array, "B T 1 H"]:
         """What is cached, [c, r]."""
-        plain, turned = jnp.split(self.latent(x), [self.spec.kv_rank], axis=-1)
+        plain, turned = jnp.split(between_norms(self.latent(x)), [self.spec.kv_rank], axis=-1)
         turned = self.spec.rope(turned[:, :, None], places.positions)
         return jnp.concatenate([self.latent_norm(plain)[:, :, None], turned], axis=-1)
 
-    def _expanded(self, query: Array, latent: Array, mask: Mask, start: Any) -> Float[Array, "B T N H"]:
+    def _expanded(self, query: Array, latent: Array, **options: Any) -> Float[Array, "B T N H"]:
         plain, turned = jnp.split(latent, [self.spec.kv_rank], axis=-1)
         key, value = jnp.split(self.key_value(plain[:, :, 0]), [self.spec.nope_dim], axis=-1)
         key = jnp.concatenate([key, _of_heads(turned, self.spec.heads, query)], axis=-1)
-        return attend(query, key, value, mask=mask, scale=self.spec.logit_scale, query_offset=start)
+        return attend(query, key, value, **options)
 
-    def _absorbed(self, query: Array, latent: Array, mask: Mask, start: Any) -> Float[Array, "B T N H"]:
+    def _absorbed(self, query: Array, latent: Array, **options: Any) -> Float[Array, "B T N H"]:
         spec = self.spec
         to_key, to_value = jnp.split(self.key_value.matrix(query.dtype), [spec.nope_dim], axis=-1)
         plain, turned = jnp.split(query, [spec.nope_dim], axis=-1)
@@ -159,12 +162,12 @@ class MLALayer(nnx.Module):
         # Where heads are split over a mesh, each device has the one key and value head.
         key = _of_heads(latent, shards(query, 2), query)
         value = key[..., : spec.kv_rank]
-        mixed = attend(query, key, value, mask=mask, scale=spec.logit_scale, query_offset=start)
+        mixed = attend(query, key, value, **options)
         return einsum("B T N R, R N H -> B T N H", mixed, to_value)
 
 
 def _of_heads(x: Float[Array, "B S 1 H"], heads: int, like: Array) -> Float[Array, "B S K H"]:
     """`x`, B S 1 H, once for each head, with heads split as those of `like`."""
-    split = split_as(spec_of(x)[0], None, spec_of(like)[2], None)
+    split = split_as(*spec_of(x)[:2], spec_of(like)[2], None)
     shape = (*x.shape[:2], heads, x.shape[3])
     return jax.lax.broadcast_in_dim(x, shape, (0, 1, 2, 3), out_sharding=split)

@@ -3,20 +3,21 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from .exchange import Exchange, dispatched
 from .kernels.grouped import grouped_product
 from .mixer import Places
 from .mlp import MLP, FeedForward, GatedMLP
 from .routing import Router, RouterLayer, Routing
-from .sharding import AXES, gather, parameter, spec_of
+from .sharding import AXES, gather_here, kept, names_of, parameter, spec, spec_of, sum_here, time_after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +74,30 @@ class MoELayer(nnx.Module):
         return y if self.shared is None else y + self.shared(x), done
 
     def _mixed(self, x: Array, chosen: Array, weights: Array) -> Array:
-        """The weighted sum of the chosen experts. A device computes its own tokens, with its part of every expert."""
+        """The weighted sum of the chosen experts, which stay where they are; on a mesh, rows travel to them."""
         leaves, tree = jax.tree.flatten(self.experts)
-        leaves = [gather(leaf, x.dtype) for leaf in leaves]
+        specs, x_spec = [spec_of(leaf) for leaf in leaves], spec_of(x)
         if jax.sharding.get_abstract_mesh().empty:
-            return _dispatched(tree.unflatten(leaves), x, chosen, weights)
-        axis = AXES["F"]
-        split = any(axis in spec_of(leaf) for leaf in leaves)
+            return dispatched(tree.unflatten([leaf.astype(x.dtype) for leaf in leaves]), x, chosen, weights)
+        used = [(each[0], *map(kept, each[1:])) for each in specs]
+        over = max((names for each in used for names in each[1:]), key=len)
+        time = tuple(name for name in names_of(x_spec[1]) if name not in over)
+        mixture = Exchange(names_of(specs[0][0]), names_of(x_spec[0]))
 
-        def local(leaves: list[Array], x: Array, chosen: Array, weights: Array) -> Array:
-            y = _dispatched(tree.unflatten(leaves), x, chosen, weights)
-            return jax.lax.psum(y, axis) if split else y
+        # What was gathered for a product is gathered again for its gradient.
+        @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_anything_except_these_names("gathered"))
+        def local(leaves: list[Array], *tokens: Array) -> Array:
+            leaves = [
+                checkpoint_name(gather_here(leaf.astype(x.dtype), old, new), "gathered")
+                for leaf, old, new in zip(leaves, specs, used, strict=True)
+            ]
+            tokens = tuple(gather_here(each, x_spec, (x_spec[0], time, None)) for each in tokens)
+            return sum_here(mixture(tree.unflatten(leaves), tokens), over, 1)
 
-        arrays = (leaves, x, chosen, weights)
-        specs = jax.tree.map(lambda array: PartitionSpec(*spec_of(array)), arrays)
-        return jax.shard_map(local, in_specs=specs, out_specs=specs[1], check_vma=False)(*arrays)
+        places = spec(*x_spec)
+        out = spec(x_spec[0], time_after(time, x.shape[1], over), None)
+        in_specs = [spec(*each) for each in specs], places, places, places
+        return jax.shard_map(local, in_specs=in_specs, out_specs=out, check_vma=False)(leaves, x, chosen, weights)
 
 
 class ExpertLinear(nnx.Module):
@@ -105,8 +115,8 @@ class ExpertLinear(nnx.Module):
         self.weight = parameter(f"E {self.input} {self.output}", value, inputs=1)
         self.bias = parameter(f"E {self.output}", jnp.zeros((shape[0], shape[2]))) if bias else None
 
-    def __call__(self, x: Float[Array, "M D"], experts: Int[Array, " M"], sizes: Int[Array, " E"]) -> Array:
-        """Maps rows of which `sizes` belong to each expert, in the dtype of `x`."""
+    def __call__(self, x: Float[Array, "M D"], sizes: Int[Array, " E"]) -> Float[Array, "M F"]:
+        """Maps rows, first `sizes` of each expert, in the dtype of `x`; rows after them become anything."""
         weight = self.weight[...].astype(x.dtype)
         # By this name a remat policy keeps y, as in `Linear`.
         y = checkpoint_name(grouped_product(x, weight, sizes), "product")
@@ -115,22 +125,4 @@ class ExpertLinear(nnx.Module):
         bias = self.bias[...].astype(x.dtype)
         if weight.shape[1] != self.input_size:  # the sum over devices must have it once
             bias = jnp.where(jax.lax.axis_index(AXES[self.input]) == 0, bias, jnp.zeros_like(bias))
-        return y + bias[experts]
-
-
-def _dispatched(experts: Any, x: Array, chosen: Array, weights: Array) -> Array:
-    """Rows in order of their experts, through them, and back: the weighted sum of what the chosen experts make of x."""
-    dim, top_k = x.shape[-1], chosen.shape[-1]
-    owners = chosen.reshape(-1)
-    order = jnp.argsort(owners)
-    back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
-    sizes = jnp.zeros(experts.down.weight.shape[0], jnp.int32).at[owners].add(1)
-    rows = jnp.broadcast_to(x.reshape(-1, 1, dim), (x.size // dim, top_k, dim)).reshape(-1, dim)
-    rows = experts(_permuted(rows, order), owners[order], sizes)
-    rows = _permuted(rows, back).reshape(*chosen.shape, dim)
-    return jnp.einsum("btkd,btk->btd", rows, weights, preferred_element_type=jnp.float32).astype(x.dtype)
-
-
-def _permuted(rows: Array, order: Array) -> Array:
-    """`rows[order]`, of a permutation: that lets the gradient be written without adding up."""
-    return rows.at[order].get(unique_indices=True, mode="promise_in_bounds")
+        return y + jnp.repeat(bias, sizes, axis=0, total_repeat_length=x.shape[0])

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from .sharding import einsum, gather, parameter
+from .einsum import einsum
+from .sharding import as_split, gather, locally, parameter
 from .spec import Spec
 
 Routing = dict[str, Array]
@@ -82,6 +83,10 @@ class Router(Spec):
                 f"a group judged by its best two needs two experts, got experts={experts}, groups={groups.groups}"
             )
 
+    def choose(self, worth: Float[Array, "B T E"]) -> Int[Array, "B T k"]:
+        """The experts that are worth most."""
+        return jax.lax.top_k(worth if self.groups is None else self.groups.limit(worth), self.top_k)[1]
+
 
 class RouterLayer(nnx.Module):
     """A linear map to a logit for each expert, and the choice."""
@@ -95,9 +100,8 @@ class RouterLayer(nnx.Module):
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         """Float32 logits, by float32 products on every platform."""
-        weight = gather(self.weight[...], jnp.float32)
         highest = jax.lax.Precision.HIGHEST
-        logits = einsum("B T D, D E -> B T E", x.astype(jnp.float32), weight, precision=highest)
+        logits = einsum("B T D, D E -> B T E", x.astype(jnp.float32), self.weight[...], precision=highest)
         return logits if self.bias is None else logits + gather(self.bias[...], jnp.float32)
 
     def __call__(
@@ -105,13 +109,12 @@ class RouterLayer(nnx.Module):
     ) -> tuple[Int[Array, "B T k"], Float[Array, "B T k"], Routing]:
         """The chosen experts, their weights, and what was done with the tokens where `real` is 1, not 0."""
         spec, logits = self.spec, self.logits(x)
+        real = as_split(real[..., None], logits)
         scores = jax.nn.softmax(logits) if spec.score == "softmax" else jax.nn.sigmoid(logits)
         worth = jax.lax.stop_gradient(scores)
         if self.correction is not None:
             worth = worth + jax.lax.stop_gradient(gather(self.correction[...], jnp.float32))
-        if spec.groups is not None:
-            worth = spec.groups.limit(worth)
-        _, chosen = jax.lax.top_k(worth, spec.top_k)
+        chosen = locally(spec.choose, worth)
         experts = jnp.arange(scores.shape[-1], dtype=chosen.dtype)
         picked = (chosen[..., None] == experts).astype(jnp.float32)
         weights = jnp.sum(picked * scores[..., None, :], axis=-1)
@@ -119,8 +122,8 @@ class RouterLayer(nnx.Module):
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
         shares = scores / jnp.sum(scores, axis=-1, keepdims=True)
         done = {
-            "load": jnp.sum(picked * real[..., None, None], axis=(0, 1, 2)),
-            "probability": jnp.sum(shares * real[..., None], axis=(0, 1)),
-            "z": jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * real),
+            "load": jnp.sum(picked * real[..., None], axis=(0, 1, 2)),
+            "probability": jnp.sum(shares * real, axis=(0, 1)),
+            "z": jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1, keepdims=True)) * real),
         }
         return chosen, weights * spec.scale, done

@@ -15,26 +15,37 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec, reshard
 from jaxtyping import Array, Float
 
-AXES = {"D": "fsdp", "V": "tensor", "F": "tensor", "N": "tensor", "K": "tensor", "E": "expert"}
-"""The mesh axis that splits each letter of a parameter at rest. Letters that are not here are never split."""
+MESH_AXES = ("dcn", "data", "fsdp", "expert", "context", "tensor")
+"""The mesh axes there are, slowest first: dcn is over slices or hosts, all others within one."""
 
-BATCH = ("data", "fsdp")
-"""The mesh axes that split the batch B."""
+AXES: dict[str, tuple[str, ...]] = {
+    "B": ("dcn", "data", "fsdp", "expert"),
+    "T": ("context", "tensor"),
+    "D": ("fsdp",),
+    "V": ("tensor",),
+    "F": ("tensor",),
+    "N": ("tensor",),
+    "K": ("tensor",),
+    "E": ("expert",),
+}
+"""The mesh axes that split each letter. Letters that are not here are never split.
 
-MESH_AXES = ("data", "fsdp", "tensor", "expert")
-"""The mesh axes there are, slowest first."""
+A letter gives way where its axis splits another letter of the same product. So parameters, split by D and E at rest,
+are gathered to be used: B is split over the same axes. And T is split over tensor in the residual stream and its norms
+alone: between them, heads, features or the vocabulary are.
+"""
 
-GATHERED = ("fsdp", "expert")
-"""The mesh axes that split parameters at rest alone: to be used, they are gathered over these."""
+GATHERED = (*AXES["D"], *AXES["E"])
+"""The mesh axes that split parameters at rest alone."""
 
 
 def partition(axes: str, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How a parameter with these axis letters ("D N H") is split at rest; vectors are not split over fsdp."""
     letters = axes.split()
-    names = [AXES.get(letter) for letter in letters]
+    names = [_there(AXES.get(letter, ()), mesh) if letter not in "BT" else () for letter in letters]
     if len(letters) - stacked(axes) <= 1:
-        names = [None if name == "fsdp" else name for name in names]
-    return PartitionSpec(*(name if mesh.shape.get(name, 1) > 1 else None for name in names))
+        names = [tuple(name for name in each if name not in AXES["D"]) for each in names]
+    return spec(*names)
 
 
 def stacked(axes: str) -> int:
@@ -44,9 +55,34 @@ def stacked(axes: str) -> int:
 
 
 def batch_partition(mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """How arrays that start with the batch axis B are split."""
-    names = tuple(name for name in BATCH if mesh.shape.get(name, 1) > 1)
-    return PartitionSpec(names) if names else PartitionSpec()
+    """How tokens, B T, and what comes with them are split."""
+    return spec(_there(AXES["B"], mesh), _there(("context",), mesh))
+
+
+def stream_partition(mesh: Mesh | AbstractMesh, length: int) -> PartitionSpec:
+    """How the residual stream, B T D, is split: as tokens are, and along T over tensor too, if that divides it."""
+    time = _there(AXES["T"], mesh)
+    return spec(_there(AXES["B"], mesh), time) if length % ways(time, mesh) == 0 else batch_partition(mesh)
+
+
+def _there(names: tuple[str, ...], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    return tuple(name for name in names if mesh.shape.get(name, 1) > 1)
+
+
+def spec(*entries: Any) -> PartitionSpec:
+    """A partition of arrays from a name, a tuple of names or nothing for each dimension."""
+    each = (names_of(entry) for entry in entries)
+    return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in each))
+
+
+def names_of(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a partition."""
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+
+
+def ways(entry: Any, mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts an entry of a partition splits."""
+    return math.prod(mesh.shape.get(name, 1) for name in names_of(entry))
 
 
 def parameter_axes(name: str, variable: Any) -> str:
@@ -70,7 +106,7 @@ def parameter(axes: str, value: Float[Array, "..."], inputs: int = 0, *, exact: 
 def check_divides(name: str, axes: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> None:
     """Raises ValueError where a dimension of a parameter is not a multiple of the mesh axis that splits it."""
     for letter, size, axis in zip(axes.split(), shape, partition(axes, mesh), strict=False):
-        if axis is not None and size % mesh.shape[axis]:
+        if size % ways(axis, mesh):
             fits = [n for n in range(1, max(mesh.size, 64) + 1) if size % n == 0]
             raise ValueError(
                 f"mesh axis {axis}={mesh.shape[axis]} does not divide {letter}={size} of parameter {name} ({axes}); "
@@ -85,33 +121,45 @@ def spec_of(array: Array) -> tuple[Any, ...]:
 
 
 def gather(weight: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
-    """A parameter made ready for use: cast, then gathered over fsdp and expert; still split over tensor."""
+    """A parameter made ready for use outside of `einsums`: cast, then gathered over fsdp and expert."""
     weight = jnp.asarray(weight, dtype)
-    spec = spec_of(weight)
-    if not set(GATHERED) & set(spec):
-        return weight
-    return reshard(weight, PartitionSpec(*(None if axis in GATHERED else axis for axis in spec)))
+    before = spec_of(weight)
+    return reshard(weight, spec(*map(kept, before))) if any(map(names_of, before)) else weight
 
 
-def einsum(axes: str, x: Float[Array, "..."], y: Float[Array, "..."], **options: Any) -> Float[Array, "..."]:
-    """`jnp.einsum` with axis letters ("B T D, D F -> B T F") whose result keeps the split of the letters it keeps.
+def kept(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry that split a parameter also while it is used."""
+    return tuple(name for name in names_of(entry) if name not in GATHERED)
 
-    A contracted letter that is split is summed over its mesh axis.
-    """
-    inputs, result = axes.split("->")
-    placed: dict[str, Any] = {}
-    for letters, array in zip(inputs.split(","), (x, y), strict=True):
-        for letter, axis in zip(letters.split(), spec_of(array), strict=True):
-            placed[letter] = placed.get(letter) or axis
-    spec = split_as(*(placed[letter] for letter in result.split()))
-    return jnp.einsum(axes.replace(" ", ""), x, y, out_sharding=spec, **options)
+
+def gather_here(array: Array, before: tuple[Any, ...], after: tuple[Any, ...]) -> Array:
+    """Inside `jax.shard_map`: a device's part of an array under one partition, made its part under a coarser one."""
+    for dim, (old, new) in enumerate(zip(before, after, strict=True)):
+        more = names_of(old)[len(names_of(new)) :]
+        assert names_of(old) == (*names_of(new), *more), (before, after)
+        if more:
+            array = jax.lax.all_gather(array, more, axis=dim, tiled=True)
+    return array
+
+
+def sum_here(array: Array, over: tuple[str, ...], dim: int) -> Array:
+    """Inside `jax.shard_map`: the sum over mesh axes, split over them along a dimension if they divide it."""
+    if not over:
+        return array
+    if array.shape[dim] % jax.lax.axis_size(over):
+        return jax.lax.psum(array, over)
+    return jax.lax.psum_scatter(array, over, scatter_dimension=dim, tiled=True)
+
+
+def time_after(entry: Any, length: int, over: tuple[str, ...]) -> tuple[str, ...]:
+    """What splits T after `sum_here` along it, where `entry` did before."""
+    names = (*names_of(entry), *over)
+    return names if length % ways(names, jax.sharding.get_abstract_mesh()) == 0 else names_of(entry)
 
 
 def shards(array: Array, dim: int) -> int:
     """Into how many parts a dimension of an array is split."""
-    axis = spec_of(array)[dim]
-    names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
-    return math.prod(jax.typeof(array).sharding.mesh.shape[name] for name in names)
+    return ways(spec_of(array)[dim], jax.typeof(array).sharding.mesh)
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, spec: tuple[Any, ...]) -> Array:
@@ -136,6 +184,19 @@ def locally(function: Callable[..., Array], *arrays: Array) -> Array:
     if all(axis is None for spec in specs for axis in spec):
         return function(*arrays)
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0])(*arrays)
+
+
+def context_axis(array: Float[Array, "B T ..."]) -> str | None:
+    """The mesh axis that splits T outside of the residual stream, where one does."""
+    names = names_of(spec_of(array)[1])
+    return names[0] if names else None
+
+
+def between_norms(array: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+    """An array that is split along T as the residual stream is, split as what depends on positions is."""
+    batch, time, *rest = spec_of(array)
+    outside = tuple(name for name in names_of(time) if name not in AXES["N"])
+    return array if outside == names_of(time) else reshard(array, spec(batch, outside, *rest))
 
 
 def whole(array: Array) -> Array:

@@ -18,7 +18,7 @@ from ..configs.run import Run
 from ..layers.spec import unknown
 from ..zoo import family
 from ..zoo.load import is_run
-from . import commands, hardware, loop, plan_report, show
+from . import commands, hardware, loop, plan_report, shard, show
 from .chips import chip_of
 from .folder import Folder
 
@@ -56,6 +56,28 @@ def show_(name: Annotated[str, tyro.conf.Positional], mesh: str = "", length: in
         length: tokens of context the FLOPs are counted for; that of the run, or 2048 or what fits, if not given.
     """
     show.table(name, _find(name), mesh, length, Console())
+
+
+def shard_(
+    name: Annotated[str, tyro.conf.Positional], mesh: str = "", json: bool = False, plot: Path | None = None
+) -> None:
+    """Every tensor's shards and bytes per device on a mesh, with a drawing of who holds what; no devices needed.
+
+    Example: `zoo shard llama3_70b --mesh fsdp=64,tensor=4 --plot shards.png`
+
+    Args:
+        name: a model or run by name (see `zoo list`), the folder of a run, or a checkpoint as `zoo convert` takes it.
+        mesh: axes and sizes, e.g. 'fsdp=8,tensor=4' (docs/sharding.md); that of the run if not given.
+        json: print JSON instead.
+        plot: draw a picture into this file (.png, .svg, .pdf) instead of in letters.
+    """
+    found = shard.layout(name, _find(name), mesh)
+    if plot is not None:
+        shard.plot(found, plot)
+    if json:
+        print(shard.as_json(found))
+    else:
+        shard.show(found, Console(), drawn=plot is None)
 
 
 def diff(a: Annotated[str, tyro.conf.Positional], b: Annotated[str, tyro.conf.Positional]) -> None:
@@ -171,6 +193,7 @@ def train(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[..., Any]] = {
     "list": list_,
     "show": show_,
+    "shard": shard_,
     "diff": diff,
     "convert": convert,
     "plan": plan_,
@@ -226,6 +249,8 @@ Language models for JAX: look at them, train them, write with them.
 
   zoo list                      the named models and runs
   zoo show gpt2                 parameters, shapes, bytes, FLOPs and cache of a model
+  zoo shard llama3_8b --mesh fsdp=8,tensor=4
+                                who holds what on a mesh, and bytes per device
   zoo diff gpt2 llama3_8b       the settings in which two models or runs differ
   zoo convert SOURCE NEW        a checkpoint as a Hugging Face folder or a .gguf file
   zoo plan qwen2_5_0_5b --topology colab-v5e --batch 4

@@ -4,11 +4,12 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxlib._jax import Device
 
 from ..configs.run import Run
-from ..layers.sharding import BATCH, MESH_AXES, batch_partition
+from ..layers.sharding import AXES, MESH_AXES, batch_partition, names_of, stream_partition, ways
 from ..layers.spec import unknown
 from ..zoo.decoder import Decoder
 from ..zoo.parameters import describe, partitions
@@ -44,7 +45,10 @@ def make(run: Run, devices: list[Device] | None = None) -> tuple[Mesh, str]:
     kind = devices[0].device_kind
     text = ",".join(f"{name}={size}" for name, size in sizes.items())
     idle = len(devices) - mesh.size
-    return mesh, f"{text} on {mesh.size} x {kind}" + (f" ({idle} more left idle)" if idle else "")
+    notes = [f"{idle} more left idle"] if idle else []
+    if sizes.get("dcn", 1) > 1 and len(_slices(devices)) == 1:
+        notes.append("dcn within one slice and host, as there are no others")
+    return mesh, f"{text} on {mesh.size} x {kind}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def for_parameters(model: Decoder, text: str) -> Mesh:
@@ -55,20 +59,38 @@ def for_parameters(model: Decoder, text: str) -> Mesh:
 
 
 def check(run: Run, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ValueError where the mesh does not divide the batch or a parameter."""
-    shards = math.prod(mesh.shape.get(name, 1) for name in BATCH)
+    """Raises ValueError where the mesh does not divide the batch, its sequences or a parameter."""
     rows = run.batch // run.accumulate
+    batch, context = batch_partition(mesh)
+    shards = ways(batch, mesh)
     if rows % shards:
         fits = [n for n in range(1, rows + 1) if rows % n == 0]
         raise ValueError(
-            f"the mesh splits the batch {shards} ways (data x fsdp), which does not divide {rows} sequences (batch "
-            f"{run.batch} / accumulate {run.accumulate}); it may be split {', '.join(map(str, fits))} ways"
+            f"the mesh splits the batch {shards} ways ({' x '.join(names_of(batch))}), which does not divide {rows} "
+            f"sequences (batch {run.batch} / accumulate {run.accumulate}); it may be split "
+            f"{', '.join(map(str, fits))} ways"
+        )
+    time = stream_partition(mesh, 0)[1]
+    if run.length % ways(time, mesh):
+        raise ValueError(
+            f"the mesh splits each sequence {ways(time, mesh)} ways ({' x '.join(names_of(time))}), which does not "
+            f"divide its length of {run.length} tokens; the nearest lengths that fit are "
+            f"{', '.join(str(n) for n in _nearest(run.length, ways(time, mesh)))}"
         )
     specs = partitions(describe(run.model.abstract()), mesh)
-    used = {*BATCH, *(axis for spec in specs.values() for axis in spec)}
+    used = {*names_of(batch), *names_of(context)} - set(AXES["E"])
+    used |= {name for spec in specs.values() for entry in spec for name in names_of(entry)}
     for axis in mesh.axis_names:
         if axis not in used and mesh.shape[axis] > 1:
             raise ValueError(f"mesh axis {axis}={mesh.shape[axis]} would split nothing of this model; leave it out")
+    if run.context != "ring" and not names_of(context):
+        raise ValueError(f"context={run.context!r} is for a mesh with an axis context, got {run.mesh!r}; leave it out")
+
+
+def _nearest(length: int, parts: int) -> list[int]:
+    """The multiples of `parts` around a length."""
+    below = length // parts * parts
+    return [each for each in (below, below + parts) if each]
 
 
 def place(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -83,7 +105,42 @@ def _mesh(sizes: dict[str, int], devices: list[Device]) -> Mesh:
         text = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(f"mesh {text} needs {count} devices, there are {len(devices)}; lower a size, e.g. to 1")
     explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
+    if sizes.get("dcn", 1) > 1:
+        return Mesh(_over_slices(sizes, devices), tuple(sizes), axis_types=explicit)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:count], axis_types=explicit)
+
+
+def _slices(devices: list[Device]) -> list[list[Device]]:
+    """Devices by slice of a TPU pod or, where there is one slice, by process; a link between them is slow."""
+    for name in ("slice_index", "process_index"):
+        groups: dict[int, list[Device]] = {}
+        for device in devices:
+            groups.setdefault(getattr(device, name, 0), []).append(device)
+        if len(groups) > 1:
+            return [groups[key] for key in sorted(groups)]
+    return [devices]
+
+
+def _over_slices(sizes: dict[str, int], devices: list[Device]) -> np.ndarray:
+    """The devices of a mesh whose axis dcn alone goes from slice to slice."""
+    slow, groups = sizes["dcn"], _slices(devices)
+    each = math.prod(sizes.values()) // slow
+    place = list(sizes).index("dcn")
+    if len(groups) == 1:
+        inner = [size for name, size in sizes.items() if name != "dcn"]
+        return np.moveaxis(np.array(devices[: slow * each]).reshape(slow, *inner), 0, place)
+    if len(groups) < slow or min(map(len, groups[:slow])) < each:
+        raise ValueError(
+            f"mesh axis dcn={slow} is over slices or hosts, each with {each} devices for the other axes; "
+            f"there are {len(groups)}, with {', '.join(str(len(group)) for group in groups)} devices"
+        )
+    chosen = [device for group in groups[:slow] for device in group[:each]]
+    return create_hybrid_device_mesh(
+        [1 if name == "dcn" else size for name, size in sizes.items()],
+        [size if name == "dcn" else 1 for name, size in sizes.items()],
+        chosen,
+        process_is_granule=len({getattr(device, "slice_index", 0) for device in chosen}) == 1,
+    )
 
 
 def _fits(run: Run, sizes: dict[str, int], devices: list[Device]) -> bool:

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 
 from ..configs.run import Run
 from ..layers.moe import MoE
-from ..layers.sharding import MESH_AXES
+from ..layers.sharding import MESH_AXES, batch_partition, ways
 from ..zoo.parameters import Description, describe, partitions
 from . import mesh as meshes
 from .chips import Chip, chip_of
@@ -57,24 +57,26 @@ def layouts(run: Run, chips: int) -> Iterator[Run]:
 def guess(run: Run, chip: Chip, known: dict[str, Description]) -> Guess:
     """The arithmetic of a layout: memory from below, time from the FLOPs, the bytes of weights and of activations."""
     mesh = _abstract(run)
-    ways = {axis: mesh.shape.get(axis, 1) for axis in MESH_AXES}
+    into = {axis: mesh.shape.get(axis, 1) for axis in MESH_AXES}
     splits = partitions(known, mesh)
-    share = {name: math.prod(ways[axis] for axis in spec if axis) for name, spec in splits.items()}
+    share = {name: math.prod(ways(entry, mesh) for entry in spec) for name, spec in splits.items()}
     held = sum(what.size / share[name] for name, what in known.items())
-    tokens = run.batch * run.length / run.accumulate / (ways["data"] * ways["fsdp"])
+    batch, time = batch_partition(mesh)
+    tokens = run.batch * run.length / run.accumulate / ways(batch, mesh) / ways(time, mesh)
     model, layers = run.model, len(run.model.all_blocks)
     # What is kept of a layer: its input; or what its matrices make, too; or twice that, with what is between.
-    wide = sum(_outputs(what) / ways["tensor"] for what in known.values()) / layers
-    kept = {"full": model.dim, "dots": model.dim + wide, "none": model.dim + 2 * wide}[run.remat]
+    wide = sum(_outputs(what) / into["tensor"] for what in known.values()) / layers
+    stream = model.dim / into["tensor"]
+    kept = {"full": stream, "dots": stream + wide, "none": stream + 2 * wide}[run.remat]
     states = {"adamw": 2, "lion": 1, "muon": 1.5, "adafactor": 0.1, "sgd": 1}[run.optimizer.name]
     copies = 2 + states + bool(run.ema) + (run.accumulate > 1)  # parameters, gradients of a part, and of all parts
     memory = (4 * copies + 2) * held + 2 * tokens * kept * layers + LOGITS
     forward = model.flops(run.length) * run.batch * run.length / mesh.size
     compute = forward * {"none": 3, "dots": 3.2, "full": 4}[run.remat] / (SHARE * chip.tflops * 1e12)
     # Weights are gathered twice and their gradients scattered in each part; over data, gradients are summed once.
-    weights = 2 * sum(what.size / ways["tensor"] for what in known.values())
-    over = (ways["fsdp"] > 1) * 3 * run.accumulate + (ways["data"] > 1) * 2 / ways["fsdp"]
-    activations = (ways["tensor"] > 1) * 4 * layers * run.accumulate * 2 * tokens * model.dim * 2
+    weights = 2 * sum(what.size / into["tensor"] for what in known.values())
+    over = (into["fsdp"] > 1) * 3 * run.accumulate + (into["data"] > 1) * 2 / into["fsdp"]
+    activations = (into["tensor"] > 1) * 4 * layers * run.accumulate * 2 * tokens * model.dim * 2
     moved = (weights * over + activations) / (2 * chip.ici_gbps * 1e9)
     return Guess(run, memory, compute + moved)
 

@@ -145,7 +145,7 @@ def best_parameters(state: State) -> Parameters:
 
 def _sums(run: Run, model: DecoderModel, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""], balance.Done]:
     """Training loss and plain negative log-likelihood, summed over tokens, and what the routers did."""
-    places = Places(positions=batch["positions"], segments=batch["segments"])
+    places = Places(positions=batch["positions"], segments=batch["segments"], exchange=run.context)
     hidden, _, routing = model.hidden_and_routing(batch["tokens"], places, dtype=jnp.dtype(run.dtype), remat=run.remat)
     loss, nll = cross_entropy(
         hidden,

@@ -14,7 +14,6 @@ from ..layers.linear import Embedding, to_logits
 from ..layers.mixer import Cache, Places
 from ..layers.norm import Norm, RMSNorm
 from ..layers.routing import Routing
-from ..layers.sharding import gather
 from ..layers.spec import Spec
 
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
@@ -191,7 +190,7 @@ class DecoderModel(nnx.Module):
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of hidden states."""
-        logits = to_logits(x, gather(self.output_embedding, x.dtype))
+        logits = to_logits(x, self.output_embedding.astype(x.dtype))
         cap = self.spec.soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

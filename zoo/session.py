@@ -251,7 +251,7 @@ def _prefill(
     real = places.segments > 0
     hidden, after = model.hidden(tokens, places, caches, dtype=dtype)
     assert after is not None
-    last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
+    last = jnp.take_along_axis(whole(hidden), jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
     logits = jnp.where(some[:, None], whole(model.logits(last)[:, 0]), logits)
     row = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
     seen, history = state.seen, state.history

@@ -18,7 +18,7 @@ from flaxzoo import configs, zoo
 from flaxzoo.configs import Run
 from flaxzoo.train import cli, loop
 from flaxzoo.train.folder import Folder
-from flaxzoo.zoo.parameters import split
+from flaxzoo.zoo.parameters import describe, split
 from rich.console import Console
 from tokenizers import Tokenizer
 
@@ -126,6 +126,37 @@ def test_show_on_a_mesh(say: Command) -> None:
         "tensor may be 1, 2, 4, 8"
     )
     assert "did you mean 'tensor'" in error_of(say("show", "llama3_8b", "--mesh", "tenser=16"))
+
+
+def test_shard(say: Command) -> None:
+    said = say("shard", "mixtral_8x7b", "--mesh", "expert=4,fsdp=2,tensor=2")
+    assert (said.code, said.err) == (0, "")
+    row = "L=32 E=8/expert D=4096/fsdp F=14336/tensor +32 2 2048 7168 +float32 +16 +1 +60.1 GB +3.76 GB"
+    assert re.search(rf"^stack\.0\.ffn\.experts\.gate\.weight +{row}$", said.out, re.MULTILINE)
+    assert "187 GB of parameters, 12.9 GB on each of 16 devices (1.10 copies of the model in all)" in said.out
+    drawn = "  D=4096/fsdp down, K=8/tensor across\n  | 0,4,8,12  | 1,5,9,13  |\n  | 2,6,10,14 | 3,7,11,15 |\n"
+    assert f"\nstack.0.mixer.key.weight, stack.0.mixer.value.weight\n{drawn}" in said.out
+    assert (
+        error_of(say("shard", "llama3_8b")) == "there is no mesh to split over; name one, e.g. --mesh fsdp=8,tensor=4"
+    )
+    assert "did you mean 'expert'" in error_of(say("shard", "mixtral_8x7b", "--mesh", "experts=4"))
+    assert error_of(say("shard", "llama3_8b", "--mesh", "tensor=16")).endswith("tensor may be 1, 2, 4, 8")
+
+
+def test_shard_of_a_run_as_json_and_as_a_picture(say: Command, tmp_path: Path) -> None:
+    said = say("shard", "shakespeare", "--mesh", "fsdp=2,tensor=2", "--json", "--plot", "shards.png")
+    assert (said.code, said.err) == (0, "")
+    found, run = json.loads(said.out), configs.get_run("shakespeare")
+    known = describe(run.model.abstract())
+    assert {tensor["name"]: tuple(tensor["shape"]) for tensor in found["parameters"]} == {
+        name: what.shape for name, what in known.items()
+    }
+    assert found["bytes"] == 4 * sum(what.size for what in known.values())
+    assert found["bytes_per_device"] == sum(4 * np.prod(tensor["shard"]) for tensor in found["parameters"])
+    tokens, stream = found["activations"]
+    assert tokens["shard"] == [run.batch // run.accumulate // 2, run.length]
+    assert stream["split"] == [["fsdp"], ["tensor"], []]
+    assert (tmp_path / "shards.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_show_and_diff_of_a_checkpoint(say: Command) -> None:

@@ -55,7 +55,7 @@ def test_compiles_for_tpus(tiny: Run, topology: str, mesh: str) -> None:
 
 
 def test_experts_and_latent_attention_compile_for_tpus(tiny: Run) -> None:
-    """And the products of experts stay ragged: no row is multiplied by the matrices of all."""
+    """And the products of experts stay ragged, no row is multiplied by the matrices of all; rows travel to experts."""
     router = Router(top_k=2, score="sigmoid", correction=True)
     block = Block(
         mixer=MLA(heads=2, kv_rank=128, nope_dim=64, rope_dim=64, value_dim=64),
@@ -63,7 +63,7 @@ def test_experts_and_latent_attention_compile_for_tpus(tiny: Run) -> None:
     )
     model = tiny.model.replace(vocab=512, dim=128, block=(block,))
     balance = Balance(loss=0.01, bias_rate=0.001)
-    run = tiny.replace(model=model, length=128, mesh="fsdp=2,tensor=2", dtype="bfloat16", balance=balance)
+    run = tiny.replace(model=model, length=128, mesh="expert=2,tensor=2", dtype="bfloat16", balance=balance)
     program, state_bytes = compiled(run, "v5e:2x2")
     memory = program.memory_analysis()
     assert memory is not None
@@ -71,3 +71,4 @@ def test_experts_and_latent_attention_compile_for_tpus(tiny: Run) -> None:
     text = program.as_text()
     assert text is not None
     assert "ragged_dot_tiling" in text
+    assert "ragged-all-to-all" in text

@@ -190,5 +190,5 @@ def test_no_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, valid: Path
     import sys
 
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ValueError, match="GGUF files take the package gguf, which is not installed: .* -m pip install gguf"):
+    with pytest.raises(ValueError, match="take the package gguf, which is not installed: .* -m pip install gguf"):
         GgufFile(valid)
