@@ -23,6 +23,9 @@ from .source import Progress, Source, Watched, widest
 KEPT = tuple(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 """What parameters stay in where the caller gives no dtype."""
 
+MANY = 100_000
+"""Missing tensors that are listed, beside as many as there are."""
+
 Loaded = tuple[DecoderModel, Tokenizer | None]
 
 
@@ -137,6 +140,9 @@ class Plan:
         self._bare = not any(name.startswith(self.family.prefix) for name in self.tensors)
         self._check(decoder)
 
+        wanted = sum(unit.count for unit in self.units)
+        if wanted > 2 * len(self.tensors) + MANY:  # a config may claim billions of experts: list no names of theirs
+            raise ValueError(f"the config makes {wanted:,} tensors, and the checkpoint has {len(self.tensors):,}")
     def real(self, name: str) -> str:
         """The name in the source of one in the table: a checkpoint without a head leaves out the family's prefix."""
         return name.removeprefix(self.family.prefix) if self._bare else name

@@ -122,6 +122,13 @@ def test_a_long_list_of_what_is_wrong_is_cut(llama):
 
 
 def test_names_without_the_prefix_and_buffers_are_known(llama, plain):
+def test_more_experts_than_can_be_are_not_listed(tmp_path):
+    folder = Path(shutil.copytree(TRUTH / "mixtral", tmp_path / "mixtral"))
+    config(folder, num_local_experts=2**31 - 1)
+    with pytest.raises(ValueError, match=r"the config makes [\d,]{14,} tensors, and the checkpoint has \d+$"):
+        zoo.load(folder)
+
+
     found = load_file(llama / "model.safetensors")
     renamed = {name.removeprefix("model."): value for name, value in found.items()}
     save_file(
