@@ -113,6 +113,7 @@ def test_a_scorer_on_a_mesh(decoders, models, tokenizer):
 )
 def test_what_cannot_be_is_refused(call, message, models, tokenizer):
     with pytest.raises(ValueError, match=message):
+        (lambda model, _: Scorer(model, length=8).rows([Row((1, 48), 1)]), "token 48, and .* vocabulary has 48 tokens"),
         call(models["learned"], tokenizer)
 
 
