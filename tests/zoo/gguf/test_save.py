@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flaxzoo import zoo
 from flaxzoo.zoo.gguf import GgufFile, save_gguf
+from flaxzoo.zoo.gguf.save import _special
 
 CONFIG = {
     "model_type": "llama",
@@ -107,6 +108,11 @@ def test_chat_template(memory: Any, arrays: dict[str, np.ndarray], tmp_path: Pat
         assert GgufFile(tmp_path / f"{name}.gguf").chat_template == template
         zoo.convert(tmp_path / f"{name}.gguf", tmp_path / name)
         assert (tmp_path / name / "chat_template.jinja").read_text(encoding="utf-8") == template
+
+
+def test_tokens_that_are_none() -> None:
+    """Many configs have a pad_token_id of -1."""
+    assert _special({"pad_token_id": -1, "eos_token_id": [2, -1]}) == {"tokenizer.ggml.eos_token_id": 2}
 
 
 WRONG = {
