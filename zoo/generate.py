@@ -168,7 +168,9 @@ def _begin(
     check_length(model, length)
     key = jax.random.key(seed) if key is None else key
     session = Session(model, batch=len(rows), length=length, key=key, ends=ends, **rest)
-    return Writing(session, [TextStream(tokenizer, stop, ends) for _ in rows]), rows
+    # What follows an empty prompt is the beginning of a text.
+    before = [row if prompt else [] for row, prompt in zip(rows, prompts, strict=True)]
+    return Writing(session, [TextStream(tokenizer, stop, ends, row) for row in before]), rows
 
 
 class Writing:

@@ -7,16 +7,24 @@ from tokenizers import Tokenizer
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What bytes decode to that are not, or not yet, a character."""
 
+BEFORE = 8
+"""How many tokens of the text before are decoded with each piece: whole characters, whatever the bytes of a token."""
+
 
 class TextStream:
     """The text of one row's tokens, piece by piece.
 
     A piece ends where no later token can change what is before: not within a character of several bytes, and not within
     what may become a stop string. Text ends before the first stop string, and before the first of the tokens `ends`.
+    `before` are tokens of a text that this one continues: a decoder may drop a space at the beginning of a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), ends: Sequence[int] = ()):
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), ends: Sequence[int] = (), before: Sequence[int] = ()
+    ):
         self.tokenizer, self.stop, self.ends = tokenizer, tuple(stop), frozenset(ends)
+        self._before = list(before[-BEFORE:])
+        self._skipped = len(tokenizer.decode(self._before, skip_special_tokens=False).rstrip(UNFINISHED))
         self.ids: list[int] = []
         """All tokens that came, with the one that ended the text."""
         self.text = ""
@@ -50,7 +58,7 @@ class TextStream:
 
     def _decoded(self) -> str:
         ids = self.ids[:-1] if self.ids and self.ids[-1] in self.ends else self.ids
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+        return self.tokenizer.decode([*self._before, *ids], skip_special_tokens=False)[self._skipped :]
 
     def _give(self, text: str) -> str:
         piece = text[len(self.text) :]

@@ -7,7 +7,7 @@ from flaxzoo.zoo.stream import TextStream
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers.models import BPE, WordLevel
 
 TEXT = "Grüße, 世界! 👩‍👩‍👧‍👦 naïve café — done\n"
 
@@ -86,3 +86,19 @@ def test_bytes_that_are_no_text_come_at_the_end(data):
     tokens: list[Any] = [TOKENIZER.token_to_id(chr(b if b in printable else 256 + others.index(b))) for b in data]
     stream = TextStream(TOKENIZER)
     assert "".join(stream.push([token]) for token in tokens) + stream.finish() == data.decode(errors="replace")
+
+
+def test_a_space_between_prompt_and_continuation_stays():
+    """A decoder of SentencePiece's kind drops the space that a text begins with."""
+    words = Tokenizer(WordLevel({"▁The": 0, "▁cat": 1, "▁sat": 2, "s": 3}, unk_token="s"))
+    words.decoder = decoders.Metaspace()
+    assert words.decode([1, 2]) == "cat sat"
+    for before, wanted in (([0], " cats"), ([], "cats"), ([0] * 20, " cats")):
+        stream = TextStream(words, before=before)
+        assert stream.push([1]) + stream.push([3]) + stream.finish() == wanted
+
+
+def test_a_character_that_the_prompt_leaves_unfinished():
+    first, second = TOKENIZER.encode("é").ids
+    stream = TextStream(TOKENIZER, before=[first])
+    assert stream.push([second]) == "é"
