@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from tokenizers import Tokenizer
 
+from ..layers.linear import OutputMajor
 from . import rope_config
 from .decoder import Decoder, DecoderModel
 from .family import differences, read, write
@@ -69,6 +71,8 @@ class ModelSource:
     def __init__(
         self, model: DecoderModel, *, tokenizer: Tokenizer | None = None, config: Mapping[str, Any] | None = None
     ):
+        if any(isinstance(module, OutputMajor) for _, module in nnx.iter_modules(model)):
+            raise ValueError("a model in the form for decoding is not saved: save the one that it was made of")
         carried = dict(config or {})
         family, fields = write(model.spec, carried.get("model_type"))
         self.config: dict[str, Any] = _merged(carried, fields, model.spec) | {"architectures": [family.architecture]}
@@ -112,6 +116,8 @@ class ModelSource:
 def write_folder(source: Source, folder: str | Path, *, dtype: Any = None, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes any checkpoint as a Hugging Face folder; arguments and errors as of `save`."""
     folder = Path(folder)
+    if folder.suffix == ".gguf":
+        raise ValueError(f"{folder} would be a folder: save_gguf and `zoo convert` write .gguf files")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already; choose another place")
     tensors = {

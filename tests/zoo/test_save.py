@@ -188,6 +188,15 @@ def test_a_failure_leaves_nothing(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_no_folder_or_no_checkpoint_is_told(tmp_path):
+    model, _ = zoo.load(TRUTH / "llama")
+    with pytest.raises(ValueError, match=r"out.gguf would be a folder: save_gguf and `zoo convert` write .gguf files"):
+        zoo.save(model, tmp_path / "out.gguf")
+    with pytest.raises(ValueError, match="a model in the form for decoding is not saved"):
+        zoo.save(zoo.for_decoding(model, "float32"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_too_little_space_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(OSError, match=r"out takes 452,\d+ bytes, and 1,000 are free there"):
