@@ -41,9 +41,9 @@ def get(name: str) -> Decoder | Run:
 
 
 def get_run(name: str) -> Run:
-    """The run of this name. Raises ValueError where there is none, or the name is a model's."""
+    """The run of this name; for the name of a model, one with the usual settings. Raises ValueError on another name."""
     if name in MODELS:
-        raise ValueError(f"{name!r} is a model, not a run; runs are: {', '.join(RUNS)}")
+        return Run(model=MODELS[name]())
     if name not in RUNS:
         raise unknown("run", name, RUNS)
     return RUNS[name]()

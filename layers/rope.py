@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +37,9 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling(Spec, ABC):
     """How frequencies change to reach past the length a model was trained on; a new scaling is one more subclass."""
+
+    by_length: ClassVar[bool] = False
+    """Whether `length` changes anything."""
 
     @abstractmethod
     def frequencies(self, theta: float, dim: int, length: int | Int[Array, ""]) -> tuple[Frequencies, float]:
@@ -84,6 +88,8 @@ class DynamicNTKScaling(RopeScaling):
     unscaled (emozilla; 2309.00071, 3.3; transformers' "dynamic"). While decoding, keys that are already in the cache
     keep the frequencies of the step that wrote them, as in transformers.
     """
+
+    by_length: ClassVar[bool] = True
 
     factor: float
     original_length: int
@@ -221,6 +227,8 @@ class LongRopeScaling(RopeScaling):
     cache that crosses `original_length` must be filled anew. Sine and cosine are multiplied by `attention_factor`, by
     default `sqrt(1 + ln(length / original_length) / ln(original_length))`, `length` being the longest the model takes.
     """
+
+    by_length: ClassVar[bool] = True
 
     short_factors: tuple[float, ...]
     long_factors: tuple[float, ...]

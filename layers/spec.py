@@ -4,6 +4,7 @@ import abc
 import contextlib
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,13 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
     return ValueError(f"unknown {what} {name!r}{hint} Known: {', '.join(known)}")
+
+
+def missing_package(what: str, package: str) -> ValueError:
+    """The error for an extra that is not installed, with the command that installs it where this Python looks."""
+    return ValueError(
+        f"{what} the package {package}, which is not installed: {sys.executable} -m pip install {package}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ def converse(conversation: Conversation, max_tokens: int) -> None:
     print(HELP, file=sys.stderr)
     while True:
         try:
-            text = input("> ").strip()
+            text = input("> " if sys.stdin.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return

@@ -8,18 +8,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from .. import configs, zoo
 from ..configs.run import Run
 from ..layers.spec import unknown
 from ..zoo import family
 from ..zoo.load import is_run
-from . import commands, hardware, loop, shard, show
+from . import commands, hardware, loop, plan_report, shard, show
+from .chips import chip_of
 from .folder import Folder
 
 RUNS = Path("runs")
@@ -104,14 +104,63 @@ def convert(
         destination: a folder that does not exist yet, or a name that ends in .gguf.
         dtype: float32, bfloat16 or float16; F16 or Q8_0 for a .gguf file; as stored, and F16, if not given.
     """
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        zoo.convert(
-            source, destination, dtype=dtype, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+    with commands.bytes_shown() as progress:
+        zoo.convert(source, destination, dtype=dtype, progress=progress)
     print(f"wrote {destination}")
+
+
+def plan_(
+    name: Annotated[str, tyro.conf.Positional],
+    topology: str,
+    length: int = 0,
+    batch: int = 0,
+    mesh: str = "",
+    remat: Literal["", "none", "full", "dots", "dots_no_batch"] = "",
+    accumulate: int = 0,
+    optimizer: Literal["", "adamw", "lion", "muon", "adafactor", "sgd"] = "",
+    dtype: Literal["", "float32", "bfloat16"] = "",
+    search: bool = False,
+    plot: Path | None = None,
+    json: bool = False,
+    usd_hour: float | None = None,
+    watts: float | None = None,
+) -> None:
+    """Whether a training job fits a TPU slice, how long a step takes and what it costs; no TPU is needed.
+
+    The real TPU compiler compiles the real step, in a minute or so.
+
+    Example: `zoo plan qwen2_5_0_5b --topology colab-v5e --batch 4`
+
+    Args:
+        name: a model or run by name (see `zoo list`), or the folder of a run.
+        topology: chip and sides of the slice, e.g. 'v6e:2x4'; or colab-v5e, colab-v6e, kaggle.
+        length: tokens in a sequence; that of the run, or 2048 or what the model has positions for, if not given.
+        batch: sequences in a step; that of the run, or one for each chip, if not given.
+        mesh: axes and sizes, e.g. 'fsdp=4,tensor=2'; fsdp over all chips if not given.
+        remat: what the backward pass computes anew; that of the run if not given.
+        accumulate: parts that a step is cut into; that of the run if not given.
+        optimizer: by name; that of the run, or adamw, if not given.
+        dtype: what layers compute in; that of the run, or bfloat16, if not given.
+        search: look for the fastest mesh, remat and accumulate: rank all by arithmetic, and compile the best ones.
+        plot: a file that the picture of a search goes to, e.g. plan.png.
+        json: print JSON.
+        usd_hour: the price of a chip and hour, in place of the list price.
+        watts: the power of a chip; without it no energy is told.
+    """
+    found = _find(name)
+    chips = chip_of(topology)[1]
+    if isinstance(found, Run):
+        run = found
+    else:
+        run = Run(model=found, batch=chips, length=min(2048, found.max_positions or 2048), dtype="bfloat16")
+    given = {"length": length, "batch": batch, "mesh": mesh, "remat": remat, "accumulate": accumulate, "dtype": dtype}
+    given["optimizer.name"] = optimizer
+    wanted = run.replace(**{key: value for key, value in given.items() if value})
+    costs = {"usd_hour": usd_hour, "watts": watts}
+    if search:
+        plan_report.search_command(name, wanted, topology, plot=plot, as_json=json, **costs)
+    else:
+        plan_report.command(wanted, topology, as_json=json, **costs)
 
 
 def train(arguments: list[str]) -> None:
@@ -147,6 +196,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "shard": shard_,
     "diff": diff,
     "convert": convert,
+    "plan": plan_,
     "generate": commands.generate,
     "chat": commands.chat,
     "eval": commands.eval_,
@@ -163,7 +213,10 @@ def main() -> None:
         print(stop, file=sys.stderr)
         sys.exit(143 if stop.signal_name == "SIGTERM" else 130)
     except KeyboardInterrupt:
-        print("interrupted; what was saved stays", file=sys.stderr)
+        print(
+            "interrupted; " + ("what was saved stays" if arguments[:1] == ["train"] else "nothing was written"),
+            file=sys.stderr,
+        )
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
@@ -200,6 +253,8 @@ Language models for JAX: look at them, train them, write with them.
                                 who holds what on a mesh, and bytes per device
   zoo diff gpt2 llama3_8b       the settings in which two models or runs differ
   zoo convert SOURCE NEW        a checkpoint as a Hugging Face folder or a .gguf file
+  zoo plan qwen2_5_0_5b --topology colab-v5e --batch 4
+                                whether a job fits TPUs, its speed and its price, by the TPU compiler; no TPU needed
   zoo train shakespeare         train a run; every setting is a flag (zoo train shakespeare --help)
   zoo generate runs/shakespeare --prompt "JULIET."
                                 continue a prompt with what was trained, or a Hugging Face folder or .gguf file

@@ -1,13 +1,16 @@
 """The commands of `zoo` that a model answers: generate, chat, eval."""
 
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
 from .. import zoo
@@ -60,7 +63,19 @@ class Place:
         if self.cache_dtype and self.cache_dtype not in ("int8", *DTYPES):
             raise unknown("cache_dtype", self.cache_dtype, ("int8", *DTYPES))
         loop.use_compilation_cache()
-        return open_writer(source, step=self.step, mesh=self.mesh, dtype=self.dtype)
+        with bytes_shown("loading ") as progress:
+            return open_writer(source, step=self.step, mesh=self.mesh, dtype=self.dtype, progress=progress)
+
+
+@contextlib.contextmanager
+def bytes_shown(what: str = "") -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, if that is a terminal; gives what to tell bytes done and bytes in all."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    disable = not console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=disable) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def generate(

@@ -14,11 +14,18 @@ from tokenizers import Tokenizer
 from ..configs.run import LAYOUT, Run
 from ..layers.spec import unknown
 from ..zoo.decoder import DecoderModel
+from ..zoo.load import is_run
 from ..zoo.parameters import describe, merge, shardings
 from ..zoo.save import ModelSource
 from . import mesh as meshes
 from . import step_folders
 from .checkpoint import Checkpoints
+
+
+def _is_run(path: Path) -> bool:
+    with contextlib.suppress(ValueError, OSError):
+        return is_run(path)
+    return False
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Folder:
     def run(self) -> Run:
         """The run this folder holds. Raises ValueError where it holds none, or one that this version can't read."""
         if not self.config.is_file():
-            nearby = sorted(p.name for p in self.path.parent.glob("*") if (p / "config.json").is_file())
+            nearby = sorted(p.name for p in self.path.parent.glob("*") if _is_run(p))
             if nearby:
                 raise unknown(f"run in {self.path.parent}", self.path.name, nearby)
             raise ValueError(f"{self.path} holds no run: it has no config.json; `zoo train NAME` makes one")

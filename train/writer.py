@@ -12,10 +12,11 @@ from tokenizers import Tokenizer
 from .. import zoo
 from ..layers.spec import unknown
 from ..zoo import family
-from ..zoo.chat import ChatTemplate, chosen_template
+from ..zoo.chat import ChatTemplate
 from ..zoo.decoder import DecoderModel
 from ..zoo.hugging_face import HuggingFaceFolder, read_json
 from ..zoo.load import is_run
+from ..zoo.source import token_of
 from . import folder as folders
 from . import mesh as meshes
 from .data import separator
@@ -58,7 +59,8 @@ def open_writer(
         raise unknown("dtype", dtype, DTYPES)
     path = Path(source)
     # What is not there is a mistyped run where its parent is a folder, or is called what `zoo train` calls it.
-    if is_run(path) or (not path.exists() and (path.parent.is_dir() or path.parent.name == "runs")):
+    mistyped = not path.exists() and path.suffix != ".gguf" and (path.parent.is_dir() or path.parent.name == "runs")
+    if is_run(path) or mistyped:
         model, tokenizer = folders.load(path, step=step, mesh=mesh)
         stop = (str(tokenizer.id_to_token(separator(tokenizer))),)
         return Writer(model, tokenizer, stop, None, jnp.dtype(dtype or "float32"))
@@ -80,7 +82,7 @@ def open_writer(
 
 def _described(source: Any, tokenizer: Tokenizer) -> tuple[dict[str, Any], str | None]:
     """Special tokens by the names that templates use, the tokens that end a text as "stop", and the template."""
-    config, template = dict(source.config), getattr(source, "chat_template", None)
+    config, template = dict(source.config), source.chat_template
     named: dict[str, Any] = {}
     stop: list[str] = []
     if isinstance(source, HuggingFaceFolder):
@@ -92,14 +94,11 @@ def _described(source: Any, tokenizer: Tokenizer) -> tuple[dict[str, Any], str |
             text = token.get("content") if isinstance(token, dict) else token
             if name.endswith("_token") and isinstance(text, str):
                 named[name] = text
-        template = described.get("chat_template")
-        if (folder / "chat_template.jinja").is_file():
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("bos_token", "eos_token"):
         ids = config.get(f"{name}_id")
-        texts = [tokenizer.id_to_token(i) for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
+        texts = [token_of(tokenizer, number) for number in (ids if isinstance(ids, list) else [ids])]
         stop += [text for text in texts if text and name == "eos_token"]
         if texts and texts[0]:
             named.setdefault(name, texts[0])
     stop += [named["eos_token"]] if "eos_token" in named else []
-    return named | {"stop": list(dict.fromkeys(stop))}, None if template is None else chosen_template(template)
+    return named | {"stop": list(dict.fromkeys(stop))}, template

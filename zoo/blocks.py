@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from ..layers.attention import Attention
 from ..layers.block import Block
 from ..layers.mlp import FeedForward
@@ -15,10 +17,11 @@ class Inexpressible(ValueError):
     """No family, or not the one asked for, has such a decoder."""
 
 
-def part[T: Spec](spec: Spec, kind: type[T]) -> T:
-    """`spec`, which must be of this kind for the family to express it."""
-    if not isinstance(spec, kind):
-        raise Inexpressible(f"a {type(spec).__name__} where it has a {kind.__name__}")
+def part[T: Spec](spec: Spec, *kinds: type[T]) -> T:
+    """`spec`, which must be of one of these kinds for the family to express it."""
+    if not isinstance(spec, kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise Inexpressible(f"a {type(spec).__name__} where it has a {names}")
     return spec
 
 
@@ -66,10 +69,12 @@ def window_of(decoder: Decoder) -> int | None:
 def pattern(blocks: list[Block]) -> dict[str, Any]:
     """`first`, `block` and `layers` of the decoder with these blocks: the shortest pattern that repeats."""
     numbers = {block: number for number, block in enumerate(dict.fromkeys(blocks))}
-    ids, count = [numbers[block] for block in blocks], len(blocks)
-    for total in range(1, count + 1):
-        for first in range(total):
-            period = total - first
-            if all(ids[i] == ids[i + period] for i in range(first, count - period)):
-                return {"first": tuple(blocks[:first]), "block": tuple(blocks[first:total]), "layers": count}
-    raise ValueError("a decoder has at least one layer, got 0")
+    ids, count = np.array([numbers[block] for block in blocks]), len(blocks)
+    if not count:
+        raise ValueError("a decoder has at least one layer, got 0")
+    total, first = count, 0
+    for period in range(1, count):
+        unlike = np.flatnonzero(ids[:-period] != ids[period:])
+        start = int(unlike[-1]) + 1 if unlike.size else 0  # from where on every block is that of a period before
+        total, first = min((total, first), (start + period, start))
+    return {"first": tuple(blocks[:first]), "block": tuple(blocks[first:total]), "layers": count}

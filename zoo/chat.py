@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
-from ..layers.spec import unknown
+from ..layers.spec import missing_package
 from .decoder import DecoderModel
 from .generate import Pace, Writing, check_length
 from .sampling import Sampling
@@ -43,6 +43,8 @@ class ChatTemplate:
             self._template = _sandbox().from_string(template)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"the chat template is not valid, in line {error.lineno}: {error.message}") from error
+        except (RecursionError, SyntaxError) as error:  # of Python, which Jinja compiles to
+            raise ValueError(f"the chat template is nested too deeply: {error}") from error
 
     def render(self, messages: Sequence[Message], *, prompt: bool = True, **variables: Any) -> str:
         """The text of messages; with `prompt`, up to where the answer begins. Variables are passed to the template.
@@ -58,21 +60,31 @@ class ChatTemplate:
         names = self.tokens | {"messages": list(messages), "add_generation_prompt": prompt} | variables
         try:
             return self._template.render(names)
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except (
+            jinja2.TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+            RecursionError,
+            MemoryError,
+        ) as error:
             raise ValueError(f"the chat template can't do this: {error}") from error
 
 
 def _jinja() -> Any:
     """Jinja, which only chats need."""
     try:
+        import jinja2.ext  # pyright: ignore[reportMissingImports]
         import jinja2.sandbox  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError("chat templates take Jinja: pip install 'flaxzoo[chat]'") from error
+        raise missing_package("chat templates take", "jinja2") from error
     return jinja2
 
 
 def _sandbox() -> Any:
-    """What templates on the hub expect of Jinja, and no more."""
+    """What templates on the hub expect of Jinja, as transformers' own, and no more."""
     jinja2 = _jinja()
     TemplateError = jinja2.TemplateError
 
@@ -86,27 +98,29 @@ def _sandbox() -> Any:
                 raise TemplateError(f"{operator} of {sizes[0]} and {sizes[1]} is too large")
             return super().call_binop(context, operator, left, right)
 
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}...{% endgeneration %}` marks, for training, what the model says (SmolLM3)."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
     def fail(message: str) -> None:
         raise TemplateError(message)
 
-    def to_json(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def to_json(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
     sandbox.filters["tojson"] = to_json
     sandbox.globals["raise_exception"] = fail
     sandbox.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return sandbox
-
-
-def chosen_template(templates: str | Sequence[Mapping[str, str]], name: str = "default") -> str:
-    """The template of a `chat_template` field, which is one, or a list of named ones."""
-    if isinstance(templates, str):
-        return templates
-    named = {one["name"]: one["template"] for one in templates if {"name", "template"} <= one.keys()}
-    if name not in named:
-        raise unknown("chat template", name, named)
-    return named[name]
 
 
 class Conversation:

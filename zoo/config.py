@@ -1,6 +1,6 @@
 """Reading a `config.json`: every field is taken or known to say nothing of what the model computes."""
 
-import math
+import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -29,7 +29,16 @@ INFORMATIONAL = frozenset(
             "do_sample",
         ),
         # training alone
-        *("initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
+        *(
+            "initializer_range",
+            "attention_dropout",
+            "hidden_dropout",
+            "embedding_dropout",
+            "residual_dropout",
+            "resid_pdrop",
+            "embd_pdrop",
+            "attn_pdrop",
+        ),
         *("gradient_checkpointing", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
         *("aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers", "num_mtp_layers"),
         *("output_attentions", "output_hidden_states", "problem_type"),
@@ -173,4 +182,5 @@ def _whole(value: Any) -> bool:
 
 
 def _real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # JSON's whole numbers have no end: those past any float are no numbers here.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -42,8 +42,9 @@ def convert(
     to_gguf = destination.suffix == ".gguf"
     known = QUANTIZATIONS if to_gguf else DTYPES
     if dtype and dtype not in known:
-        raise unknown(f"dtype for {destination.name}", dtype, known)
-    if destination.is_file():
+        kind = "a .gguf file" if to_gguf else "a folder"
+        raise unknown(f"dtype for {destination.name}, {kind},", dtype, known)
+    if destination.is_file() or (to_gguf and destination.exists()):
         raise ValueError(f"{destination} exists already; choose another place")
     opened = open_source(source)
     Plan(opened, ignore)  # every tensor is accounted for, as in loading

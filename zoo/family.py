@@ -112,7 +112,8 @@ def write(decoder: Decoder, model_type: str | None = None) -> tuple[Family, dict
     wanted = (
         f"the family {model_type!r} cannot" if model_type else f"no family can; the closest, {closest[1]!r}, cannot"
     )
-    raise Inexpressible(f"this decoder has no Hugging Face config: {wanted} express {closest[2]}")
+    hint = "" if model_type else '; config={"model_type": ...} asks for another one, and tells why not'
+    raise Inexpressible(f"this decoder has no Hugging Face config: {wanted} express {closest[2]}{hint}")
 
 
 def differences(decoder: Decoder, other: Decoder) -> list[str]:

@@ -1,14 +1,15 @@
 """Text from a model."""
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Key
 from tokenizers import Tokenizer
 
+from ..layers.spec import unknown
 from .decoder import DecoderModel
 from .sampling import Sampling
 from .session import Drawn, Session, Speed
@@ -37,10 +38,42 @@ class Completion:
     """Of all prompts together."""
 
 
+class Options(TypedDict, total=False):
+    """What `generate`, `complete` and `stream` take by name, beside `max_tokens`."""
+
+    sampling: Sampling
+    """Temperature, filters and repetition penalty."""
+    stop: Sequence[str]
+    """Strings that end a text, wherever they stand; one that is a token of the tokenizer also ends it as such. By
+    default STOP."""
+    seed: int
+    """Of the random draws, by default 0."""
+    key: Key[Array, ""] | None
+    """In place of `seed`."""
+    log_probs: bool
+    """Return the log-probability of each token, too."""
+    dtype: Any
+    """What the model computes in, by default float32."""
+    cache_dtype: Any
+    """Of keys and values; int8 stores them quantized. By default, `dtype`."""
+    speculation: Speculation | None
+    """Guess tokens ahead by looking up what followed the latest ones in the text (zoo/speculative.py)."""
+    draft: DecoderModel | None
+    """A smaller model of the same vocabulary that guesses tokens ahead, as many as `speculation` says."""
+
+
 def generate(
-    model: DecoderModel, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, max_tokens: int = 200, **options: Any
+    model: DecoderModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int = 200,
+    **options: Unpack[Options],
 ) -> list[str]:
-    """Continues each prompt, and returns the continuations without their prompts; see `complete` for the options."""
+    """Continues each prompt, and returns the continuations without their prompts.
+
+    The options are those of `complete`: sampling, stop, seed, key, log_probs, dtype, cache_dtype, speculation, draft.
+    """
     return [found.text for found in complete(model, tokenizer, prompts, max_tokens=max_tokens, **options)]
 
 
@@ -50,15 +83,7 @@ def complete(
     prompts: Sequence[Prompt],
     *,
     max_tokens: int = 200,
-    sampling: Sampling = Sampling(),
-    stop: Sequence[str] = STOP,
-    seed: int = 0,
-    key: Key[Array, ""] | None = None,
-    log_probs: bool = False,
-    dtype: Any = jnp.float32,
-    cache_dtype: Any = None,
-    speculation: Speculation | None = None,
-    draft: DecoderModel | None = None,
+    **options: Unpack[Options],
 ) -> list[Completion]:
     """Continues each prompt.
 
@@ -70,36 +95,15 @@ def complete(
         tokenizer: turns prompts into the ids the model was trained on, with the special tokens it adds by itself.
         prompts: texts, or their tokens; an empty one starts with the first token that `stop` names.
         max_tokens: how many tokens are generated at most.
-        sampling: temperature, filters and repetition penalty.
-        stop: strings that end a text, wherever they stand; one that is a token of the tokenizer also ends it as such.
-        seed: of the random draws.
-        key: in place of `seed`.
-        log_probs: return the log-probability of each token, too.
-        dtype: what the model computes in.
-        cache_dtype: of keys and values; int8 stores them quantized. By default, `dtype`.
-        speculation: guess tokens ahead by looking up what followed the latest ones in the text (zoo/speculative.py).
-        draft: a smaller model of the same vocabulary that guesses tokens ahead, as many as `speculation` says.
+        **options: `Options`: sampling, stop, seed or key, log_probs, dtype, cache_dtype, speculation, draft.
 
     Raises:
         ValueError: on no prompts, max_tokens below 1, an empty stop string, an empty prompt with no token to start
             from, more tokens than the model has learned positions for,
             or a draft model of another vocabulary.
+        TypeError: on an option that there is not.
     """
-    writing, rows = _begin(
-        model,
-        tokenizer,
-        prompts,
-        max_tokens=max_tokens,
-        sampling=sampling,
-        stop=stop,
-        seed=seed,
-        key=key,
-        log_probs=log_probs,
-        dtype=dtype,
-        cache_dtype=cache_dtype,
-        speculation=speculation,
-        draft=draft,
-    )
+    writing, rows = _begin(model, tokenizer, prompts, max_tokens, options)
     for _ in writing.pieces(rows, max_tokens, lambda: STRIDE):
         pass
     return writing.completions()
@@ -120,9 +124,9 @@ class stream:
         prompt: Prompt,
         *,
         max_tokens: int = 200,
-        **options: Any,
+        **options: Unpack[Options],
     ):
-        self._writing, self._rows = _begin(model, tokenizer, [prompt], max_tokens=max_tokens, **options)
+        self._writing, self._rows = _begin(model, tokenizer, [prompt], max_tokens, options)
         self._max_tokens = max_tokens
 
     def __iter__(self) -> Iterator[str]:
@@ -149,22 +153,12 @@ class Pace:
 
 
 def _begin(
-    model: DecoderModel,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    *,
-    max_tokens: int,
-    sampling: Sampling = Sampling(),
-    stop: Sequence[str] = STOP,
-    seed: int = 0,
-    key: Key[Array, ""] | None = None,
-    log_probs: bool = False,
-    dtype: Any = jnp.float32,
-    cache_dtype: Any = None,
-    speculation: Speculation | None = None,
-    draft: DecoderModel | None = None,
+    model: DecoderModel, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: int, options: Options
 ) -> tuple["Writing", list[list[int]]]:
     """A session for prompts, and their tokens."""
+    _check_names(options)
+    rest: dict[str, Any] = {"sampling": Sampling(), **options}
+    stop, seed, key = rest.pop("stop", STOP), rest.pop("seed", 0), rest.pop("key", None)
     _check(model, prompts, max_tokens, stop)
     ends = [found for found in map(tokenizer.token_to_id, stop) if found is not None]
     rows = [_ids(tokenizer, prompt) or ends[:1] for prompt in prompts]
@@ -172,19 +166,8 @@ def _begin(
         raise ValueError(f"an empty prompt needs a token to start from, and none of stop={tuple(stop)} is one")
     length = max(map(len, rows)) + max_tokens
     check_length(model, length)
-    session = Session(
-        model,
-        batch=len(rows),
-        length=length,
-        sampling=sampling,
-        key=jax.random.key(seed) if key is None else key,
-        ends=ends,
-        log_probs=log_probs,
-        dtype=dtype,
-        cache_dtype=cache_dtype,
-        speculation=speculation,
-        draft=draft,
-    )
+    key = jax.random.key(seed) if key is None else key
+    session = Session(model, batch=len(rows), length=length, key=key, ends=ends, **rest)
     return Writing(session, [TextStream(tokenizer, stop, ends) for _ in rows]), rows
 
 
@@ -232,6 +215,14 @@ def check_length(model: DecoderModel, length: int) -> None:
     limit = model.spec.max_positions
     if limit and length > limit:
         raise ValueError(f"prompt and continuation come to {length} tokens, the model has {limit} positions")
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    fields = {field.name for field in dataclasses.fields(Sampling)}
+    for name in options.keys() - Options.__annotations__.keys():
+        if name in fields:
+            raise TypeError(f"{name} is a field of Sampling: pass sampling=Sampling({name}={options[name]!r})")
+        raise TypeError(str(unknown("option", name, ["max_tokens", *Options.__annotations__])))
 
 
 def _check(model: DecoderModel, prompts: Sequence[Prompt], max_tokens: int, stop: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
+from ..layers.spec import missing_package
 from .chat import ChatTemplate
 from .decoder import DecoderModel
 from .generate import complete
@@ -47,6 +48,7 @@ class Candidate:
             start,
             template,
         )
+        self._adds_start = tokenizer.encode("").ids[:1] == [start]
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): the log-probability of the continuation, and whether greedy gives it.
@@ -80,7 +82,9 @@ class Candidate:
                 values["temperature"] = 0.0
             if given:
                 raise ValueError(f"generation settings {sorted(given)} mean nothing here, got {given}")
-            prompt = self._ids(context)[-(max(1, self.scorer.length - tokens)) :] or [self.start]
+            ids = self._ids(context)
+            begin = [] if ids and not self._adds_start else self._before(ids)
+            prompt = [*begin, *ids[-max(1, self.scorer.length - tokens - len(begin)) :]]
             stop = tuple(dict.fromkeys([*until, *self.stop]))
             options: dict[str, Any] = {"sampling": Sampling(**values), "stop": stop, "dtype": self.scorer.dtype}
             texts.append(complete(self.model, self.tokenizer, [prompt], max_tokens=tokens, **options)[0].text)
@@ -88,6 +92,10 @@ class Candidate:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _before(self, ids: Sequence[int]) -> list[int]:
+        """The token before a text; none where the text has it, as a chat template may have put it there."""
+        return [] if ids[:1] == [self.start] else [self.start]
 
     def _row(self, context: str, continuation: str) -> Row:
         """Spaces between the two belong to the continuation, and both are tokenized as one text."""
@@ -99,7 +107,8 @@ class Candidate:
                 f"a continuation has at least 1 token and at most {self.scorer.length - 1}, got {count}: "
                 f"{continuation[:60]!r}"
             )
-        return Row(tuple([self.start, *ids][-self.scorer.length :]), count)
+        before = self._before(ids) if count < len(ids) else [self.start]
+        return Row(tuple([*before, *ids][-self.scorer.length :]), count)
 
 
 def harness_model(candidate: Candidate) -> Any:
@@ -107,7 +116,7 @@ def harness_model(candidate: Candidate) -> Any:
     try:
         from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError("tasks take lm-evaluation-harness: pip install 'flaxzoo[eval]'") from error
+        raise missing_package("tasks take", "lm-eval") from error
 
     class HarnessModel(LM):
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:

@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
+from ..layers.spec import missing_package
 from .hugging_face import COMPANIONS
 
-PATTERNS = ("config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json", *COMPANIONS)
-"""The files that are fetched: never code, never a pickle."""
+PATTERNS = ("config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", *COMPANIONS)
+"""The files that are fetched: never code, never a pickle, nor the weights in a maker's own format beside
+(consolidated.safetensors, original/model.safetensors)."""
 
 
 def is_name(text: str) -> bool:
@@ -23,9 +25,8 @@ def download(name: str) -> Path:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ValueError(
-            f"{name} is no folder here, and to fetch it from the Hugging Face hub takes huggingface_hub: "
-            "pip install 'flaxzoo[hub]'"
+        raise missing_package(
+            f"{name} is no folder here, and to fetch it from the Hugging Face hub takes", "huggingface_hub"
         ) from error
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(PATTERNS)))

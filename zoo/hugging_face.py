@@ -60,8 +60,8 @@ class HuggingFaceFolder:
             return own.read_text(encoding="utf-8")
         found = read_json(described).get("chat_template") if described.is_file() else None
         if isinstance(found, list):
-            named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-            found = named.get("default")
+            defaults = [one for one in found if isinstance(one, dict) and one.get("name") == "default"]
+            found = defaults[0].get("template") if defaults else None
         return found if isinstance(found, str) else None
 
     def _located(self) -> list[SafetensorsFile]:

@@ -18,10 +18,13 @@ from .family import find, read
 from .hugging_face import HuggingFaceFolder, read_json
 from .names import Part, units
 from .parameters import Description, Parameters, describe, merge, shardings
-from .source import Progress, Source, Watched, widest
+from .source import Progress, Source, Watched, check_fits, floating, widest
 
 KEPT = tuple(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 """What parameters stay in where the caller gives no dtype."""
+
+MANY = 100_000
+"""Missing tensors that are listed, beside as many as there are."""
 
 Loaded = tuple[DecoderModel, Tokenizer | None]
 
@@ -62,7 +65,8 @@ def load(
 
     Raises:
         ValueError: where the source is damaged, of an unknown family, has an option that is not supported, or lacks a
-            tensor, has one too many, or one of another shape; all of these are listed at once.
+            tensor, has one too many, or one of another shape; all of these are listed at once. Also where the dtype is
+            not of floating point, or cannot hold a number.
     """
     if isinstance(source, str | Path) and is_run(source):
         return _runs(source).load(source, dtype=dtype, mesh=mesh)
@@ -107,6 +111,7 @@ def model_of(
     source: Source, *, dtype: Any = None, mesh: Mesh | None = None, ignore: Collection[str] = ()
 ) -> DecoderModel:
     """The model of an open source; arguments and errors as of `load`."""
+    dtype = None if dtype is None else floating(dtype)
     plan = Plan(source, ignore)
     dtypes = plan.dtypes(dtype)
     places = shardings(plan.described, mesh) if mesh is not None else dict.fromkeys(plan.described, _one_device())
@@ -116,6 +121,7 @@ def model_of(
         for part, view in zip(unit.parts, unit.cut(tensors), strict=True):
             name = part.parameter
             known = plan.described[name]
+            check_fits(name, view, dtypes[name])
             parameters[name] = _put(parameters.get(name), view, part, known, places[name], dtypes[name])
         jax.block_until_ready([parameters[part.parameter] for part in unit.parts])  # the host may forget the tensors
     return merge(plan.abstract, parameters)
@@ -134,6 +140,9 @@ class Plan:
         self.abstract = decoder.abstract()
         self.described = describe(self.abstract)
         self.units = units(self.family.names, decoder, self.described)
+        wanted = sum(unit.count for unit in self.units)
+        if wanted > 2 * len(self.tensors) + MANY:  # a config may claim billions of experts: list no names of theirs
+            raise ValueError(f"the config makes {wanted:,} tensors, and the checkpoint has {len(self.tensors):,}")
         self._bare = not any(name.startswith(self.family.prefix) for name in self.tensors)
         self._check(decoder)
 

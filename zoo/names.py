@@ -18,6 +18,7 @@ lines: dense (D F) and of experts (E D F), say. Reading and writing both follow 
 disagree with the other.
 """
 
+import functools
 import math
 import re
 from collections import Counter
@@ -115,11 +116,19 @@ class Unit:
     """What is read or written at once: the parts of some parameters, and the tensor (or one an expert) they are in."""
 
     line: Line
-    names: tuple[str, ...]
+    depth: int | None
+    """Of the layer."""
+    count: int
+    """How many tensors."""
     parts: tuple[Part, ...]
     sizes: tuple[Sizes, ...]
 
-    @property
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors."""
+        return tuple(self.line.name.format(layer=self.depth, expert=expert) for expert in range(self.count))
+
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """Of each tensor."""
         return self.line.shape(self.sizes)
@@ -190,5 +199,4 @@ def _unit(
         sizes.append(dict(zip(inner, shape, strict=True)))
         parts.append(Part(name, layer, tuple(letters.index(letter) for letter in inner)))
     count = sizes[0]["E"] if by_expert else 1
-    names = tuple(line.name.format(layer=depth, expert=expert) for expert in range(count))
-    return Unit(line, names, tuple(parts), tuple(sizes))
+    return Unit(line, depth, count, tuple(parts), tuple(sizes))

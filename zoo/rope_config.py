@@ -1,6 +1,5 @@
 """Rotary embeddings as Hugging Face's `rope_parameters` write them, both ways."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -155,6 +154,6 @@ def _value(ours: str, value: Any) -> Any:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or abs(value) > 1e15:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e15:
         raise ValueError(f"{name} must be a finite number, got {value!r:.100}")
     return float(value)

@@ -19,7 +19,7 @@ from .family import differences, read, write
 from .names import Unit, units
 from .parameters import describe, split
 from .safetensors_file import NAMES
-from .source import Progress, Source, TensorInfo, Watched, widest
+from .source import Progress, Source, TensorInfo, Watched, check_fits, floating, token_of, widest
 
 SHARD_BYTES = 5_000_000_000
 """How large a file of weights becomes, as in transformers."""
@@ -54,7 +54,8 @@ def save(
         progress: is told how many bytes of how many are done.
 
     Raises:
-        ValueError: where the folder holds something, or the model has no Hugging Face config.
+        ValueError: where the folder holds something, the model has no Hugging Face config, or a number does not fit
+            the dtype.
         OSError: where the disk is full or does not let us.
     """
     source: Source = ModelSource(model, tokenizer=tokenizer, config=config)
@@ -114,7 +115,7 @@ def write_folder(source: Source, folder: str | Path, *, dtype: Any = None, shard
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already; choose another place")
     tensors = {
-        name: TensorInfo(info.shape, np.dtype(dtype) if dtype is not None else info.dtype)
+        name: TensorInfo(info.shape, info.dtype if dtype is None else floating(dtype))
         for name, info in source.tensors.items()
     }
     total = sum(_bytes(info) for info in tensors.values())
@@ -144,7 +145,9 @@ def _write_weights(source: Source, tensors: Mapping[str, TensorInfo], folder: Pa
         with (folder / file).open("wb") as out:
             out.write(_header({name: tensors[name] for name in names}))
             for name in names:
-                array = np.ascontiguousarray(source.read(name), dtype=tensors[name].dtype)
+                stored = source.read(name)
+                check_fits(name, stored, tensors[name].dtype)
+                array = np.ascontiguousarray(stored, dtype=tensors[name].dtype)
                 assert array.shape == tensors[name].shape, (name, array.shape, tensors[name].shape)
                 out.write(array.reshape(-1).view(np.uint8))
             out.flush()
@@ -178,8 +181,7 @@ def _special_tokens(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str
     for name in TOKENS:
         number = config.get(name)
         number = number[0] if isinstance(number, list) and number else number
-        token = tokenizer.id_to_token(number) if isinstance(number, int) else None
-        if token is not None:
+        if (token := token_of(tokenizer, number)) is not None:
             fields[name.removesuffix("_id")] = token
     return fields
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from ..layers.sharding import whole
 from .decoder import DecoderModel
 from .parameters import Flat
-from .session import rounded
+from .session import check_vocabulary, rounded
 from .state import places_from
 
 LOGITS_BYTES = 2**26
@@ -98,12 +98,13 @@ class Scorer:
                 f"least 1, got length={length}, batch={batch}"
             )
         self.length, self.batch, self.dtype = length, batch, dtype
-        self._flat = Flat.of(model)
+        self._flat, self._vocab = Flat.of(model), model.spec.vocab
 
     def rows(self, rows: Sequence[Row], progress: Callable[[int], None] | None = None) -> list[Likelihood]:
         """The likelihood of each row; rows of similar length go together. `progress` is told how many more are done.
 
-        Raises ValueError where a row is longer than `length`, or has no token before the first that is scored.
+        Raises ValueError where a row is longer than `length`, has no token before the first that is scored, or has one
+        that is not of the model's vocabulary.
         """
         for row in rows:
             if not 0 < row.scored < len(row.ids) <= self.length:
@@ -111,6 +112,7 @@ class Scorer:
                     f"a row has at least one token before those that are scored and {self.length} in all at most, "
                     f"got {len(row.ids)} of which {row.scored} are scored"
                 )
+        check_vocabulary([row.ids for row in rows], self._vocab)
         found: dict[int, Likelihood] = {}
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
         for first in range(0, len(rows), self.batch):

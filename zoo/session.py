@@ -56,6 +56,19 @@ class Drawn:
     log_probs: list[float]
 
 
+def check_vocabulary(rows: Sequence[Sequence[int]], vocab: int) -> None:
+    """Raises ValueError where a token is none of the vocabulary: JAX would take another one's embedding for it."""
+    most = max((max(row) for row in rows if row), default=0)
+    if most >= vocab:
+        raise ValueError(f"the text has the token {most}, and the model's vocabulary has {vocab} tokens")
+
+
+def _by_length(spec: Decoder) -> bool:
+    """Whether the positions of all tokens turn by how long the text is."""
+    scalings = [getattr(getattr(block.mixer, "rope", None), "scaling", None) for block in spec.all_blocks]
+    return any(scaling is not None and scaling.by_length for scaling in scalings)
+
+
 def rounded(count: int, least: int = 32) -> int:
     """The next of 32, 48, 64, 96, 128, ...: at most half is wasted, and few sizes are compiled for."""
     size = least
@@ -106,10 +119,10 @@ class Session:
             draft,
         )
         self.room = rounded(length)
-        self.ends = set(ends)
         self.ids: list[list[int]] = [[] for _ in range(batch)]
         """The tokens of each row; those in the caches, and the latest one."""
         self.speed = Speed()
+        self._by_length = any(_by_length(one.spec) for one in (model, draft) if one is not None)
         vocab = model.spec.vocab
         self._flat = Flat.of(model)
         self._flat_draft = None if draft is None else Flat.of(draft)
@@ -123,18 +136,23 @@ class Session:
             self.state = _start(key, batch, vocab if self.filters.penalised else None, self.room if looks_up else None)
 
     def read(self, rows: Sequence[Sequence[int]], max_tokens: int) -> list[Drawn]:
-        """Reads more tokens of every row, one at least, and draws the first of up to `max_tokens` new ones."""
+        """Reads more tokens of every row, one at least, and draws the first of up to `max_tokens` new ones.
+
+        Raises ValueError where a token is not of the model's vocabulary.
+        """
+        check_vocabulary(rows, self.model.spec.vocab)
         began = time.perf_counter()
         counts = np.array([len(row) for row in rows], np.int32)
         last = np.zeros((self.batch, self.model.spec.vocab), np.float32)
         with self._flat.on_mesh():
             logits: Any = whole(jnp.asarray(last))
             starts = np.asarray(self.state.lengths)
-            for first in range(0, int(counts.max()), CHUNK):
-                here = np.clip(counts - first, 0, CHUNK)
+            chunk = int(counts.max()) if self._by_length else CHUNK  # such RoPE turns all of a text as its end asks for
+            for first in range(0, int(counts.max()), chunk):
+                here = np.clip(counts - first, 0, chunk)
                 tokens = np.zeros((self.batch, rounded(int(here.max()))), np.int32)
                 for line, row in zip(tokens, rows, strict=True):
-                    part = row[first : first + CHUNK]
+                    part = row[first : first + chunk]
                     line[: len(part)] = part
                 at = self.state, tokens, here, starts + first, logits
                 logits, self.caches, self.state = _prefill(self._flat, self.caches, *at, dtype=self.dtype)
@@ -157,10 +175,13 @@ class Session:
         self.speed = Speed()
         (own,), (held,) = self.ids, np.asarray(self.state.lengths).tolist()
         shared = 0
-        while shared < min(held, len(ids) - 1) and own[shared] == ids[shared]:
+        while shared < min(held, len(own), len(ids) - 1) and own[shared] == ids[shared]:
             shared += 1
         caches = jax.tree.leaves((self.caches, self.draft_caches), is_leaf=lambda x: isinstance(x, KeyValueCache))
-        if held - shared > min((x.rewinds for x in caches if isinstance(x, KeyValueCache)), default=held):
+        # Guesses that were refused are in the caches, too: a ring has lost as many more.
+        lost = held - shared + (self.speculation.tokens if self.speculation else 0)
+        rings = (x.rewinds for x in caches if isinstance(x, KeyValueCache) and x.window is not None)
+        if self._by_length or lost > min(rings, default=lost):
             shared = 0
         self.ids = [list(ids[:shared])]
         with self._flat.on_mesh():

@@ -48,6 +48,27 @@ class Source(Protocol):
         ...
 
 
+def floating(dtype: Any) -> np.dtype:
+    """A dtype that parameters can have. Raises ValueError where it is not of floating point."""
+    made = np.dtype(dtype)
+    if not jnp.issubdtype(made, jnp.floating):
+        raise ValueError(f"parameters are of floating point, and dtype={made.name} is not")
+    return made
+
+
+def check_fits(name: str, tensor: np.ndarray, dtype: np.dtype) -> None:
+    """Raises ValueError where a number of the tensor would become infinite in float16."""
+    if dtype == np.float16 and tensor.dtype != np.float16:
+        largest = float(np.max(np.abs(tensor), initial=0))
+        if float(np.finfo(np.float16).max) < largest < np.inf:
+            raise ValueError(f"float16 holds magnitudes up to 65504, and {name} has {largest:g}; take bfloat16")
+
+
+def token_of(tokenizer: Tokenizer, number: Any) -> str | None:
+    """The token of an id that a file names; None where it is no id: -1 often stands for none."""
+    return tokenizer.id_to_token(number) if type(number) is int and 0 <= number < 2**32 else None
+
+
 Progress = Callable[[int, int], None]
 """Is told how many bytes of how many are done."""
 

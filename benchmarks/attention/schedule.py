@@ -89,7 +89,7 @@ def read_slices_of_operands() -> None:
             words = self.ow.get(index)
             for start in (base, base << 4) if words else ():
                 offset = (source - start) * self.g // 4
-                if 0 < offset < len(words):
+                if 0 <= offset < len(words):  # the first of them too, or it would be copied with all after it
                     argument = operation.args[0]
                     self.ow = self.ow | {index: words[offset : offset + tpu_static.u32(size) * self.g // 4]}
                     operation.args[0] = ("c", tpu_static.s32(start))

@@ -14,9 +14,10 @@ from .tpu_parts import BlockSizes as BlockSizes
 from .tpu_parts import untabled
 
 CHIPS = {
-    "TPU v4": BlockSizes(512, 512, 128, 14 * 2**20),
+    "TPU v4": BlockSizes(512, 512, 128, 14 * 2**20, cores=2),
+    "TPU v5": BlockSizes(1024, 1024, 128, 56 * 2**20, cores=2),
     "TPU v6 lite": BlockSizes(1024, 1024, 256),
-    "TPU7x": BlockSizes(1024, 1024, 256),
+    "TPU7x": BlockSizes(1024, 1024, 256, 56 * 2**20),
 }
 """The best by the schedules of the TPU compiler, by device kind, where they are not `USUAL`.
 

@@ -1,8 +1,9 @@
 """Flash attention for TPU, backward, in one pass over the blocks of keys.
 
-Gradients of a block of keys and values are summed in VMEM while the queries that see it pass by. Those of the queries
-are summed over blocks of keys: in VMEM where a head fits, else in one float32 copy in HBM, read and written block by
-block behind the products. So a pair costs five products, not the seven of two passes, and memory stays linear.
+Gradients of a block of keys and values are summed in VMEM while the queries that see it pass by, which are copied from
+HBM one block ahead. Those of the queries are summed over blocks of keys: in VMEM where they fit, else in one float32
+copy in HBM, read and written block by block behind the products. So a pair costs five products, not the seven of two
+passes, and memory stays linear.
 
 Parameters of the score get gradients too: what is summed over keys stands below dq, a row for each parameter; what is
 summed over queries, beside dk.
@@ -25,6 +26,7 @@ from .problem import Gradients, Operands, Problem, gradients_like
 from .tpu_parts import (
     LOG2_E,
     BlockSizes,
+    Chain,
     Key,
     Pairs,
     Row,
@@ -33,15 +35,17 @@ from .tpu_parts import (
     WriteBack,
     dot,
     in_blocks,
+    lanes,
+    row_spec,
     schedule,
-    schedule_place,
+    side_bytes,
     side_inputs,
     sides_of,
     trained,
 )
 
-RESIDENT_SHARE = 0.4
-"""What the backward pass needs of one head stays in VMEM up to this share of it."""
+RESIDENT_SHARE = 0.65
+"""What the backward pass keeps in VMEM from one block of keys to the next may take up to this share of it."""
 
 
 def backward(
@@ -64,30 +68,22 @@ def backward(
     stats = jnp.moveaxis(stats.reshape(batch, heads, 2, q_blocks, block_q), 2, 3)
     sides = side_inputs(sides_of(problem, operands, block_k), block_q, block_k)
     params = _Trained(problem, size)
-    side_words = sum(side.words(block_k) for side in sides if side.side == "query")
-    resident = _resident_bytes(q, k, v, params, side_words) <= RESIDENT_SHARE * sizes.vmem_bytes
-
-    def spec(shape: tuple[int, ...], place: Any, **options: Any) -> pl.BlockSpec:
-        """A block by a function of (batch, kv head, member of its group, block of keys), in the order of the grid."""
-        return pl.BlockSpec(shape, place if resident else lambda b, h, j, g: place(b, h, g, j), **options)
-
-    def whole_head(*shape: int) -> pl.BlockSpec:
-        if not resident:
-            return pl.BlockSpec(memory_space=pl.ANY)
-        return spec((1, 1, *shape), lambda b, h, g, j: (b, h * group + g, 0, 0, 0))
-
-    def key_block(width: int, last: bool = False) -> pl.BlockSpec:
-        def place(b: Any, h: Any, g: Any, j: Any) -> Any:
-            return b, h, jnp.where(g == group - 1, j, 0) if last and resident else j, 0
-
-        return spec((1, 1, block_k, width), place)
-
-    def row_place(b: Any, h: Any, g: Any, j: Any) -> Any:
-        return schedule_place(blocks, b, h), j, 0, 0
+    query_bytes, key_bytes = 4 * q.shape[2] * params.dq_rows, 4 * k.shape[2] * (lanes(size) + lanes(value_size))
+    of_sides = side_bytes(sides, "query", q.shape[2], block_k)
+    together, held = _together(group, query_bytes, key_bytes, sizes.holds(RESIDENT_SHARE, q, g) - of_sides)
+    resident, parts = held > 0, group // together
+    chain = Chain((batch, kv_heads, parts, k_blocks, together), sizes.cores)
 
     def grid_place(*grid: Any) -> Any:
-        b, h, g, j = grid if resident else (grid[0], grid[1], grid[3], grid[2])
-        return b, h * group + g, j
+        """The sequence, the query head and the block of keys."""
+        b, h, s, j, g = grid
+        return b, (h * parts + s) * together + g, j
+
+    def key_block(width: int, last: bool = False) -> pl.BlockSpec:
+        def place(b: Any, h: Any, s: Any, j: Any, g: Any) -> Any:
+            return b, h, jnp.where(s == parts - 1, j, 0) if last else j, 0
+
+        return pl.BlockSpec((1, 1, block_k, width), place)
 
     whole = {"key": block_k, "whole": lambda *grid: (*grid_place(*grid)[:2], 0)}
     kernel = functools.partial(
@@ -97,83 +93,107 @@ def backward(
         key_length=keys if keys % block_k else None,
         sides=[(side.key, side.side) for side in sides],
         params=params,
+        chain=chain,
         resident=resident,
     )
-    held = k_blocks if resident else 1
     like_q, like_k, like_v, like_sides = gradients_like(problem, operands)
+    extra_rows = params.dq_rows - params.first_row
     if resident:
-        q_shape = jax.ShapeDtypeStruct((batch, heads, q_blocks, block_q, size), like_q.dtype)
-        scratch: list[Any] = [pltpu.VMEM((q_blocks, params.dq_rows, block_q), jnp.float32)]
+        q_shapes = [jax.ShapeDtypeStruct((batch, heads, q_blocks, block_q, size), like_q.dtype)]
+        if extra_rows:
+            q_shapes += [jax.ShapeDtypeStruct((batch, heads, q_blocks, extra_rows, block_q), jnp.float32)]
+        dq_scratch: list[Any] = [
+            pltpu.VMEM((together, q_blocks, params.dq_rows, block_q), jnp.float32),
+            pltpu.VMEM((2, block_q, size), like_q.dtype),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SMEM((1,), jnp.int32),
+        ]
     else:
-        q_shape = jax.ShapeDtypeStruct((batch, heads, q_blocks, params.dq_rows, block_q), jnp.float32)
-        scratch = [
-            pltpu.VMEM((2, block_q, size), q.dtype),
-            pltpu.VMEM((2, block_q, value_size), g.dtype),
-            pltpu.VMEM((2, 2, block_q), jnp.float32),
+        q_shapes = [jax.ShapeDtypeStruct((batch, heads, q_blocks, params.dq_rows, block_q), jnp.float32)]
+        dq_scratch = [
             pltpu.VMEM((3, params.dq_rows, block_q), jnp.float32),
-            *(pltpu.SemaphoreType.DMA((slots,)) for slots in (2, 2, 2, 3, 3)),
+            *[pltpu.SemaphoreType.DMA((3,))] * 2,
         ]
     inputs = [
         rows,
-        in_blocks(q, block_q),
+        rows,
         k,
         v,
+        in_blocks(q, block_q),
         in_blocks(g, block_q),
         stats,
         *(side.array for side in sides),
+        *([] if resident else [jnp.zeros(q_shapes[0].shape, jnp.float32)]),
     ]
-    q_grad, k_grad, v_grad, *side_grads = pl.pallas_call(
+    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+
+    def row_place(b: Any, h: Any, s: Any, j: Any, g: Any) -> Any:
+        return b, h, j
+
+    found = pl.pallas_call(
         kernel,
-        grid=(batch, kv_heads, group, k_blocks) if resident else (batch, kv_heads, k_blocks, group),
+        grid=chain.sizes,
         in_specs=[
-            spec((1, 1, 1, rows.shape[-1]), row_place, memory_space=pltpu.SMEM),
-            whole_head(q_blocks, block_q, size),
+            row_spec(blocks, rows, row_place),
+            row_spec(blocks, rows, lambda *grid: row_place(*chain.following(*grid))),
             key_block(size),
             key_block(value_size),
-            whole_head(q_blocks, block_q, value_size),
-            whole_head(q_blocks, 2, block_q),
+            *[in_hbm] * 3,
             *[side.spec(None, grid_place, whole) for side in sides],
-            *([] if resident else [pl.BlockSpec(memory_space=pl.ANY)]),
+            *([] if resident else [in_hbm]),
         ],
         out_specs=[
-            whole_head(*q_shape.shape[2:]),
             key_block(size, last=True),
             key_block(value_size, last=True),
-            *(spec((1, 1, 1, block_k), lambda b, h, g, j: (b, h * group + g, 0, j)) for _ in params.along_keys),
-            *(whole_head(q_blocks, 1, block_q) for _ in params.along_queries if resident),
-        ],
-        out_shape=[
-            q_shape,
-            jax.ShapeDtypeStruct(k.shape, like_k.dtype),
-            jax.ShapeDtypeStruct(v.shape, like_v.dtype),
-            *(jax.ShapeDtypeStruct((batch, heads, 1, k.shape[2]), jnp.float32) for _ in params.along_keys),
+            *[in_hbm for _ in q_shapes],
             *(
-                jax.ShapeDtypeStruct((batch, heads, q_blocks, 1, block_q), jnp.float32)
-                for _ in params.along_queries
-                if resident
+                pl.BlockSpec((1, 1, 1, block_k), lambda *grid: (*grid_place(*grid)[:2], 0, grid[3]))
+                for _ in params.along_keys
             ),
         ],
-        scratch_shapes=[
-            pltpu.VMEM((held, block_k, size), jnp.float32),
-            pltpu.VMEM((held, block_k, value_size), jnp.float32),
-            *scratch,
+        out_shape=[
+            jax.ShapeDtypeStruct(k.shape, like_k.dtype),
+            jax.ShapeDtypeStruct(v.shape, like_v.dtype),
+            *q_shapes,
+            *(jax.ShapeDtypeStruct((batch, heads, 1, k.shape[2]), jnp.float32) for _ in params.along_keys),
         ],
-        input_output_aliases={} if resident else {len(inputs): 0},
+        scratch_shapes=[
+            pltpu.VMEM((k_blocks if parts > 1 else 1, block_k, size), jnp.float32),
+            pltpu.VMEM((k_blocks if parts > 1 else 1, block_k, value_size), jnp.float32),
+            pltpu.VMEM((2, block_q, size), q.dtype),
+            pltpu.VMEM((2, block_q, value_size), g.dtype),
+            pltpu.VMEM((2, 2, block_q), jnp.float32),
+            *[pltpu.SemaphoreType.DMA((2,))] * 3,
+            pltpu.SMEM((1,), jnp.int32),
+            *dq_scratch,
+        ],
+        input_output_aliases={} if resident else {len(inputs) - 1: 2},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=sizes.vmem_bytes
+            dimension_semantics=chain.semantics, vmem_limit_bytes=sizes.vmem_limit(held + of_sides, q, g)
         ),
         name="attention_backward",
         interpret=interpret,
-    )(*inputs, *([] if resident else [jnp.zeros(q_shape.shape, q_shape.dtype)]))
+    )(*inputs)
+    k_grad, v_grad, q_grad, *found = found
+    extra = found.pop(0) if resident and extra_rows else q_grad[:, :, :, params.first_row :]
     if not resident:
-        side_grads += [
-            q_grad[:, :, :, row] for row in range(params.first_row, params.first_row + len(params.along_queries))
-        ]
         q_grad = jnp.swapaxes((q_grad[:, :, :, :size] * problem.scale).astype(like_q.dtype), 3, 4)
+    found += [extra[:, :, :, row] for row, _ in enumerate(params.along_queries)]
     q_grad = q_grad.reshape(batch, heads, -1, size)[:, :, :queries]
-    found = (q_grad, k_grad[:, :, :keys], v_grad[:, :, :keys])
-    q_grad, k_grad, v_grad = (jnp.swapaxes(x, 1, 2) for x in found)
-    return q_grad, k_grad, v_grad, params.gradients(side_grads, operands, like_sides)
+    q_grad, k_grad, v_grad = (jnp.swapaxes(x, 1, 2) for x in (q_grad, k_grad[:, :, :keys], v_grad[:, :, :keys]))
+    return q_grad, k_grad, v_grad, params.gradients(found, operands, like_sides)
+
+
+def _together(group: int, query_bytes: int, key_bytes: int, most: float) -> tuple[int, int]:
+    """How many query heads that share keys pass by together, and the bytes held of them; 0 where dq does not fit.
+
+    If not all heads pass by together, the sums of dk and dv of all keys are held too.
+    """
+    for together in range(group, 0, -1):
+        held = together * query_bytes + (key_bytes if together < group else 0)
+        if group % together == 0 and held <= most:
+            return together, held
+    return group, 0
 
 
 class _Trained:
@@ -212,18 +232,12 @@ class _Trained:
         return [one(value, x) for value, x in zip(self.all, like, strict=True)]
 
 
-def _resident_bytes(q: Array, k: Array, v: Array, params: _Trained, side_words: int) -> int:
-    """VMEM of one head: q, g, dq and sides twice (the next head's are on their way), dq, dk and dv in float32."""
-    size, value_size = (-(-x.shape[3] // 128) * 128 for x in (k, v))
-    of_query = 2 * q.dtype.itemsize * (2 * size + value_size) + 4 * size + 64 + 64 * len(params.along_queries)
-    return q.shape[2] * (of_query + 8 * side_words) + k.shape[2] * 4 * (size + value_size)
-
-
 def _kernel(
     row_ref: Any,
-    q_ref: Any,
+    following_ref: Any,
     k_ref: Any,
     v_ref: Any,
+    q_ref: Any,
     g_ref: Any,
     stats_ref: Any,
     *refs: Any,
@@ -232,33 +246,41 @@ def _kernel(
     key_length: int | None,
     sides: list[tuple[Key, Side]],
     params: _Trained,
+    chain: Chain,
     resident: bool,
 ) -> None:
     side_refs: dict[Key, tuple[Side, Any]] = {key: (side, ref) for (key, side), ref in zip(sides, refs, strict=False)}
-    # After the zeros that dq begins with, where it is streamed.
-    dq_ref, dk_ref, dv_ref, *others = refs[len(sides) + (not resident) :]
+    # After the zeros that dq begins with, where it is copied.
+    dk_ref, dv_ref, dq_ref, *others = refs[len(sides) + (not resident) :]
+    extra_refs = [others.pop(0)] if resident and params.along_queries else []
     key_refs, others = others[: len(params.along_keys)], others[len(params.along_keys) :]
-    query_refs = others[: len(params.along_queries)] if resident else []
-    dk_sums, dv_sums, *scratch = others[len(query_refs) :]
+    dk_sums, dv_sums, *scratch = others
+    streams, dq_scratch = scratch[:7], scratch[7:]
+    grid = [pl.program_id(dim) for dim in range(5)]
+    part, index, member = grid[2:]
+    parts, together = chain.sizes[2], chain.sizes[4]
+
+    def head_of(batch: Any, kv_head: Any, part: Any, index: Any, member: Any) -> Any:
+        return batch, (kv_head * parts + part) * together + member
+
     block_q, (block_k, size) = q_ref.shape[3], k_ref.shape[2:]
-    batch, kv_head = pl.program_id(0), pl.program_id(1)
-    member, index = (pl.program_id(dim) for dim in ((2, 3) if resident else (3, 2)))
-    group, count = (pl.num_programs(dim) for dim in ((2, 3) if resident else (3, 2)))
-    head = kv_head * group + member
-    dk_sum, dv_sum = (ref.at[index if resident else 0] for ref in (dk_sums, dv_sums))
-    row = Row(row_ref)
+    dk_sum, dv_sum = (ref.at[index if parts > 1 else 0] for ref in (dk_sums, dv_sums))
+    row, following = Row(row_ref), Row(following_ref)
     pairs = Pairs(problem, side_refs, key_length)
     strips = range(0, block_k, strip)
-
+    head = head_of(*grid)
+    heads = head, head_of(*chain.following(*grid))
+    inputs = _Ahead([q_ref, g_ref, stats_ref], heads, (row, following), chain.ends(*grid), streams)
+    targets = [ref.at[head] for ref in (dq_ref, *extra_refs)]
     if resident:
-        targets = dq_ref, query_refs, params.first_row, problem.scale
-        source = _Resident((q_ref, g_ref, stats_ref), targets, scratch[0], index == 0, index == count - 1)
+        sums: Any = _Resident(targets, params, dq_scratch, member, row, chain.ends(*grid))
     else:
-        source = _Streamed([ref.at[batch, head] for ref in (q_ref, g_ref, stats_ref, dq_ref)], scratch, row)
+        sums = _Copied(targets[0], dq_scratch, row)
 
     def tile(block: Any, number: Any, kind: str) -> None:
         """One block of queries. In a diagonal one, the queries before a strip see nothing of it."""
-        q_block, g_block, stats, dq_sum = source.blocks(block, number)
+        q_block, g_block, stats = inputs.blocks(number)
+        dq_sum = sums.block(block, number)
 
         def products(offset: int) -> tuple[Array, Array]:
             """What does not wait for the softmax: k q^T and v g^T of a strip."""
@@ -289,122 +311,175 @@ def _kernel(
             score_grad = (logits_grad if slope is None else logits_grad * slope).astype(q.dtype)
             dk_sum[keys] += dot(score_grad, q, 1, 0)
             dq_sum[:size, start:] += dot(k_ref[0, 0, keys], score_grad, 0, 0)
-        source.give_back(block, number)
 
     for ref in key_refs:
         ref[...] = jnp.zeros_like(ref)
 
-    @pl.when(member == 0)
+    @pl.when((part == 0) & (member == 0))
     def _() -> None:
         dk_sum[...] = jnp.zeros_like(dk_sum)
         dv_sum[...] = jnp.zeros_like(dv_sum)
 
-    source.begin()
+    inputs.begin()
+    sums.begin(index)
 
     def visit(number: Any, block: Any) -> Any:
-        source.fetch(block, number)
+        ahead = row.after(block)
+        inputs.fetch(ahead, number)
+        inputs.wait(number)
+        sums.fetch(ahead, number)
         full = row.is_full(block)
         diagonal = (block == index) if problem.causal and block_q == block_k else False
         pl.when(full)(lambda: tile(block, number, "full"))
         pl.when(jnp.logical_not(full | diagonal))(lambda: tile(block, number, "partial"))
         if diagonal is not False:
             pl.when(jnp.logical_not(full) & diagonal)(lambda: tile(block, number, "diagonal"))
-        return row.after(block)
+        sums.give_back(block, number)
+        return ahead
 
     lax.fori_loop(0, row.count, visit, row.low)
 
-    @pl.when(member == group - 1)
+    @pl.when((part == parts - 1) & (member == together - 1))
     def _() -> None:
         dk_ref[0, 0] = (dk_sum[...] * problem.scale).astype(dk_ref.dtype)
         dv_ref[0, 0] = dv_sum[...].astype(dv_ref.dtype)
 
-    source.end()
+    sums.end(problem.scale)
+    inputs.end()
 
 
-class _Resident:
-    """Everything of a query head, in VMEM."""
+class _Ahead:
+    """Queries, output gradients and statistics, copied one block ahead, of the next program too.
 
-    def __init__(self, sources: tuple[Any, ...], targets: tuple[Any, ...], sum_ref: Any, first: Any, last: Any):
-        self.sources, self.targets, self.sum_ref, self.first, self.last = sources, targets, sum_ref, first, last
+    Copies are counted on. A row without blocks has one in vain, and so has the end of all.
+    """
+
+    def __init__(self, refs: list[Any], heads: Any, rows: tuple[Row, Row], ends: tuple[Any, Any], scratch: list[Any]):
+        *parts, counter = scratch
+        self.refs, self.heads, (self.row, self.following), (self.first, self.last) = refs, heads, rows, ends
+        own = [ref.at[heads[0]] for ref in refs]
+        self.streams = [Stream(*one) for one in zip(own, parts[:3], parts[3:], strict=True)]
+        self.before = jnp.where(self.first, 0, counter[0])
+        self.after = self.before + jnp.maximum(self.row.count, 1)
+        counter[0] = self.after
+
+    def _start(self, number: Any, head: tuple[Any, ...], block: Any) -> None:
+        for stream, ref in zip(self.streams, self.refs, strict=True):
+            stream.start(block, number, ref.at[head])
 
     def begin(self) -> None:
-        """Before the first block of a row: dq of a head begins with zeros."""
+        """Before the first block: it is on its way, unless no program was before."""
+        pl.when(self.first)(lambda: self._start(0, self.heads[0], self.row.low))
 
-        @pl.when(self.first)
+        @pl.when(self.row.count == 0)
         def _() -> None:
-            self.sum_ref[...] = jnp.zeros_like(self.sum_ref)
+            self.fetch(0, 0)
+            self.wait(0)
 
-    def fetch(self, block: Any, number: Any) -> None:
-        """Before a block is used."""
+    def wait(self, number: Any) -> None:
+        """Until block `number` of the row is there."""
+        for stream in self.streams:
+            stream.wait(self.before + number)
 
-    def blocks(self, block: Any, number: Any) -> list[Any]:
-        """Queries, output gradients, statistics and the sum of dq of a block, the `number`th of the row."""
-        return [*(ref.at[0, 0, block] for ref in self.sources), self.sum_ref.at[block]]
+    def fetch(self, ahead: Any, number: Any) -> None:
+        """While block `number` of the row is used, the one `ahead` is on its way, or the first of the next row."""
+        inside = number + 1 < self.row.count
+        head = tuple(jnp.where(inside, own, following) for own, following in zip(*self.heads, strict=True))
+        self._start(self.before + number + 1, head, jnp.where(inside, ahead, self.following.low))
 
-    def give_back(self, block: Any, number: Any) -> None:
-        """When this row's part of a block's dq is added."""
+    def blocks(self, number: Any) -> list[Any]:
+        """What lies in VMEM of block `number` of the row."""
+        return [stream.at(self.before + number) for stream in self.streams]
 
     def end(self) -> None:
-        """After the last block of a row: dq of a head is written once it is complete."""
+        """After the last block of a row."""
 
         @pl.when(self.last)
         def _() -> None:
-            dq_ref, query_refs, first_row, scale = self.targets
+            for stream in self.streams:
+                stream.wait(self.after)
 
-            def write(block: Any, carry: Any) -> Any:
-                dq = self.sum_ref[block, : dq_ref.shape[4]]
-                dq_ref[0, 0, block] = (dq * scale).astype(dq_ref.dtype).T
-                for row, ref in enumerate(query_refs, first_row):
-                    ref[0, 0, block] = self.sum_ref[block, row : row + 1]
+
+class _Resident:
+    """Sums of dq in VMEM, written to HBM as soon as no later row of blocks adds to them; writes are counted on."""
+
+    def __init__(self, targets: list[Any], params: _Trained, scratch: list[Any], member: Any, row: Row, ends: Any):
+        (self.target, *self.extra), (sums, buffer, semaphores, counter) = targets, scratch
+        self.sums, self.back = sums.at[member], WriteBack(self.target, buffer, semaphores)
+        self.params, (first, self.last) = params, ends
+        self.done_from, self.done_to = (jnp.minimum(block, sums.shape[1]) for block in (row.done_from, row.done_to))
+        self.before = jnp.where(first, 0, counter[0])
+        self.after = self.before + self.done_to - self.done_from
+        counter[0] = self.after
+
+    def begin(self, index: Any) -> None:
+        """Before the first block of a row: sums begin with zeros."""
+
+        @pl.when(index == 0)
+        def _() -> None:
+            def clear(block: Any, carry: Any) -> Any:
+                self.sums[block] = jnp.zeros(self.sums.shape[1:], jnp.float32)
                 return carry
 
-            lax.fori_loop(0, self.sum_ref.shape[0], write, 0)
+            lax.fori_loop(0, self.sums.shape[0], clear, 0)
+
+    def fetch(self, ahead: Any, number: Any) -> None:
+        """While a block is used."""
+
+    def block(self, block: Any, number: Any) -> Any:
+        """The sum of a block, the `number`th of the row."""
+        return self.sums.at[block]
+
+    def give_back(self, block: Any, number: Any) -> None:
+        """When this row's part of a block is added."""
+
+    def end(self, scale: float) -> None:
+        """After the last block of a row."""
+        width, first_row = self.target.shape[2], self.params.first_row
+
+        def write(block: Any, number: Any) -> Any:
+            pl.when(number >= 2)(lambda: self.back.wait(number - 2))
+            self.back.at(number)[...] = (self.sums[block, :width] * scale).astype(self.target.dtype).T
+            self.back.start(block, number)
+            for extra in self.extra:
+                pltpu.sync_copy(self.sums.at[block, first_row:], extra.at[block])
+            return number + 1
+
+        lax.fori_loop(self.done_from, self.done_to, write, self.before)
+        for ago in (2, 1):
+            pl.when(self.last & (self.after >= ago))(lambda ago=ago: self.back.wait(self.after - ago))
 
 
-class _Streamed:
-    """Blocks copied from HBM one ahead, and dq copied back; every copy is done when a row ends."""
+class _Copied:
+    """Sums of dq in HBM, copied one block ahead and back; every copy is done when a row ends."""
 
-    def __init__(self, sources: list[Any], scratch: list[Any], row: Row):
-        buffers, semaphores = scratch[:4], scratch[4:]
-        self.inputs = [Stream(*parts) for parts in zip(sources, buffers, semaphores[:4], strict=True)]
-        self.back = WriteBack(sources[3], buffers[3], semaphores[4])
-        self.row = row
+    def __init__(self, target: Any, scratch: list[Any], row: Row):
+        buffer, there, back = scratch
+        self.there, self.back, self.row = Stream(target, buffer, there), WriteBack(target, buffer, back), row
 
-    def begin(self) -> None:
+    def begin(self, index: Any) -> None:
         """Before the first block of a row."""
+        pl.when(self.row.count > 0)(lambda: self.there.start(self.row.low, 0))
 
-        @pl.when(self.row.count > 0)
-        def _() -> None:
-            for stream in self.inputs:
-                stream.start(self.row.low, 0)
-
-    def fetch(self, block: Any, number: Any) -> None:
-        """While a block is used the next is on its way; its slot of dq must have been written back."""
+    def fetch(self, ahead: Any, number: Any) -> None:
+        """While a block is used the next is on its way; its slot must have been written back."""
 
         @pl.when(number + 1 < self.row.count)
         def _() -> None:
-            @pl.when(number >= 2)
-            def _() -> None:
-                self.back.wait(number - 2)
+            pl.when(number >= 2)(lambda: self.back.wait(number - 2))
+            self.there.start(ahead, number + 1)
 
-            for stream in self.inputs:
-                stream.start(self.row.after(block), number + 1)
+        self.there.wait(number)
 
-        for stream in self.inputs:
-            stream.wait(number)
-
-    def blocks(self, block: Any, number: Any) -> list[Any]:
-        """Queries, output gradients, statistics and the sum of dq of a block, the `number`th of the row."""
-        return [stream.at(number) for stream in self.inputs]
+    def block(self, block: Any, number: Any) -> Any:
+        """The sum of a block, the `number`th of the row."""
+        return self.there.at(number)
 
     def give_back(self, block: Any, number: Any) -> None:
-        """When this row's part of a block's dq is added."""
+        """When this row's part of a block is added."""
         self.back.start(block, number)
 
-    def end(self) -> None:
+    def end(self, scale: float) -> None:
         """After the last block of a row: the copies that no later fetch has waited for."""
         for ago in (3, 2, 1):
-
-            @pl.when(self.row.count >= ago)
-            def _(ago: int = ago) -> None:
-                self.back.wait(self.row.count - ago)
+            pl.when(self.row.count >= ago)(lambda ago=ago: self.back.wait(self.row.count - ago))

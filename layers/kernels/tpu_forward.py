@@ -8,8 +8,8 @@ otherwise.
 
 import functools
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from .problem import Operands, Problem
 from .tpu_parts import (
     LOG2_E,
     BlockSizes,
+    Chain,
     Key,
     Pairs,
     Row,
@@ -33,16 +34,18 @@ from .tpu_parts import (
     Strip,
     dot,
     in_blocks,
+    lanes,
+    row_spec,
     schedule,
-    schedule_place,
+    side_bytes,
     side_inputs,
     sides_of,
 )
 
 LOWEST = -1e30
 """Where the running maximum starts: finite, so that a hidden logit, -inf, stays that when it is subtracted."""
-RESIDENT_SHARE = 0.16
-"""Keys and values of one head up to this share of VMEM stay there."""
+RESIDENT_SHARE = 0.6
+"""Keys and values of one head stay in VMEM if they and those of the next, on their way, are up to this share of it."""
 
 
 def forward(
@@ -58,17 +61,11 @@ def forward(
         q = q.reshape(batch, k.shape[1], -1, q.shape[3])
         problem, sides = replace(problem, causal=False), _packed(problem, operands, sides)
     q, k, v = padded(q, 2, sizes.block_q), padded(k, 2, sizes.block_k), padded(v, 2, sizes.block_k)
-    head_bytes = k.shape[2] * (_lanes(k.shape[3]) + _lanes(value_size)) * k.dtype.itemsize
-    grid = _Grid(
-        blocks=blocks,
-        batch=batch,
-        heads=q.shape[1],
-        rows=q.shape[2] // sizes.block_q,
-        group=q.shape[1] // k.shape[1],
-        # Of a long cache, little may be in use: what is not seen is not read.
-        resident=head_bytes <= RESIDENT_SHARE * sizes.vmem_bytes and not packed,
-    )
-    out, lse = _call(problem, grid, q, k, v, side_inputs(sides, sizes.block_q, sizes.block_k), sizes, keys, interpret)
+    head_bytes = k.dtype.itemsize * k.shape[2] * (lanes(k.shape[3]) + lanes(value_size))
+    # Of a long cache, little may be in use: what is not seen is not read.
+    resident = 2 * head_bytes <= sizes.holds(RESIDENT_SHARE, q, v) and not packed
+    inputs = side_inputs(sides, sizes.block_q, sizes.block_k)
+    out, lse = _call(problem, blocks, resident, q, k, v, inputs, sizes, keys, interpret)
     if packed:
         out, lse = (x[..., : queries * heads // x.shape[1], :] for x in (out, jnp.swapaxes(lse, 2, 3)))
         out, lse = out.reshape(batch, heads, queries, value_size), lse.reshape(batch, heads, 1, queries)
@@ -98,56 +95,10 @@ def _packed(problem: Problem, operands: Operands, sides: Sides) -> Sides:
     return [one(*side) for side in [*given, ("query", "query", places)]]
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """The programs: one for each sequence, query head and row of blocks."""
-
-    blocks: Blocks
-    batch: int
-    heads: int
-    rows: int
-    group: int
-    """Query heads that share a key/value head."""
-    resident: bool
-    """Keys and values of a head are in VMEM; else they are streamed, and each program starts the copies of the next."""
-
-    @property
-    def chained(self) -> bool:
-        """Whether the next program may be another head's. With one sequence, heads are what two cores share."""
-        return self.batch > 1 and not self.resident
-
-    @property
-    def semantics(self) -> tuple[Literal["parallel", "arbitrary"], ...]:
-        """What of it cores may share."""
-        if self.resident:
-            return "parallel", "parallel", "parallel"
-        return "parallel", "arbitrary" if self.chained else "parallel", "arbitrary"
-
-    def following(self, head: Any, row: Any) -> tuple[Any, Any]:
-        """The head and row of the next program; of this one where it is the last."""
-        if not self.chained:
-            return head, jnp.minimum(row + 1, self.rows - 1)
-        place = jnp.minimum(head * self.rows + row + 1, self.heads * self.rows - 1)
-        return lax.div(place, self.rows), lax.rem(place, self.rows)
-
-    def ends(self, head: Any, row: Any) -> tuple[Any, Any]:
-        """Whether a program is the first, and the last, of those that follow each other."""
-        first, last = row == 0, row == self.rows - 1
-        return (first & (head == 0), last & (head == self.heads - 1)) if self.chained else (first, last)
-
-    def row_spec(self, words: int, following: bool) -> pl.BlockSpec:
-        """The schedule of a program's row, or of the next program's."""
-
-        def place(b: Any, n: Any, i: Any) -> Any:
-            n, i = self.following(n, i) if following else (n, i)
-            return schedule_place(self.blocks, b, lax.div(n, self.group)), i, 0, 0
-
-        return pl.BlockSpec((1, 1, 1, words), place, memory_space=pltpu.SMEM)
-
-
 def _call(
     problem: Problem,
-    grid: _Grid,
+    blocks: Blocks,
+    resident: bool,
     q: Array,
     k: Array,
     v: Array,
@@ -158,13 +109,20 @@ def _call(
 ) -> tuple[Array, Array]:
     """The kernel on whole blocks: (B N T Hv), (B N 1 T)."""
     block_q, block_k, size, value_size = sizes.block_q, sizes.block_k, k.shape[3], v.shape[3]
-    rows = schedule(grid.blocks)
+    rows, group = schedule(blocks), q.shape[1] // k.shape[1]
+    held = side_bytes(sides, "query", block_q, k.shape[2]) + side_bytes(sides, "key", k.shape[2], block_k)
+    if resident:
+        held += 2 * k.dtype.itemsize * k.shape[2] * (lanes(size) + lanes(value_size))
+    chain = Chain((*q.shape[:2], q.shape[2] // block_q), sizes.cores)
+
+    def row_place(b: Any, n: Any, i: Any) -> Any:
+        return b, lax.div(n, group), i
 
     def whole_head(width: int) -> pl.BlockSpec:
-        if not grid.resident:
+        if not resident:
             return pl.BlockSpec(memory_space=pl.ANY)
         return pl.BlockSpec(
-            (1, 1, k.shape[2] // block_k, block_k, width), lambda b, n, i: (b, lax.div(n, grid.group), 0, 0, 0)
+            (1, 1, k.shape[2] // block_k, block_k, width), lambda b, n, i: (b, lax.div(n, group), 0, 0, 0)
         )
 
     whole = {"query": block_q, "whole": lambda b, n, i: (b, n, 0)}
@@ -181,14 +139,15 @@ def _call(
         strip=math.gcd(block_k, sizes.strip),
         key_length=keys if keys % block_k else None,
         sides=[(side.key, side.side) for side in sides],
-        grid=grid,
+        chain=None if resident else chain,
+        group=group,
     )
     return pl.pallas_call(
         kernel,
-        grid=(grid.batch, grid.heads, grid.rows),
+        grid=chain.sizes,
         in_specs=[
-            grid.row_spec(rows.shape[-1], following=False),
-            grid.row_spec(rows.shape[-1], following=True),
+            row_spec(blocks, rows, row_place),
+            row_spec(blocks, rows, lambda *grid: row_place(*chain.following(*grid))),
             pl.BlockSpec((1, 1, block_q, size), lambda b, n, i: (b, n, i, 0)),
             whole_head(size),
             whole_head(value_size),
@@ -205,16 +164,15 @@ def _call(
         scratch_shapes=[
             pltpu.VMEM((value_size, block_q), jnp.float32),
             pltpu.VMEM((block_k, block_q), jnp.float32),
-            *([] if grid.resident else streams),
+            *([] if resident else streams),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=grid.semantics, vmem_limit_bytes=sizes.vmem_bytes),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * 3 if resident else chain.semantics,
+            vmem_limit_bytes=sizes.vmem_limit(held, q, v),
+        ),
         name="attention_forward",
         interpret=interpret,
     )(rows, rows, q, in_blocks(k, block_k), in_blocks(v, block_k), *(side.array for side in sides))
-
-
-def _lanes(width: int) -> int:
-    return -(-width // 128) * 128
 
 
 class _Resident:
@@ -312,7 +270,8 @@ def _kernel(
     strip: int,
     key_length: int | None,
     sides: list[tuple[Key, Side]],
-    grid: _Grid,
+    chain: Chain | None,
+    group: int,
 ) -> None:
     side_refs: dict[Key, tuple[Side, Any]] = {key: (side, ref) for (key, side), ref in zip(sides, refs, strict=False)}
     out_ref, lse_ref, sum_ref, logits_ref, *streams = refs[len(sides) :]
@@ -324,14 +283,15 @@ def _kernel(
     has_diagonal = problem.causal and block_q == block_k
     q = q_ref[0, 0]
     source = _Resident(k_ref, v_ref)
-    if not grid.resident:
+    if chain is not None:
 
-        def of_head(head: Any) -> tuple[Any, Any]:
-            place = batch, lax.div(head, grid.group)
+        def of_head(batch: Any, head: Any, _: Any) -> tuple[Any, Any]:
+            place = batch, lax.div(head, group)
             return k_ref.at[place], v_ref.at[place]
 
-        following = of_head(grid.following(head, index)[0]), Row(following_ref)
-        source = _Streamed(of_head(head), row, following, grid.ends(head, index), streams)
+        here = batch, head, index
+        following = of_head(*chain.following(*here)), Row(following_ref)
+        source = _Streamed(of_head(*here), row, following, chain.ends(*here), streams)
 
     def place(block: Any, offset: int, kind: str) -> Strip:
         start = offset if kind == "diagonal" else 0  # the queries before see none of these keys

@@ -7,10 +7,11 @@ heads, G = N / K, H head dim (Hv of values); a block has block_q queries and blo
 keys.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ from .pairs import Operation, Side, Value, is_literal, positions
 from .problem import Operands, Problem
 
 LOG2_E = math.log2(math.e)
+WORKING = 24 * 2**20
+"""VMEM for what is computed of a strip, of 1024 queries and 256 keys or less."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,30 @@ class BlockSizes:
     block_k: int
     strip: int
     vmem_bytes: int = 100 * 2**20
+    cores: int = 1
+    """Of the chip, which share the programs of a grid."""
+
+    def block_bytes(self, *operands: Array) -> int:
+        """The VMEM of blocks of the operands (B heads rows width): those on their way, and sums in float32."""
+        return 10 * max(self.block_q, self.block_k) * sum(x.dtype.itemsize * lanes(x.shape[3]) for x in operands)
+
+    def vmem_limit(self, held: int, *operands: Array) -> int:
+        """The VMEM to ask for, if so many bytes are held beside blocks of the operands.
+
+        XLA may keep in the rest what a kernel reads: copies in another layout, which would take HBM otherwise.
+        """
+        working = WORKING * max(1, self.block_q * self.strip >> 18)
+        return min(self.vmem_bytes, held + self.block_bytes(*operands) + working)
+
+    def holds(self, share: float, *operands: Array) -> float:
+        """How many bytes may be held: a share of VMEM, if blocks and what is computed of them leave as much."""
+        working = 48 * self.block_q * self.strip
+        return min(share * self.vmem_bytes, self.vmem_bytes - working - self.block_bytes(*operands))
+
+
+def lanes(width: int) -> int:
+    """What a row of so many numbers takes in VMEM."""
+    return -(-width // 128) * 128
 
 
 def dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
@@ -52,32 +79,87 @@ def in_blocks(x: Array, size: int) -> Array:
 # The schedule of a row of blocks --------------------------------------------------------------------------------------
 
 
+HEADER = 5
+"""Numbers of a row of the schedule before the kinds of its blocks."""
+
+
 def schedule(blocks: Blocks) -> Array:
-    """(B or 1 x K or 1, rows, 1, 3 + words): of each row its first block, one past its last, how many, their kinds."""
-    words = jnp.asarray(blocks.words)
+    """(B or 1 x K or 1, rows, 1, HEADER + words): what `Row` says of each row of blocks, then their kinds."""
+    words, low, high = (jnp.asarray(x) for x in (blocks.words, blocks.low, blocks.high))
     pairs = jnp.bitwise_or(words, lax.shift_right_logical(words, 1)) & 0x55555555  # kinds 1 and 2 alike
     count = jnp.sum(lax.population_count(pairs), axis=-1, dtype=jnp.int32)
-    head = jnp.stack([jnp.asarray(blocks.low), jnp.asarray(blocks.high), count], axis=-1)
-    rows = jnp.concatenate([head, words], axis=-1)
+    beyond = words.shape[-1] * PACKED
+    # Where the columns begin that this row or a later one sees.
+    first = lax.cummin(jnp.where(count > 0, low, beyond), axis=2, reverse=True)
+    begin, end = (
+        jnp.pad(x, ((0, 0), (0, 0), pad), constant_values=fill)
+        for x, pad, fill in ((first[:, :, 1:], (1, 0), 0), (first[:, :, 1:], (0, 1), beyond))
+    )
+    rows = jnp.concatenate([jnp.stack([low, high, count, begin, end], axis=-1), words], axis=-1)
     return rows.reshape(-1, rows.shape[2], 1, rows.shape[3])
 
 
-def schedule_place(blocks: Blocks, batch: Any, kv_head: Any) -> Any:
-    """Which of the leading dimension of a schedule a program reads."""
+def row_spec(blocks: Blocks, rows: Array, place: Callable[..., Any]) -> pl.BlockSpec:
+    """The row of a schedule for a program; `place` gives (batch, kv head, row) from the indices of the grid."""
     of_batch, of_head = blocks.low.shape[:2]
-    return (batch if of_batch > 1 else 0) * of_head + (kv_head if of_head > 1 else 0)
+
+    def index(*grid: Any) -> Any:
+        batch, kv_head, row = place(*grid)
+        return (batch if of_batch > 1 else 0) * of_head + (kv_head if of_head > 1 else 0), row, 0, 0
+
+    return pl.BlockSpec((1, 1, 1, rows.shape[-1]), index, memory_space=pltpu.SMEM)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A grid of programs (batch, heads, ...), each of which begins copies for the one that follows it on its core."""
+
+    sizes: tuple[int, ...]
+    cores: int
+
+    @property
+    def shared(self) -> int:
+        """How many dimensions cores share: sequences, where there are some, else heads."""
+        return 0 if self.cores == 1 else 1 if self.sizes[0] > 1 else 2
+
+    @property
+    def semantics(self) -> tuple[Literal["parallel", "arbitrary"], ...]:
+        """What cores may share."""
+        return tuple("parallel" if dim < self.shared else "arbitrary" for dim in range(len(self.sizes)))
+
+    def following(self, *grid: Any) -> tuple[Any, ...]:
+        """The place of the next program; any if there is none."""
+        place, more = list(grid), True
+        for dim in reversed(range(self.shared, len(grid))):
+            moved = grid[dim] + jnp.where(more, 1, 0)
+            more = moved == self.sizes[dim]
+            place[dim] = jnp.where(more, 0, moved)
+        return tuple(place)
+
+    def ends(self, *grid: Any) -> tuple[Any, Any]:
+        """Whether a program is the first, and the last, of those that follow each other."""
+        chained = list(zip(grid, self.sizes, strict=True))[self.shared :]
+        firsts, lasts = (
+            [index == at for index, at in ends]
+            for ends in ([(i, 0) for i, _ in chained], [(i, n - 1) for i, n in chained])
+        )
+        return functools.reduce(jnp.logical_and, firsts), functools.reduce(jnp.logical_and, lasts)
 
 
 class Row:
-    """One row of the schedule, read by the scalar core."""
+    """One row of the schedule, read by the scalar core.
+
+    Its blocks that are not empty begin at `low` and end before `high`; they are `count`. After it, no row has one from
+    `done_from` to `done_to` (which may lie beyond the last), and these are not done with before.
+    """
 
     def __init__(self, ref: Any):
         self.ref = ref
-        self.low, self.high, self.count = (ref[0, 0, 0, n] for n in range(3))
+        self.low, self.high, self.count, self.done_from, self.done_to = (ref[0, 0, 0, n] for n in range(HEADER))
 
     def kind(self, block: Any) -> Any:
         """EMPTY, PARTIAL or FULL."""
-        word = self.ref[0, 0, 0, 3 + lax.div(block, PACKED)]
+        word = self.ref[0, 0, 0, HEADER + lax.div(block, PACKED)]
         return lax.shift_right_logical(word, 2 * lax.rem(block, PACKED)) & 3
 
     def is_full(self, block: Any) -> Any:
@@ -142,6 +224,11 @@ positions; or "dropout", the numbers of its rows."""
 
 Sides = list[tuple[Key, Side, Array]]
 """What a kernel reads besides q, k and v, and what it is for each of: (B or 1, N or 1, T or S or 1)."""
+
+
+def side_bytes(sides: list[SideInput], side: Side, length: int, block_k: int) -> int:
+    """VMEM of so many queries' or keys' numbers, and of those that are on their way."""
+    return 8 * length * sum(x.words(block_k) for x in sides if x.side == side)
 
 
 def word_span(operation: Operation) -> int:

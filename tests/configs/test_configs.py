@@ -88,8 +88,10 @@ def test_misspelled_names_get_a_suggestion():
         get("lama3_8b")
     with pytest.raises(ValueError, match=r"unknown run 'shakespear'; did you mean 'shakespeare'\?"):
         get_run("shakespear")
-    with pytest.raises(ValueError, match="'gpt2' is a model, not a run; runs are: .*shakespeare"):
-        get_run("gpt2")
+
+
+def test_a_model_is_a_run_with_the_usual_settings():
+    assert get_run("gpt2") == Run(model=get_model("gpt2"))
 
 
 def test_a_run_has_a_model():

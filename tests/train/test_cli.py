@@ -182,7 +182,7 @@ def test_convert_a_run_and_back(say: Command, trained: Path) -> None:
     assert "exported exists already" in error_of(say("convert", trained, "exported"))
     assert say("convert", trained, "exported.gguf").out == "wrote exported.gguf\n"
     assert zoo.load("exported.gguf")[0].spec == ours.spec
-    assert "unknown dtype for other 'bf16'; did you mean 'bfloat16'" in error_of(
+    assert "unknown dtype for other, a folder, 'bf16'; did you mean 'bfloat16'" in error_of(
         say("convert", trained, "other", "--dtype", "bf16")
     )
 
@@ -292,12 +292,11 @@ def test_chat(say: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.M
     [
         (
             "trainn",
-            "unknown command 'trainn'; did you mean 'train'? Known: chat, convert, diff, eval, generate, list, show, ",
+            "unknown command 'trainn'; did you mean 'train'? Known: chat, convert, diff, eval, generate, list, plan, ",
         ),
         ("show gtp2", "unknown model or run 'gtp2'; did you mean 'gpt2' or "),
         ("diff gpt2 gpt3", "unknown model or run 'gpt3'; did you mean 'gpt2' or "),
         ("train shakespear", "unknown run 'shakespear'; did you mean 'shakespeare'? Known: bench_cpu, shakespeare"),
-        ("train gpt2", "'gpt2' is a model, not a run; runs are: "),
         ("train shakespeare --mesh data=3", "the mesh splits the batch 3 ways (data x fsdp), which does not divide "),
         (
             "train shakespeare --mesh tensor=4",
@@ -358,6 +357,13 @@ def test_a_run_by_a_name_close_to_it(say: Command, trained: Path) -> None:
     assert "checkpoints of the steps [50, 100], but none of step 16" in error_of(say("generate", trained, "--step", 16))
     assert error_of(say("generate", trained, "--mesh", "fsdp=16")).startswith("mesh fsdp=16 needs 16 devices")
     assert error_of(say("generate", trained, "--temperature", "-1")).startswith("temperature must be at least 0")
+
+
+def test_what_is_not_there(say: Command, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')  # is no run to name
+    assert error_of(say("generate", "mine")) == "mine holds no run: it has no config.json; `zoo train NAME` makes one"
+    assert error_of(say("chat", "mine.gguf")) == "there is no file mine.gguf"
 
 
 def test_a_run_without_a_checkpoint(say: Command, tiny: Run, tmp_path: Path) -> None:

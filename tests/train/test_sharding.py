@@ -4,6 +4,7 @@ import functools
 import re
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from flaxzoo.train import mesh as meshes
 from flaxzoo.train.step import Batch, _gradients
 from flaxzoo.zoo import MLA, GatedMLP, MoE, Router
 from flaxzoo.zoo.parameters import describe, shardings, split
+from jaxlib._jax import Device
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -263,10 +265,8 @@ def test_experts_must_be_divided() -> None:
 
 
 def fake(index: int, slice_index: int) -> Any:
-    class Fake:
-        platform, device_kind, process_index, core_on_chip = "fake", "fake", 0, 0
-
-    device: Any = Fake()
+    """A device by its annotations, too."""
+    device = mock.Mock(spec=Device, platform="fake", device_kind="fake", process_index=0, core_on_chip=0)
     device.id, device.slice_index, device.coords = index, slice_index, None
     return device
 

@@ -5,7 +5,6 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 from flaxzoo.zoo import GREEDY, ChatTemplate, Conversation, Sampling, generate
-from flaxzoo.zoo.chat import chosen_template
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -35,6 +34,12 @@ def test_a_template_as_on_the_hub():
         '<s>{"role": "user", "content": "é"}True'
     )
     assert ChatTemplate("{{ tools[0] }}").render(HELLO, tools=["a"]) == "a"
+    marked = "{% set a = 1 %}{% generation %}{% set a = 2 %}{{ messages[0].content }}{% endgeneration %}{{ a }}"
+    assert ChatTemplate(marked).render(HELLO) == "Hello1"
+    assert ChatTemplate("{{ ['é'] | tojson(ensure_ascii=True) }}").render(HELLO) == '["\\u00e9"]'
+    assert ChatTemplate("{{ {'b': 1, 'a': 2} | tojson(separators=(',', ':'), sort_keys=True) }}").render(HELLO) == (
+        '{"a":2,"b":1}'
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,6 +54,7 @@ def test_a_template_as_on_the_hub():
         ("{% include '/etc/passwd' %}", "no loader"),
         ("{{ missing.field }}", "missing"),
         ("{{ 1 / 0 }}", "division"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     ],
 )
 def test_templates_are_not_trusted(template, message):
@@ -59,17 +65,13 @@ def test_templates_are_not_trusted(template, message):
 def test_what_is_no_template_or_no_message_is_refused():
     with pytest.raises(ValueError, match="not valid, in line 2"):
         ChatTemplate("a\n{% if %}")
+    for deep in ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "{% for a in b %}" * 25 + "{% endfor %}" * 25):
+        with pytest.raises(ValueError, match="nested too deeply"):
+            ChatTemplate(deep)
     with pytest.raises(ValueError, match="at least one message"):
         ChatTemplate("").render([])
     with pytest.raises(ValueError, match="role and content"):
         ChatTemplate("").render([{"role": "user"}])
-
-
-def test_one_of_several_templates():
-    named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
-    assert (chosen_template("c"), chosen_template(named), chosen_template(named, "tool_use")) == ("c", "a", "b")
-    with pytest.raises(ValueError, match="did you mean 'tool_use'"):
-        chosen_template(named, "tooluse")
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRST"
@@ -89,17 +91,20 @@ def tokenizer():
     ("name", "sampling"), [("plain", GREEDY), ("mixed", Sampling(temperature=0.0, repetition_penalty=1.5))]
 )
 def test_turns_are_as_if_read_anew(name, sampling, models, tokenizer):
-    """`mixed` has rings: what they forgot is read again."""
+    """`mixed` has rings: what they forgot is read again. The last message takes more room than there is."""
     talk = Conversation(models[name], tokenizer, TEMPLATE, stop=("Z",), sampling=sampling)
-    reused = []
-    for text in ("hello", "how", "a longer message"):
+    reused, lengths = [], []
+    for text in ("hello" * 8, "how", "a longer message", "the longest" * 8):
         prompt = TEMPLATE.render([*talk.messages, {"role": "user", "content": text}])
         answer = "".join(talk.say(text, max_tokens=11))
         wanted = generate(models[name], tokenizer, [prompt], max_tokens=11, sampling=sampling, stop=("Z",))[0]
         assert answer == wanted
         assert talk.messages[-1] == {"role": "assistant", "content": answer}
         reused.append(talk.reused)
-    assert reused[0] == 0 < reused[1]
+        lengths.append(len(prompt))  # a letter is a token
+    assert reused[0] == reused[3] == 0
+    assert reused[1] >= lengths[0] > 40
+    assert reused[2] >= lengths[1] > 45
 
 
 def test_reset_and_an_answer_that_is_left(models, tokenizer):

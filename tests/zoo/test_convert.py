@@ -45,13 +45,15 @@ def test_what_cannot_be_loaded_is_not_converted(tmp_path):
 @pytest.mark.parametrize(
     ("destination", "dtype", "message"),
     [
-        ("out", "Q8_0", "unknown dtype for out 'Q8_0'. Known: bfloat16, float16, float32"),
-        ("out.gguf", "bfloat16", "unknown dtype for out.gguf 'bfloat16'. Known: F16, Q8_0"),
+        ("out", "Q8_0", "unknown dtype for out, a folder, 'Q8_0'. Known: bfloat16, float16, float32"),
+        ("out.gguf", "bfloat16", "unknown dtype for out.gguf, a .gguf file, 'bfloat16'. Known: F16, Q8_0"),
         ("file", "", "file exists already"),
+        ("folder.gguf", "", "folder.gguf exists already"),
     ],
 )
 def test_mistakes_are_told(tmp_path, destination, dtype, message):
     (tmp_path / "file").write_text("")
+    (tmp_path / "folder.gguf").mkdir()
     with pytest.raises(ValueError, match=message):
         zoo.convert(TRUTH / "llama", tmp_path / destination, dtype=dtype)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from flaxzoo.layers import rope
 from flaxzoo.layers.spec import Spec
 from flaxzoo.zoo import family, rope_config
 from flaxzoo.zoo.blocks import pattern
-from flaxzoo.zoo.config import ACTIVATIONS, INFORMATIONAL, Config, modern
+from flaxzoo.zoo.config import ACTIVATIONS, INFORMATIONAL, LAYERS, Config, modern
 from flaxzoo.zoo.families import FAMILIES
 from flaxzoo.zoo.names import units
 from flaxzoo.zoo.parameters import describe
@@ -80,6 +81,7 @@ def test_a_table_names_every_tensor_once(name):
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number from 1 to 4096, got 0"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers must be a whole number from 1 to 4096"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number above 0, got nan"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a number above 0, got 1000"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1"),
         ({"hidden_act": "gelu_fastest"}, r"unknown hidden_act .activation. 'gelu_fastest'; did you mean"),
         ({"rope_interleaved": True}, "rope_interleaved=True is not supported; supported: False"),
@@ -91,6 +93,7 @@ def test_a_table_names_every_tensor_once(name):
         ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "rope_type='default' cannot have factor"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "'llama3' lack some of"),
         ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "factor must be a finite number, got '2'"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, "rope_theta must be a finite number, got 1000"),
         ({"rope_parameters": {"rope_type": "linear", "factor": {"__float__": "Infinity"}}}, "must be a finite number"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "bend": 1}}, "field of rope_parameters .*'bend'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}}, "truncate must be true or false"),
@@ -238,6 +241,14 @@ def test_the_shortest_pattern_is_found(layers, first, period):
     found = pattern(blocks)
     assert (len(found["first"]), len(found["block"])) == (first, period)
     assert list(zoo.Decoder(vocab=8, dim=8, **found).all_blocks) == blocks
+
+
+def test_the_pattern_of_as_many_layers_as_a_file_may_have_is_found_quickly():
+    plain = zoo.Block(mixer=zoo.Attention(heads=2, kv_heads=1, head_dim=8), ffn=zoo.GatedMLP(hidden=8))
+    blocks = [plain] * (LAYERS - 1) + [plain.replace(**{"ffn.hidden": 9})]
+    began = time.perf_counter()
+    assert pattern(blocks)["first"] == ()
+    assert time.perf_counter() - began < 60  # hours, if every first block is tried with every period
 
 
 def test_the_family_of_the_guide_is_the_one_that_is_here():

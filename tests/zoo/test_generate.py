@@ -115,6 +115,22 @@ def test_what_cannot_be_is_refused(prompts, options, message, models, tokenizer)
         generate(models["learned"], tokenizer, prompts, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 2}, "unknown option 'samples'"),
+        ({"log_prob": True}, "did you mean 'log_probs'"),
+        ({"temperature": 0.0}, r"field of Sampling: pass sampling=Sampling\(temperature=0\.0\)"),
+        ({"length": 3}, "unknown option 'length'"),
+    ],
+)
+def test_options_that_there_are_not(options, message, models, tokenizer):
+    calls: list[tuple[Any, Any]] = [(generate, ["a"]), (complete, ["a"]), (stream, "a")]
+    for function, prompts in calls:
+        with pytest.raises(TypeError, match=message):
+            function(models["plain"], tokenizer, prompts, **options)
+
+
 def test_a_batch_gives_what_each_prompt_alone_gives(models, tokenizer):
     sampling = Sampling(temperature=1.5, top_k=20, repetition_penalty=1.3)
     together = run(models["mixed"], tokenizer, sampling=sampling, seed=3)

@@ -71,6 +71,22 @@ def test_another_dtype(tmp_path):
         np.testing.assert_array_equal(split(again)[name], wanted.astype(jnp.bfloat16).astype(jnp.float32))
 
 
+def test_a_dtype_that_loses_the_weights_is_refused(tmp_path):
+    model, _ = zoo.load(TRUTH / "phi3")
+    large = jax.tree.map(lambda leaf: leaf + 1e6, model)
+    for wanted, dtype, message in (
+        (model, jnp.int8, "of floating point, and dtype=int8"),
+        (large, jnp.float16, r"float16 holds magnitudes up to 65504, and model.embed_tokens.weight has 1e\+06"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            zoo.save(wanted, tmp_path / "out", dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
+    zoo.save(large, tmp_path / "out")
+    for dtype, message in ((jnp.int32, "dtype=int32 is not"), (jnp.float16, "float16 holds magnitudes up to 65504")):
+        with pytest.raises(ValueError, match=message):
+            zoo.load(tmp_path / "out", dtype=dtype)
+
+
 def test_a_model_on_a_mesh(tmp_path):
     spec = zoo.load(TRUTH / "phi3")[0].spec
     model, _ = zoo.load(TRUTH / "phi3", mesh=meshes.for_parameters(spec, "fsdp=2,tensor=2"))
@@ -81,7 +97,12 @@ def test_a_model_on_a_mesh(tmp_path):
 def test_the_tokenizer_and_its_special_tokens(tmp_path):
     model, _ = zoo.load(TRUTH / "llama")
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
-    zoo.save(model, tmp_path / "out", tokenizer=tokenizer, config={"model_type": "llama", "eos_token_id": [2, 1]})
+    zoo.save(
+        model,
+        tmp_path / "out",
+        tokenizer=tokenizer,
+        config={"model_type": "llama", "eos_token_id": [2, 1], "pad_token_id": -1},
+    )
     again = zoo.load(tmp_path / "out")[1]
     assert again is not None
     assert again.to_str() == tokenizer.to_str()

@@ -1,6 +1,7 @@
 """Scores against sums over full forward passes; the harness's model, with the harness where it is installed."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +13,23 @@ from flaxzoo.zoo.score import Row, Score, Scorer
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRS é"
 TEXT = "the quick brown fox jumps over the lazy dog and é"
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+def letters() -> Tokenizer:
     made = Tokenizer(WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token="a"))
     made.pre_tokenizer = Split("", "isolated")
     made.decoder = decoders.Fuse()
     return made
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return letters()
 
 
 @jax.jit
@@ -107,6 +113,7 @@ def test_a_scorer_on_a_mesh(decoders, models, tokenizer):
         (lambda model, _: Scorer(model, length=1), "length=1"),
         (lambda model, _: Scorer(model, length=8).rows([Row((1, 2), 2)]), "2 of which 2"),
         (lambda model, _: Scorer(model, length=8).rows([Row((1,) * 9, 2)]), "8 in all at most"),
+        (lambda model, _: Scorer(model, length=8).rows([Row((1, 48), 1)]), "token 48, and .* vocabulary has 48 tokens"),
         (lambda model, tokenizer: Scorer(model, length=8).text(tokenizer, ["a"], start=0, stride=8), "stride"),
         (lambda model, tokenizer: Scorer(model, length=8).text(tokenizer, [""], start=0), "no text"),
     ],
@@ -149,6 +156,22 @@ def test_the_harness_asks_for_text(candidate, models, tokenizer):
     assert candidate.generate_until(requests) == [text, text[: text.index(text[3])]]
     with pytest.raises(ValueError, match="num_beams"):
         candidate.generate_until([("a", {"num_beams": 4})])
+
+
+def test_the_harness_begins_a_text_once(models):
+    """With the token that the tokenizer puts there, unless a chat template has."""
+    tokenizer, plain_tokenizer = letters(), letters()
+    for one in (tokenizer, plain_tokenizer):
+        one.add_special_tokens(["Z"])
+    start: Any = tokenizer.token_to_id("Z")
+    tokenizer.post_processor = TemplateProcessing(single="Z $A", pair="Z $A $B", special_tokens=[("Z", start)])
+    asked = Candidate(models["plain"], tokenizer, stop=(), start=start, length=32)
+    plain = Candidate(models["plain"], plain_tokenizer, stop=(), start=start, length=32)
+    (found,) = asked.loglikelihood([("Zthe quick", " fox")])
+    assert found == asked.loglikelihood([("the quick", " fox")])[0]
+    wanted = plain.generate_until([("Zthe quick", {"max_gen_toks": 9})])
+    assert asked.generate_until([("the quick", {"max_gen_toks": 9})]) == wanted
+    assert asked.generate_until([("Zthe quick", {"max_gen_toks": 9})]) == wanted
 
 
 def test_a_local_task_of_the_harness(candidate, tmp_path):

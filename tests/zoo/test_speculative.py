@@ -1,6 +1,7 @@
 """Guessing ahead: greedily the same tokens, drawn the same distribution, whoever guesses."""
 
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from flaxzoo.zoo import GREEDY, Sampling, Speculation, complete
+from flaxzoo.zoo.parameters import Flat
 from flaxzoo.zoo.sampling import row_keys
-from flaxzoo.zoo.speculative import _judged
+from flaxzoo.zoo.speculative import _judged, advance
 from flaxzoo.zoo.state import State
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -115,6 +117,58 @@ def test_kept_and_replaced_tokens_follow_the_model():
         assert chi_square(counts, p[1] * len(second)) < 16.3
         accepted = np.minimum(p[0], q[0]).sum() if drawn else p[0, 2]
         np.testing.assert_allclose(np.mean(np.asarray(kept)), accepted, atol=0.01)
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Bigrams:
+    """A model whose next token depends on the latest one alone."""
+
+    table: jax.Array
+
+    def __call__(self, tokens, places, caches, dtype):
+        return self.table[tokens], caches
+
+
+@pytest.mark.parametrize("guesser", ["draft", "lookup"])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(temperature=0.7), Sampling(temperature=0.9, top_k=3, top_p=0.9, repetition_penalty=1.2)]
+)
+def test_texts_of_five_tokens_follow_the_model(sampling, guesser):
+    """Through several steps, with filters, against the exact probabilities of all texts."""
+    vocab, count, rows = 4, 5, 20_000
+    random = np.random.default_rng(0)
+    tables = [jnp.asarray(random.normal(0, 1.5, (vocab, vocab)), jnp.float32) for _ in range(2)]
+    filters, zeros = sampling.traced(vocab), jnp.zeros(rows, jnp.int32)
+    state = State(
+        lengths=zeros + 1,
+        token=zeros,
+        drawn=zeros,
+        left=zeros + count,
+        keys=jax.random.split(jax.random.key(0), rows),
+        seen=jnp.zeros((rows, vocab), bool).at[:, 0].set(True) if filters.penalised else None,
+        history=jnp.zeros((rows, 16), jnp.int32) if guesser == "lookup" else None,
+    )
+    model, draft = (Flat(*jax.tree.flatten(Bigrams(table))) for table in tables)
+    draft = draft if guesser == "draft" else None
+    options: Any = {"speculation": Speculation(tokens=3), "dtype": jnp.float32}
+    ends, limit = jnp.asarray([-1]), jnp.int32(32)
+    _, _, _, tokens, _, counts = advance(model, draft, None, None, state, filters, ends, limit, **options)
+    assert np.all(np.asarray(counts) == count)
+    texts = np.array(list(itertools.product(range(vocab), repeat=count)))
+    wanted = np.ones(len(texts))
+    for place in range(count):
+        before = np.concatenate([np.zeros((len(texts), 1), int), texts[:, :place]], axis=1)
+        seen = jnp.asarray(np.any(before[..., None] == np.arange(vocab), axis=1))
+        weights = filters.filter(filters.penalise(tables[0][before[:, -1]], seen))
+        wanted *= np.asarray(jax.nn.softmax(weights))[np.arange(len(texts)), texts[:, place]]
+    codes = np.asarray(tokens)[:, :count] @ vocab ** np.arange(count)[::-1]
+    found = np.bincount(codes, minlength=len(texts))
+    assert not found[wanted == 0].any()
+    often = wanted * rows >= 5
+    counts, wanted = (np.append(x[often], x[~often].sum()) for x in (found, wanted * rows))
+    free = len(counts) - 1
+    assert chi_square(counts[wanted > 0], wanted[wanted > 0]) < free + 3.1 * np.sqrt(2 * free) + 5  # about 0.999
 
 
 def chi_square(found, wanted):

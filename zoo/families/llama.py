@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ...layers import mlp
 from ...layers.attention import Attention
 from ...layers.block import Block
 from ...layers.mlp import GatedMLP
@@ -86,9 +87,9 @@ def activation_name(activation: str) -> str:
 
 
 def shared(decoder: Decoder) -> dict[str, Any]:
-    """The fields that configs of Llama and of its descendants have."""
+    """The fields that configs of Llama and of its descendants have; their MLPs may be gated or not."""
     block = decoder.all_blocks[0]
-    attention, ffn = attentions(decoder)[0], part(block.ffn, GatedMLP)
+    attention, ffn = attentions(decoder)[0], part(block.ffn, GatedMLP, mlp.MLP)
     fields: dict[str, Any] = {
         "vocab_size": decoder.vocab,
         "hidden_size": decoder.dim,

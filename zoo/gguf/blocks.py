@@ -6,6 +6,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ...layers.spec import missing_package
+
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 FORMATS = (
     *_PLAIN,
@@ -37,11 +39,11 @@ class Format:
 
 
 def package() -> Any:
-    """The `gguf` package. Raises ImportError with what to install where it is missing."""
+    """The `gguf` package. Raises ValueError with what to install where it is missing."""
     try:
         import gguf
     except ImportError as error:
-        raise ImportError("GGUF files need the package gguf: pip install 'flaxzoo[gguf]'") from error
+        raise missing_package("GGUF files take", "gguf") from error
     return gguf
 
 

@@ -52,6 +52,8 @@ def save_gguf(source: Source, path: str | Path, quantization: str = "F16", *, ch
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         _write(aside, architecture.name, values, made, extra, quantization)
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
@@ -98,6 +100,7 @@ def _special(config: dict[str, Any]) -> dict[str, int]:
     for field, names in SPECIAL.items():
         value = config.get(field)
         ids = value if isinstance(value, list) else [] if value is None else [value]
+        ids = [index for index in ids if index != -1]  # which stands for none
         if len(ids) > len(names):
             raise ValueError(f"GGUF has room for {len(names)} tokens as {field}, got {ids}")
         found |= {f"tokenizer.ggml.{name}_token_id": index for name, index in zip(names, ids, strict=False)}

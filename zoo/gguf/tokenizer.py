@@ -10,6 +10,8 @@ from .words import WORDS, Words
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """The types of tokens in `tokenizer.ggml.token_type`."""
+MOST_TOKEN = 1024
+"""Characters of a token that merges are looked for in: each is cut at every place."""
 SPACE = "▁"
 """What stands for a space in SentencePiece's tokens."""
 
@@ -112,6 +114,8 @@ def merges_of(tokens: Sequence[str], scores: Sequence[float], types: Sequence[in
     plain = {
         token: index for index, (token, type) in enumerate(zip(tokens, types, strict=True)) if type in (NORMAL, UNUSED)
     }
+    if (longest := max(map(len, plain), default=0)) > MOST_TOKEN:
+        raise ValueError(f"tokens of SentencePiece have at most {MOST_TOKEN} characters, got one of {longest}")
     merges: list[tuple[str, str]] = []
     for whole in sorted(plain, key=lambda token: -scores[plain[token]]):
         splits = [(whole[:at], whole[at:]) for at in range(1, len(whole))]

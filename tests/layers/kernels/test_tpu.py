@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_case import Case, assert_close, bent, numbers, ours, outcomes, plain, tpu_blocks
-from flaxzoo.layers.kernels import attend, tpu
+from flaxzoo.layers.kernels import attend, tpu, tpu_backward
 from flaxzoo.layers.masks import (
     BlockSparse,
     Causal,
@@ -252,6 +252,17 @@ def test_kernels_have_no_races(monkeypatch: pytest.MonkeyPatch, in_vmem: bool, n
         grads = jax.jit(lambda *x: tpu.backward(problem, *x, interpret=interpret))(operands, lse, delta, g)
     for found, expected in zip((out, *grads[:3]), (wanted, *back(g)), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("together", [1, 2])
+def test_heads_that_share_keys_pass_by_in_parts(monkeypatch: pytest.MonkeyPatch, together: int, cores: int) -> None:
+    """Where dq of all of them does not fit into VMEM; on a chip of two cores no copy begins in another's program."""
+    case = Case((60, 60, 4, 1, 16, 16), Causal(), {}, {"slopes": (4,), "rows": (2, 60), "columns": (4, 60)}, bent)
+    monkeypatch.setattr(tpu_backward, "_together", lambda *_: (together, 1))
+    monkeypatch.setattr(tpu, "sizes", lambda *_: tpu.BlockSizes(16, 16, 8, cores=cores))
+    found = outcomes(case.inputs(), ours=lambda **x: ours(case, "tpu")(**x))["ours"]  # in the blocks set here
+    assert_close(found, outcomes(case.inputs(), plain=functools.partial(plain, case))["plain"])
 
 
 def test_decoding_in_the_blocks_it_has() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flaxzoo import zoo
 from flaxzoo.zoo.gguf import GgufFile, save_gguf
+from flaxzoo.zoo.gguf.save import _special
 
 CONFIG = {
     "model_type": "llama",
@@ -109,6 +110,11 @@ def test_chat_template(memory: Any, arrays: dict[str, np.ndarray], tmp_path: Pat
         assert (tmp_path / name / "chat_template.jinja").read_text(encoding="utf-8") == template
 
 
+def test_tokens_that_are_none() -> None:
+    """Many configs have a pad_token_id of -1."""
+    assert _special({"pad_token_id": -1, "eos_token_id": [2, -1]}) == {"tokenizer.ggml.eos_token_id": 2}
+
+
 WRONG = {
     "unknown type": ({"model_type": "rwkv"}, {}, "of type 'rwkv' cannot be written as GGUF; known are deepseek_v2"),
     "no type": ({"model_type": None}, {}, "of type None cannot be written"),
@@ -190,5 +196,5 @@ def test_no_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, valid: Path
     import sys
 
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ImportError, match=r"pip install 'flaxzoo\[gguf\]'"):
+    with pytest.raises(ValueError, match="take the package gguf, which is not installed: .* -m pip install gguf"):
         GgufFile(valid)

@@ -121,6 +121,8 @@ def test_merges_of_scores() -> None:
     tokens, types = ["a", "b", "ab", "ba", "aba", "<x>"], [1, 1, 1, 1, 1, 3]
     merges = merges_of(tokens, [0.0, 0.0, -2.0, -1.0, -3.0, 0.0], types)
     assert merges == [("b", "a"), ("a", "b"), ("a", "ba"), ("ab", "a")]
+    with pytest.raises(ValueError, match="at most 1024 characters, got one of 1000000"):  # 10^12 characters of parts
+        merges_of(["a", "a" * 10**6], [0.0, 0.0], [1, 1])
 
 
 def test_begin_and_end() -> None:

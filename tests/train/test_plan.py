@@ -1,0 +1,287 @@
+"""Plans of training jobs: what is read off compiled programs, against what arithmetic says."""
+
+import io
+import json
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from flaxzoo import configs
+from flaxzoo.configs import Optimizer, Run, models
+from flaxzoo.train import cli, hlo, plan_report, plan_search
+from flaxzoo.train import mesh as meshes
+from flaxzoo.train.chips import TOPOLOGIES, chips, slice_of
+from flaxzoo.train.plan import Memory, Plan, Time, Traffic, first_that_fits, plan, remedies, time_of
+from flaxzoo.zoo.parameters import describe
+from jax.experimental import topologies
+from rich.console import Console
+
+needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is for Linux on x86-64 alone")
+MODEL = models.small(vocab=1024, dim=256, layers=4, heads=4, kv_heads=2, hidden=512)
+TEXT = """HloModule jit_step
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[]{:T(128)}, f32[8]{0}) parameter(0)
+  %work = f32[8]{0} fusion(%p), kind=kLoop, calls=%inner, backend_config={"estimated_cycles":"1500"}
+  %all-gather-start.1 = (bf16[4,16]{1,0}, bf16[16,16]{1,0}) all-gather-start(%work), replica_groups=[2,4]<=[4,2]T(1,0)
+  %more = f32[8]{0} fusion(%p), kind=kLoop, calls=%inner, backend_config={"estimated_cycles":"3000"}
+  %done = bf16[16,16]{1,0} all-gather-done(%all-gather-start.1)
+  ROOT %t = (s32[], f32[8]) tuple(%p, %work)
+}
+
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %twelve = s32[]{:T(128)} constant(12)
+  %index = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %less = pred[]{:T(512)} compare(%index, %twelve), direction=LT
+}
+
+%scatter (q: bf16[64,16]) -> bf16[8,16] {
+  %q = bf16[64,16]{1,0} parameter(0)
+  %all-reduce.2 = bf16[64,16]{1,0} all-reduce(%q), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %cut = bf16[8,16]{1,0} dynamic-slice(%all-reduce.2), dynamic_slice_sizes={8,16}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %attention_forward.3 = (bf16[1,8]{1,0}) custom-call(%x), custom_call_target="tpu_custom_call"
+  %loop = (s32[], f32[8]{0}) while(%x), condition=%condition, body=%body
+  %fusion.7 = bf16[8,16]{1,0} fusion(%x), kind=kCustom, calls=%scatter
+  ROOT %sum = f32[] all-reduce(%x), replica_groups=mesh['data'=4,'fsdp'=2] {'data'}, to_apply=%add
+}
+"""
+
+
+def run(**changes: object) -> Run:
+    return Run(model=MODEL, batch=8, length=256, dtype="bfloat16", **changes)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_program_is_walked_with_the_counts_of_its_loops() -> None:
+    program = hlo.Program(TEXT)
+    times = {op.name: count for op, count in program.walk()}
+    assert times["work"] == times["done"] == 12
+    assert times["loop"] == times["fusion.7"] == 1
+    assert "q" not in times  # a fusion is one operation
+    assert next(op for op, _ in program.walk() if op.kernel).kernel == "attention_forward"
+
+
+def test_the_time_of_a_program_is_that_of_its_parts() -> None:
+    chip = chips()["TPU v5 lite"]
+    mesh = {"data": 4, "fsdp": 2}
+    found = time_of(hlo.Program(TEXT), run(), chip, mesh)
+    assert found.compute == pytest.approx(12 * 4500 / 1.5e9)
+    assert set(found.traffic) == {("all-gather", "data"), ("reduce-scatter", "data+fsdp"), ("all-reduce", "data")}
+    gathered = found.traffic["all-gather", "data"]
+    # The tuple of a start holds the part of 4 rows and the whole of 16; a chip sends three quarters of the whole.
+    assert gathered.bytes == pytest.approx(12 * 0.75 * 16 * 16 * 2)
+    assert gathered.exposed == pytest.approx(12 * max(0.0, gathered.seconds / 12 - 3000 / 1.5e9))
+    scattered = found.traffic["reduce-scatter", "data+fsdp"]
+    assert scattered.bytes == pytest.approx(7 / 8 * 64 * 16 * 2)
+    assert scattered.exposed == scattered.seconds
+    assert found.seconds == pytest.approx(found.compute + found.attention + found.communication)
+    # One forward pass of attention for four layers: a quarter of what all would take.
+    flops = 4 * 4 * 64 * (256 - 1) / 2 * 8 * 256 * 4 / 8
+    assert found.attention == pytest.approx(flops / 4 / (chip.attention[0] * chip.tflops * 1e12))
+
+
+@pytest.mark.parametrize(
+    ("text", "axes", "count"),
+    [
+        ("replica_groups={{0,2},{1,3},{4,6},{5,7}}", "fsdp", 2),
+        ("replica_groups=[4,2]<=[8]", "tensor", 2),
+        ("replica_groups=[2,4]<=[2,2,2]T(1,0,2)", "data+tensor", 4),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", "data+fsdp", 4),
+        ("replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'tensor','data'}", "data+tensor", 4),
+        ("source_target_pairs={{0,4},{4,0}}", "data", 2),
+        ("channel_id=3", "data+fsdp+tensor", 8),
+    ],
+)
+def test_the_axes_of_a_collective(text: str, axes: str, count: int) -> None:
+    op = hlo.Operation("x", "f32[8]", "all-gather", f"%y), {text}, dimensions={{0}}")
+    assert op.group({"data": 2, "fsdp": 2, "tensor": 2}) == (axes, count)
+
+
+def test_what_has_no_model_gets_no_time() -> None:
+    unknown = hlo.Program(TEXT.replace("attention_forward", "mystery").replace("direction=LT", "direction=NE"))
+    found = time_of(unknown, run(), chips()["TPU v5 lite"], {"data": 4, "fsdp": 2})
+    assert found.unknown == ["mystery", "a loop of unknown length"]
+    made = Plan(run(), "v5e:2x4", chips()["TPU v5 lite"], {"data": 4, "fsdp": 2}, Memory(1e9), found)
+    with pytest.raises(ValueError, match="no model of the time of mystery, a loop of unknown length"):
+        _ = made.tokens_per_second
+    text = io.StringIO()
+    plan_report.page(made, Console(file=text, width=200))
+    assert "No time is told: there is no model of mystery, a loop of unknown length." in text.getvalue()
+    assert "step_seconds" not in json.loads(plan_report.json_of(made))
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["colab-v6e", "v5e:2x2"])
+def test_a_plan_adds_up(topology: str) -> None:
+    found = plan(run(remat="full"), topology)
+    count = math.prod(found.mesh.values())
+    size = sum(known.size for known in describe(MODEL.abstract()).values())
+    # All matrices are split; vectors are not.
+    assert 4 * size / count <= found.memory.parameters < 4.1 * size / count
+    assert found.memory.optimizer >= 2 * found.memory.parameters
+    assert found.fits
+    assert found.memory.used < found.memory.capacity
+    assert found.time is not None
+    assert found.time.unknown == []
+    assert found.time.attention > 0
+    assert 0.02 < found.mfu < 1
+    gathered = found.time.traffic.get(("all-gather", "fsdp"), Traffic()).bytes
+    if count == 1:
+        assert found.time.traffic == {}
+    else:  # in bfloat16: matrices of layers for the forward pass, for what is recomputed, and for the backward pass
+        layers, tables = 4 * (2 * 256 * 64 * (4 + 2) + 3 * 256 * 512), 2 * 1024 * 256
+        gathered /= 2 * (count - 1) / count
+        assert 2 * layers + tables <= gathered <= 3 * layers + tables
+    text = io.StringIO()
+    plan_report.page(found, Console(file=text, width=200), watts=100)
+    for part in (f"{found.tokens_per_second:,.0f} tokens/s a chip", "fits:", "kWh a million tokens", found.chip.trust):
+        assert part in text.getvalue()
+    saved = json.loads(plan_report.json_of(found, usd_hour=3.6))
+    assert saved["usd_per_million_tokens"] == pytest.approx(1e3 / found.tokens_per_second)
+    assert saved["memory"]["used"] == found.memory.used
+
+
+@needs_libtpu
+def test_a_full_fine_tune_of_half_a_billion_fits_colab() -> None:
+    """With adafactor, whose state is next to nothing, and nothing but matrix products kept."""
+    model = configs.MODELS["qwen2_5_0_5b"]()
+    made = Run(model=model, batch=4, length=1024, dtype="bfloat16", remat="full", optimizer=Optimizer(name="adafactor"))
+    found = plan(made, "colab-v5e")
+    assert found.fits
+    assert found.memory.used < 12 * 2**30
+    assert found.memory.optimizer < 0.3 * found.memory.parameters
+
+
+@needs_libtpu
+def test_what_does_not_fit_says_by_how_much_and_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = models.small(vocab=1024, dim=512, layers=8, heads=4, kv_heads=4, hidden=16384)
+    made = Run(model=wide, batch=16, length=4096, dtype="bfloat16")
+    found = plan(made, "v5e:1x1")
+    assert not found.fits
+    assert found.time is None
+    assert found.memory.missing > 2**28
+    assert found.memory.used == pytest.approx(found.memory.capacity + found.memory.missing)
+    tried: list[Run] = []
+    better = first_that_fits(made, "v5e:1x1", tried.append)
+    assert better is not None
+    assert better.fits
+    assert better.run in tried
+    assert plan_report.change_text(made, better.run).startswith("--remat ")
+
+
+def test_remedies_are_in_order() -> None:
+    texts = [plan_report.change_text(run(), other) for other in remedies(run())]
+    assert texts == [
+        "--remat dots",
+        "--remat full",
+        "--remat full --accumulate 2",
+        "--remat full --accumulate 4",
+        "--remat full --accumulate 8",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v6:2x4", r"unknown topology 'v6:2x4'; did you mean 'v6e:2x4'"),
+        ("colab", r"did you mean 'colab-v6e' or 'colab-v5e'"),
+        ("v5e:2y2", r"a topology is written 'v6e:2x4': a chip and the sides of a slice, got 'v5e:2y2'"),
+    ],
+)
+def test_names_of_topologies(topology: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        slice_of(topology)
+    assert {slice_of(name) for name in TOPOLOGIES} == {"v5e:1x1", "v6e:1x1", "v5e:2x4"}
+
+
+@needs_libtpu
+def test_a_slice_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(ValueError, match="the TPU compiler has no topology 'v5e:3x7'"):
+        plan(run(), "v5e:3x7")
+    with pytest.raises(ValueError, match="mesh fsdp=8 needs 8 devices, there are 4"):
+        plan(run(mesh="fsdp=8"), "v5e:2x2")
+
+
+@needs_libtpu
+def test_the_table_of_chips_is_what_the_compiler_says() -> None:
+    for chip in chips().values():
+        device = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{chip.name}:2x2" + ("x1" if chip.wrap == 4 else "")
+        ).devices[0]
+        assert device.device_kind == chip.kind
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Run, str]] = []
+
+    def fake(made: Run, topology: str) -> Plan:
+        asked.append((made, topology))
+        return Plan(made, topology, chips()["TPU v5 lite"], {"fsdp": 1}, Memory(2**34), Time(compute=0.5))
+
+    monkeypatch.setattr(plan_report, "plan", fake)
+    cli.dispatch(["plan", "qwen2_5_0_5b", "--topology", "v5e:2x2", "--remat", "dots", "--optimizer", "lion", "--json"])
+    ((made, topology),) = asked
+    assert (made.batch, made.length, made.remat, made.optimizer.name, topology) == (4, 2048, "dots", "lion", "v5e:2x2")
+    assert json.loads(capsys.readouterr().out)["step_seconds"] == 0.5
+    cli.dispatch(["plan", "shakespeare", "--topology", "colab-v5e", "--batch", "32"])
+    assert asked[-1][0] == configs.get_run("shakespeare").replace(batch=32)
+    assert "tokens/s a chip" in capsys.readouterr().out
+
+
+def test_layouts_divide_and_are_ranked() -> None:
+    made = run()
+    found = list(plan_search.layouts(made, 8))
+    assert len({(one.mesh, one.remat, one.accumulate) for one in found}) == len(found)
+    assert {one.remat for one in found} == set(plan_search.REMATS)
+    for one in found:
+        sizes = meshes.parse(one.mesh)
+        assert math.prod(sizes.values()) == 8
+        assert made.batch // one.accumulate % (sizes.get("data", 1) * sizes.get("fsdp", 1)) == 0
+        assert sizes.get("tensor", 1) in (1, 2)  # two heads of keys and values
+        assert one.replace(mesh="", remat="none", accumulate=1) == made
+    chip, known = chips()["TPU v6 lite"], describe(MODEL.abstract())
+    guesses = {(one.mesh, one.remat, one.accumulate): plan_search.guess(one, chip, known) for one in found}
+    assert guesses["fsdp=8", "full", 1].bytes < guesses["fsdp=8", "dots", 1].bytes < guesses["fsdp=8", "none", 1].bytes
+    assert guesses["fsdp=8", "full", 1].bytes < guesses["data=8", "full", 1].bytes
+    assert guesses["fsdp=8", "none", 1].seconds < guesses["fsdp=8", "full", 1].seconds
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    def made(speed: float, gib: float, missing: float = 0.0) -> Plan:
+        chip = chips()["TPU v5 lite"]
+        memory = Memory(chip.hbm, parameters=gib * 2**30, missing=missing)
+        return Plan(run(), "v5e:2x2", chip, {"fsdp": 4}, memory, Time(compute=1 / speed))
+
+    plans = [made(5, 9), made(4, 10), made(3, 4), made(2, 4), made(1, 1), made(9, 20, missing=1.0)]
+    assert plan_search.front(plans) == [plans[0], plans[2], plans[4]]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_search_finds_what_is_no_slower_than_plain_sharding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = run(mesh="fsdp=4", remat="full")
+    cli.dispatch(["plan", "bench_cpu", "--topology", "v5e:2x2", "--search", "--plot", str(tmp_path / "plan.png")])
+    out = capsys.readouterr().out
+    assert "layouts of v5e:2x2 ranked by arithmetic, 8 compiled" in out
+    assert "zoo train bench_cpu --mesh " in out
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    ranked, plans = plan_search.search(wanted, "v5e:2x2", lambda *_: None, count=4)
+    assert ranked == len(list(plan_search.layouts(wanted, 4)))
+    assert plans[0].tokens_per_second >= plan(wanted, "v5e:2x2").tokens_per_second
+
+
+def test_a_search_without_a_layout_that_fits() -> None:
+    with pytest.raises(ValueError, match=r"no layout fits v5e:1x1: the smallest of \d+ needs 1\d\d\.. GiB of 15.75"):
+        plan_search.search(run().replace(model=configs.MODELS["llama3_1_8b"]()), "v5e:1x1", lambda *_: None)
+
+
+def test_the_command_that_trains() -> None:
+    made = configs.get_run("bench_cpu").replace(mesh="fsdp=4", remat="dots", accumulate=2)
+    line = "zoo train bench_cpu --mesh fsdp=4 --remat dots --accumulate 2"
+    assert plan_report.train_line("bench_cpu", made) == line

@@ -1,0 +1,65 @@
+"""What is known of TPU chips, and slices of them by name."""
+
+import functools
+import math
+import tomllib
+from dataclasses import dataclass
+from importlib.resources import files
+
+from ..layers.spec import unknown
+
+TOPOLOGIES = {"colab-v5e": "v5e:1x1", "colab-v6e": "v6e:1x1", "kaggle": "v5e:2x4"}
+"""Slices that people have, by friendly names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """A JAX device of a TPU; `chips.toml` says where the numbers are from."""
+
+    kind: str
+    """What JAX calls it."""
+    name: str
+    hbm_gib: float
+    hbm_gbps: float
+    tflops: float
+    clock_ghz: float
+    ici_gbps: float
+    wrap: int
+    attention: tuple[float, float]
+    trust: str
+    """How far predicted times are to be trusted."""
+    devices: int = 1
+    """JAX devices of a chip."""
+    usd_hour: float | None = None
+    watts: float | None = None
+
+    @property
+    def hbm(self) -> float:
+        """Bytes that a program may use."""
+        return self.hbm_gib * 2**30
+
+
+@functools.cache
+def chips() -> dict[str, Chip]:
+    """All of chips.toml, by device kind."""
+    table = tomllib.loads((files(__package__ or "train") / "chips.toml").read_text())
+    return {kind: Chip(kind=kind, **row | {"attention": tuple(row["attention"])}) for kind, row in table.items()}
+
+
+def slice_of(text: str) -> str:
+    """The topology that `text` names, e.g. 'v6e:2x4'. Raises ValueError on a name that is not known."""
+    topology = TOPOLOGIES.get(text, text)
+    name, colon, shape = topology.partition(":")
+    names = [chip.name for chip in chips().values()]
+    if name not in names or not colon:
+        raise unknown("topology", text, [*TOPOLOGIES, *(f"{name}:2x4" for name in names)])
+    if not all(side.isdecimal() and int(side) for side in shape.split("x")):
+        raise ValueError(f"a topology is written 'v6e:2x4': a chip and the sides of a slice, got {text!r}")
+    return topology
+
+
+def chip_of(text: str) -> tuple[Chip, int]:
+    """The chip of a topology, and how many JAX devices it has."""
+    name, _, shape = slice_of(text).partition(":")
+    chip = next(chip for chip in chips().values() if chip.name == name)
+    return chip, chip.devices * math.prod(int(side) for side in shape.split("x"))
