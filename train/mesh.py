@@ -1,7 +1,6 @@
 """Device meshes from a line of text, and the batch on them."""
 
 import math
-from typing import Any
 
 import jax
 import numpy as np
@@ -111,10 +110,10 @@ def _mesh(sizes: dict[str, int], devices: list[Device]) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:count], axis_types=explicit)
 
 
-def _slices(devices: list[Any]) -> list[list[Any]]:
+def _slices(devices: list[Device]) -> list[list[Device]]:
     """Devices by slice of a TPU pod or, where there is one slice, by process; a link between them is slow."""
     for name in ("slice_index", "process_index"):
-        groups: dict[int, list[Any]] = {}
+        groups: dict[int, list[Device]] = {}
         for device in devices:
             groups.setdefault(getattr(device, name, 0), []).append(device)
         if len(groups) > 1:
@@ -122,7 +121,7 @@ def _slices(devices: list[Any]) -> list[list[Any]]:
     return [devices]
 
 
-def _over_slices(sizes: dict[str, int], devices: list[Any]) -> np.ndarray:
+def _over_slices(sizes: dict[str, int], devices: list[Device]) -> np.ndarray:
     """The devices of a mesh whose axis dcn alone goes from slice to slice."""
     slow, groups = sizes["dcn"], _slices(devices)
     each = math.prod(sizes.values()) // slow
