@@ -86,7 +86,7 @@ class OutputMajor(nnx.Module):
         return self.rows[...].astype(dtype).T.reshape(*inputs, *outputs)
 
 
-def products(linears: Sequence[Any], x: Float[Array, "B T ..."], *which: Array) -> list[Float[Array, "B T ..."]]:
+def products(linears: Sequence[Any], x: Float[Array, "..."], *which: Array) -> list[Float[Array, "..."]]:
     """What each of several linear maps makes of `x`, which on a mesh is gathered once for all of them.
 
     `OutputMajor` may stand first for all; maps of other kinds are given `which` besides.

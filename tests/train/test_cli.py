@@ -297,7 +297,7 @@ def test_chat(say: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.M
         ("show gtp2", "unknown model or run 'gtp2'; did you mean 'gpt2' or "),
         ("diff gpt2 gpt3", "unknown model or run 'gpt3'; did you mean 'gpt2' or "),
         ("train shakespear", "unknown run 'shakespear'; did you mean 'shakespeare'? Known: bench_cpu, shakespeare"),
-        ("train shakespeare --mesh data=3", "the mesh splits the batch 3 ways (data x fsdp), which does not divide "),
+        ("train shakespeare --mesh data=3", "the mesh splits the batch 3 ways (data), which does not divide "),
         (
             "train shakespeare --mesh tensor=4",
             "mesh axis tensor=4 does not divide K=2 of parameter stack.0.mixer.key",

@@ -158,8 +158,8 @@ def test_a_full_fine_tune_of_half_a_billion_fits_colab() -> None:
 
 @needs_libtpu
 def test_what_does_not_fit_says_by_how_much_and_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    wide = models.small(vocab=1024, dim=512, layers=8, heads=4, kv_heads=4, hidden=16384)
-    made = Run(model=wide, batch=16, length=4096, dtype="bfloat16")
+    wide = models.small(vocab=1024, dim=256, layers=4, heads=2, kv_heads=2, hidden=16384)
+    made = Run(model=wide, batch=32, length=8192, dtype="bfloat16")
     found = plan(made, "v5e:1x1")
     assert not found.fits
     assert found.time is None
