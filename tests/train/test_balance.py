@@ -159,6 +159,7 @@ def test_a_step_that_is_skipped_moves_no_correction(routed: Run) -> None:
         np.testing.assert_array_equal(state["params"][correction], 0.0)
 
 
+@pytest.mark.slow
 def test_eight_devices_are_as_one(routed: Run) -> None:
     run = routed.replace(balance=Balance(loss=0.1, router_z_loss=0.01, bias_rate=0.01), accumulate=2)
     (parameters, told), (split_parameters, split_told) = (

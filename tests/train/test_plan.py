@@ -12,7 +12,7 @@ from flaxzoo.configs import Optimizer, Run, models
 from flaxzoo.train import cli, hlo, plan_report, plan_search
 from flaxzoo.train import mesh as meshes
 from flaxzoo.train.chips import TOPOLOGIES, chips, slice_of
-from flaxzoo.train.plan import Memory, Plan, Time, Traffic, first_that_fits, plan, remedies, time_of
+from flaxzoo.train.plan import Memory, Plan, Time, Traffic, _missing, first_that_fits, plan, remedies, time_of
 from flaxzoo.zoo.parameters import describe
 from jax.experimental import topologies
 from rich.console import Console
@@ -115,7 +115,7 @@ def test_what_has_no_model_gets_no_time() -> None:
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology", ["colab-v6e", "v5e:2x2"])
+@pytest.mark.parametrize("topology", ["colab-v5e", "colab-v6e", "v5e:2x2"])
 def test_a_plan_adds_up(topology: str) -> None:
     found = plan(run(remat="full"), topology)
     count = math.prod(found.mesh.values())
@@ -146,6 +146,7 @@ def test_a_plan_adds_up(topology: str) -> None:
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_a_full_fine_tune_of_half_a_billion_fits_colab() -> None:
     """With adafactor, whose state is next to nothing, and nothing but matrix products kept."""
     model = configs.MODELS["qwen2_5_0_5b"]()
@@ -157,6 +158,7 @@ def test_a_full_fine_tune_of_half_a_billion_fits_colab() -> None:
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_what_does_not_fit_says_by_how_much_and_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = models.small(vocab=1024, dim=256, layers=4, heads=2, kv_heads=2, hidden=16384)
     made = Run(model=wide, batch=32, length=8192, dtype="bfloat16")
@@ -171,6 +173,29 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(monkeypatch: pytest.M
     assert better.fits
     assert better.run in tried
     assert plan_report.change_text(made, better.run).startswith("--remat ")
+
+
+def test_the_mildest_remedy_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(made: Run, topology: str) -> Plan:
+        missing = 0.0 if made.accumulate >= 4 else 1e9
+        return Plan(made, topology, chips()["TPU v5 lite"], {"fsdp": 1}, Memory(2**34, missing=missing), None)
+
+    monkeypatch.setattr("flaxzoo.train.plan.plan", fake)
+    tried: list[Run] = []
+    better = first_that_fits(run(), "v5e:1x1", tried.append)
+    assert better is not None
+    assert better.run == tried[-1] == run(remat="full", accumulate=4)
+    assert len(tried) == 4
+    assert first_that_fits(run(remat="full", accumulate=8), "v5e:1x1", tried.append) is None
+
+
+def test_what_the_compiler_says_is_missing() -> None:
+    text = (
+        "RESOURCE_EXHAUSTED: E1000: total memory required for HLO temporaries (40.39G) exceeds available HBM (15.75G)."
+    )
+    assert _missing(text, chips()["TPU v5 lite"]) == pytest.approx((40.39 - 15.75) * 2**30)
+    with pytest.raises(ValueError, match="the TPU compiler refuses the program: INTERNAL: no"):
+        _missing("INTERNAL: no\nmore", chips()["TPU v5 lite"])
 
 
 def test_remedies_are_in_order() -> None:

@@ -177,6 +177,7 @@ def chi_square(found, wanted):
     return float(np.sum((found - wanted) ** 2 / wanted))
 
 
+@pytest.mark.slow
 def test_sampled_text_follows_the_model(models, decoders):
     """Two tokens drawn with a draft model, of a vocabulary of 3, against the probabilities of the model itself."""
     tiny = decoders["plain"].replace(vocab=3)
