@@ -183,14 +183,15 @@ def plan(run: Run, topology: str) -> Plan:
     found, text = program.memory_analysis(), program.as_text()
     assert found is not None
     assert text is not None
-    memory.gradients = min(memory.parameters, found.temp_size_in_bytes)
-    memory.temporary = found.temp_size_in_bytes - memory.gradients
+    # At its peak: all that is temporary need not be there at once.
+    temporary = max(0, found.peak_memory_in_bytes - found.argument_size_in_bytes)
+    memory.gradients = min(memory.parameters, temporary)
+    memory.temporary = temporary - memory.gradients
     memory.code = found.generated_code_size_in_bytes
     # Arrays lie in tiles, which may not be full: what is more than the sum of the parts belongs to the state.
     memory.optimizer += max(
         0.0, found.argument_size_in_bytes - memory.parameters - memory.optimizer - memory.average - memory.batch
     )
-    memory.missing = max(0.0, memory.used - memory.capacity)
     return Plan(run, topology, chip, sizes, memory, time_of(Program(text), run, chip, sizes))
 
 
