@@ -20,7 +20,6 @@ class Chip:
     """What JAX calls it."""
     name: str
     hbm_gib: float
-    hbm_gbps: float
     tflops: float
     clock_ghz: float
     ici_gbps: float
@@ -28,6 +27,8 @@ class Chip:
     attention: tuple[float, float]
     trust: str
     """How far predicted times are to be trusted."""
+    derate: float = 1.0
+    """The share of its predicted speed that attention reaches."""
     devices: int = 1
     """JAX devices of a chip."""
     usd_hour: float | None = None

@@ -144,7 +144,7 @@ def plan_(
         search: look for the fastest mesh, remat and accumulate: rank all by arithmetic, and compile the best ones.
         plot: a file that the picture of a search goes to, e.g. plan.png.
         json: print JSON.
-        usd_hour: the price of a chip and hour, in place of the list price.
+        usd_hour: the price of a JAX device and hour; without it no price is told.
         watts: the power of a chip; without it no energy is told.
     """
     found = _find(name)

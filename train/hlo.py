@@ -127,6 +127,5 @@ class Program:
             if op.code == "while":
                 trips = self.trips(op)
                 yield from self._walk(op.called("body"), None if trips is None or times is None else times * trips)
-            elif op.code in ("call", "conditional"):
-                for called in re.findall(r"(?:to_apply|_computation|branch_computations=\{)=?%?([\w.\-]+)", op.rest):
-                    yield from self._walk(called, times)
+            elif op.code == "call":
+                yield from self._walk(op.called("to_apply"), times)

@@ -8,16 +8,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import NamedSharding
 
 from ..configs.run import Run
-from ..layers.sharding import batch_partition
 from . import mesh as meshes
 from .chips import Chip, chips, slice_of
 from .hlo import Operation, Program
-from .step import abstract_state, make_step
+from .step import abstract_batch, abstract_state, make_step
 
 HOP = 1e-6
 """Seconds that a step of a ring takes beside its bytes."""
@@ -29,7 +26,6 @@ FREE = (
     "bitcast",
     "while",
     "call",
-    "conditional",
     "partition-id",
 )
 """Operations that take no time of their own."""
@@ -160,11 +156,7 @@ def plan(run: Run, topology: str) -> Plan:
     sizes = dict(mesh.shape)
     with jax.set_mesh(mesh):
         state = abstract_state(run, mesh)
-        place = NamedSharding(mesh, batch_partition(mesh))
-        kinds = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {"weights": jnp.float32}
-        batch = {
-            name: jax.ShapeDtypeStruct((run.batch, run.length), kind, sharding=place) for name, kind in kinds.items()
-        }
+        batch = abstract_batch(run, mesh)
         step: Any = make_step(run)
         lowered = step.trace(state, batch).lower()
         memory = Memory(
@@ -204,6 +196,8 @@ def time_of(program: Program, run: Run, chip: Chip, mesh: dict[str, int]) -> Tim
         if times is None:
             unknown["a loop of unknown length"] += 1
             continue
+        if op.code == "conditional":
+            unknown["a conditional"] += 1
         if op.kernel and not op.kernel.startswith("attention_"):
             unknown[op.kernel] += 1
         moved = program.collective(op)
@@ -236,7 +230,7 @@ def _busy(op: Operation, run: Run, chip: Chip, mesh: dict[str, int]) -> float:
         ends = [sum(block.mixer.flops(model.dim, length) for block in model.all_blocks) for length in (1, run.length)]
         tokens = run.batch // run.accumulate * run.length / math.prod(mesh.values())
         flops = (ends[1] - ends[0]) / len(model.all_blocks) * tokens * (2.5 if backward else 1)
-        return flops / (chip.attention[backward] * chip.tflops * 1e12)
+        return flops / (chip.attention[backward] * chip.derate * chip.tflops * 1e12)
     return 0.0 if op.cycles is None or op.code in FREE else op.cycles / chip.clock_ghz / 1e9
 
 

@@ -14,11 +14,12 @@ from jaxtyping import Array, Bool, Float, Int
 from ..configs.run import Run
 from ..layers.loss import cross_entropy
 from ..layers.mixer import Places
+from ..layers.sharding import batch_partition
 from ..zoo.decoder import DecoderModel
 from ..zoo.parameters import Parameters, describe, merge, shardings, split
 from . import balance, optimizer
 
-Batch = dict[str, Array]
+Batch = dict[str, Any]
 """`tokens`, `targets`, `segments`, `positions`: Int "B T"; `weights`: Float "B T", 0 where there is no target."""
 
 
@@ -57,6 +58,14 @@ def abstract_state(run: Run, mesh: Mesh) -> State:
 
     params = {name: jax.ShapeDtypeStruct(what.shape, what.dtype, sharding=places[name]) for name, what in known.items()}
     return jax.tree.map(placed, jax.eval_shape(functools.partial(_state_of, run), params))
+
+
+def abstract_batch(run: Run, mesh: Mesh) -> Batch:
+    """Shape, type and place on the mesh of a batch, B T."""
+    place = NamedSharding(mesh, batch_partition(mesh))
+    kinds = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {"weights": jnp.float32}
+    shape = run.batch, run.length
+    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=place) for name, kind in kinds.items()}
 
 
 def _state_of(run: Run, params: Parameters) -> State:

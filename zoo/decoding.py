@@ -4,7 +4,6 @@ A decode step should take as long as reading the weights once. Stacked layers co
 (a loop slices them out), and parameters in another dtype a cast. So layers are taken apart, and matrices are cast once.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -33,8 +32,8 @@ def for_decoding(model: DecoderModel, dtype: Any) -> DecoderModel:
         apart |= _apart(model.spec, name, value)
     made = merge(spec.abstract(), apart)
     del apart  # so that each matrix goes when another has taken its place
-    for parent in list(_modules(made)):
-        _output_major(parent)
+    for _, module in list(nnx.iter_modules(made)):
+        _output_major(module)
     return made
 
 
@@ -42,7 +41,7 @@ def is_for_decoding(model: DecoderModel, dtype: Any) -> bool:
     """Whether this is what `for_decoding` makes."""
     return (
         not model.spec.repeats
-        and not any(isinstance(module, Linear) for module in _modules(model))
+        and not any(isinstance(module, Linear) for _, module in nnx.iter_modules(model))
         and model.embedding.table[...].dtype == dtype
     )
 
@@ -70,12 +69,3 @@ def _output_major(module: nnx.Module) -> None:
         setattr(module, first, OutputMajor(*(linears[name] for name in (first, *others))))
         for name in others:
             setattr(module, name, None)
-
-
-def _modules(module: nnx.Module) -> Iterator[nnx.Module]:
-    """A module and all that are inside it."""
-    yield module
-    for child in vars(module).values():
-        for inner in child if isinstance(child, nnx.List) else [child]:
-            if isinstance(inner, nnx.Module):
-                yield from _modules(inner)

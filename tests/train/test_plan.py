@@ -310,3 +310,18 @@ def test_the_command_that_trains() -> None:
     made = configs.get_run("bench_cpu").replace(mesh="fsdp=4", remat="dots", accumulate=2)
     line = "zoo train bench_cpu --mesh fsdp=4 --remat dots --accumulate 2"
     assert plan_report.train_line("bench_cpu", made) == line
+
+
+def test_the_shares_of_attention_are_those_measured() -> None:
+    rows = json.loads(Path("benchmarks/results/attention.json").read_text())["found"]["chips"]
+    for chip in chips().values():
+        for which, share in zip(("forward", "backward"), chip.attention, strict=True):
+            (row,) = (
+                row
+                for row in rows
+                if (row["chip"], row["case"], row["pass"], row["who"])
+                == (chip.name, "causal 4K, 32:8, 128", which, "ours")
+            )
+            pairs = 32 * 4096 * 4097 // 2
+            flops = 2 * pairs * 128 * (2 if which == "forward" else 5)
+            assert share == pytest.approx(flops / (row["us"] * 1e-6 * chip.tflops * 1e12), abs=0.006)

@@ -5,15 +5,12 @@ from importlib.util import find_spec
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 from flaxzoo.configs import Balance, Run
-from flaxzoo.layers.sharding import batch_partition
 from flaxzoo.train import mesh as meshes
-from flaxzoo.train.step import abstract_state, make_step
+from flaxzoo.train.step import abstract_batch, abstract_state, make_step
 from flaxzoo.zoo import MLA, Block, GatedMLP, MoE, Router
 from jax.experimental import topologies
-from jax.sharding import NamedSharding
 
 pytestmark = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is for Linux on x86-64 alone")
 
@@ -26,11 +23,7 @@ def compiled(run: Run, topology: str) -> tuple[jax.stages.Compiled, int]:
     assert line == f"{run.mesh} on {len(devices)} x TPU v5 lite"
     with jax.set_mesh(mesh):
         state = abstract_state(run, mesh)
-        place = NamedSharding(mesh, batch_partition(mesh))
-        kinds = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {"weights": jnp.float32}
-        batch = {
-            name: jax.ShapeDtypeStruct((run.batch, run.length), kind, sharding=place) for name, kind in kinds.items()
-        }
+        batch = abstract_batch(run, mesh)
         step: Any = make_step(run)
         program = step.trace(state, batch).lower().compile()
     numbers = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in state["params"].values())
