@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
 from .. import configs
@@ -18,7 +17,7 @@ from ..configs.run import Run
 from ..layers.spec import missing_package
 from .plan import Memory, Plan, Time, first_that_fits, plan
 from .plan_search import front, picture, search
-from .progress import amount
+from .progress import amount, print_whole
 
 PARTS = {
     "parameters": "float32, split as the mesh says",
@@ -96,7 +95,7 @@ def search_command(
         )
         marks = "front" if one in best else "" if one.fits else "does not fit"
         rows.add_row(one.run.mesh, one.run.remat, str(one.run.accumulate), memory, *told_as, marks)
-    _wide(console, rows)
+    print_whole(console, rows)
     if plot is not None:
         console.print(f"\ndrawn in {plot}", highlight=False)
     if best:
@@ -208,7 +207,7 @@ def _memory(memory: Memory, console: Console) -> None:
         size = getattr(memory, name)
         if size >= 2**20:
             rows.add_row(name, _gib(size), "█" * max(1, round(30 * size / whole)), f"[dim]{what}[/]")
-    _wide(console, rows)
+    print_whole(console, rows)
 
 
 def _time(time: Time, console: Console) -> None:
@@ -226,13 +225,7 @@ def _time(time: Time, console: Console) -> None:
     for (kind, axis), part in sorted(time.traffic.items(), key=lambda item: -item[1].seconds):
         how = f"{part.count} over {axis}: bytes by the speed of links, a lower bound"
         rows.add_row(kind, f"{part.seconds:.4f}", f"{part.exposed:.4f}", amount(part.bytes, "B"), how)
-    _wide(console, rows)
-
-
-def _wide(console: Console, rows: Table) -> None:
-    """Prints rows, also where they are wider than the console says it is."""
-    wide = Measurement.get(console, console.options.update(max_width=1000), rows).maximum
-    Console(file=console.file, width=max(console.width, wide)).print(rows)
+    print_whole(console, rows)
 
 
 def _gib(size: float) -> str:

@@ -4,8 +4,10 @@ import time
 
 from rich.console import Console
 from rich.live import Live
+from rich.measure import Measurement
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
 from rich.text import Text
 
 PLAIN_SECONDS = 10.0
@@ -27,6 +29,12 @@ def amount(number: float, unit: str = "") -> str:
             return f"{digits}{' ' if unit else ''}{prefix}{unit}"
         number /= 1000
     raise AssertionError
+
+
+def print_whole(console: Console, rows: Table) -> None:
+    """Prints all of a table, also where it is wider than the console says it is."""
+    wide = Measurement.get(console, console.options.update(max_width=1000), rows).maximum
+    Console(file=console.file, width=max(console.width, wide)).print(rows)
 
 
 class Board:

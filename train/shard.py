@@ -17,10 +17,11 @@ from rich.table import Table
 
 from ..configs.run import Run
 from ..layers.sharding import batch_partition, names_of, stream_partition, ways
+from ..layers.spec import missing_package
 from ..zoo.decoder import Decoder
 from ..zoo.parameters import describe, partitions
 from . import mesh as meshes
-from .progress import amount
+from .progress import amount, print_whole
 
 MOST_CELLS = 8
 """Rows and columns of shards that are drawn of a tensor."""
@@ -95,14 +96,15 @@ def layout(name: str, found: Decoder | Run, mesh_text: str) -> Layout:
         rows, length, dtype = found.batch // found.accumulate, found.length, jnp.dtype(found.dtype)
         tokens, stream = batch_partition(mesh), stream_partition(mesh, length)
         activations = [
-            _tensor("tokens", "B T", (rows, length), jnp.dtype(jnp.int32), tokens, mesh),
-            _tensor("residual stream", "B T D", (rows, length, model.dim), dtype, (*stream, None), mesh),
+            tensor_of("tokens", "B T", (rows, length), jnp.dtype(jnp.int32), tokens, mesh),
+            tensor_of("residual stream", "B T D", (rows, length, model.dim), dtype, (*stream, None), mesh),
         ]
-    tensors = [_tensor(each, what.axes, what.shape, what.dtype, specs[each], mesh) for each, what in known.items()]
+    tensors = [tensor_of(each, what.axes, what.shape, what.dtype, specs[each], mesh) for each, what in known.items()]
     return Layout(name, sizes, tensors, activations)
 
 
-def _tensor(name: str, axes: str, shape: tuple[int, ...], dtype: Any, spec: Any, mesh: AbstractMesh) -> Tensor:
+def tensor_of(name: str, axes: str, shape: tuple[int, ...], dtype: Any, spec: Any, mesh: AbstractMesh) -> Tensor:
+    """An array with these axis letters on a mesh."""
     split = tuple(names_of(entry) for entry in (*spec, *[None] * (len(shape) - len(spec))))
     shard = tuple(size // ways(names, mesh) for size, names in zip(shape, split, strict=True))
     shards = math.prod(ways(names, mesh) for names in split)
@@ -134,7 +136,7 @@ def show(found: Layout, console: Console, *, drawn: bool = True) -> None:
             amount(tensor.bytes, "B"),
             amount(tensor.bytes_per_device, "B"),
         )
-    Console(width=max(console.width, 200)).print(rows)
+    print_whole(console, rows)
     mesh = ",".join(f"{name}={size}" for name, size in found.mesh.items())
     share = found.bytes_per_device * found.devices / found.bytes
     console.print(
@@ -162,7 +164,7 @@ def plot(found: Layout, file: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("a picture needs matplotlib: pip install 'flaxzoo[viz]'") from error
+        raise missing_package("pictures take", "matplotlib") from error
     kinds = _kinds(found)
     columns = min(3, len(kinds))
     lines = math.ceil(len(kinds) / columns)

@@ -5,9 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
 from .. import configs
@@ -16,7 +15,8 @@ from ..layers.spec import Spec
 from ..zoo.decoder import Decoder
 from ..zoo.parameters import Description, describe, partitions
 from . import mesh as meshes
-from .progress import amount
+from .progress import amount, print_whole
+from .shard import tensor_of
 
 
 def parameters_of(model: Decoder) -> dict[str, Description]:
@@ -48,7 +48,7 @@ def listing(console: Console) -> None:
     console.print("\nzoo show NAME tells more; zoo train RUN trains.", highlight=False)
 
 
-def table(name: str, found: Decoder | Run, mesh_text: str, length: int, console: Console) -> None:
+def table(title: str, found: Decoder | Run, mesh_text: str, length: int, console: Console) -> None:
     """Prints every parameter, and the totals."""
     model = found.model if isinstance(found, Run) else found
     length = length or (found.length if isinstance(found, Run) else min(2048, model.max_positions or 2048))
@@ -59,18 +59,17 @@ def table(name: str, found: Decoder | Run, mesh_text: str, length: int, console:
     rows = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("parameter", "shape / mesh axis", "dtype", "bytes"):
         rows.add_column(heading, justify="right" if heading == "bytes" else "left", no_wrap=True)
-    for parameter, what in known.items():
-        stored = amount(what.size * what.dtype.itemsize, "B")
-        rows.add_row(parameter, _shape(what, splits[parameter]), str(what.dtype), stored)
-    wide = Measurement.get(console, console.options.update(max_width=1000), rows).maximum
-    Console(width=max(console.width, wide)).print(rows)
+    tensors = [tensor_of(name, what.axes, what.shape, what.dtype, splits[name], mesh) for name, what in known.items()]
+    for tensor in tensors:
+        rows.add_row(tensor.name, tensor.layout, tensor.dtype, amount(tensor.bytes, "B"))
+    print_whole(console, rows)
     total = sum(what.size for what in known.values())
-    weights = sum(what.size * what.dtype.itemsize for what in known.values())
+    weights = sum(tensor.bytes for tensor in tensors)
     unused = model.unused()
     active = f", {total - unused:,} active in a token" if unused else ""
-    console.print(f"\n{name}: {total:,} parameters{active}, {amount(weights, 'B')}", highlight=False)
+    console.print(f"\n{title}: {total:,} parameters{active}, {amount(weights, 'B')}", highlight=False)
     if sizes:
-        share = sum(what.size * what.dtype.itemsize / _ways(splits[p], sizes) for p, what in known.items())
+        share = sum(tensor.bytes_per_device for tensor in tensors)
         console.print(f"on each of {math.prod(sizes.values())} devices: {amount(share, 'B')}", highlight=False)
     forward = model.flops(length)
     console.print(f"FLOPs per token at {length} tokens: {amount(forward)} forward, {amount(3 * forward)} training")
@@ -87,13 +86,3 @@ def difference(a: str, first: Spec, b: str, second: Spec, console: Console) -> N
         if left.get(name, "-") != right.get(name, "-"):
             rows.add_row(name, str(left.get(name, "-")), str(right.get(name, "-")))
     console.print(rows if rows.row_count else f"{a} and {b} are the same", highlight=False)
-
-
-def _shape(known: Description, spec: PartitionSpec) -> str:
-    """E.g. "L=12 D=768/fsdp F=3072": each dimension with the mesh axis that splits it."""
-    parts = zip(known.axes.split(), known.shape, spec, strict=True)
-    return " ".join(f"{letter}={size}" + (f"/{axis}" if axis else "") for letter, size, axis in parts)
-
-
-def _ways(spec: PartitionSpec, sizes: dict[str, int]) -> int:
-    return math.prod(sizes[axis] for axis in spec if axis)
