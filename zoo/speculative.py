@@ -96,7 +96,7 @@ def advance(
 
 
 def _drafted(
-    draft: DecoderModel, caches: Any, state: State, filters: Filters, count: int, dtype: Any
+    draft: Any, caches: Any, state: State, filters: Filters, count: int, dtype: Any
 ) -> tuple[Int[Array, "B G"], Float[Array, "B G V"], Any]:
     """Guesses of a draft model, the distributions they were drawn from, and its caches with all of them."""
 
