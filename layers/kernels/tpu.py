@@ -21,7 +21,9 @@ CHIPS = {
 }
 """The best by the schedules of the TPU compiler, by device kind, where they are not `USUAL`.
 
-Blocks of 2048 are up to 9 % faster and take five times as long to compile.
+They are so for head dims of 64, 128, 192 and 256, in both passes (benchmarks/results/attention_blocks.md), so a chip
+has one row, and other head dims take it too. Blocks of 2048 are up to 9 % faster and take five times as long to
+compile.
 """
 USUAL = BlockSizes(1024, 1024, 128)
 

@@ -2,10 +2,12 @@
 
 import functools
 import itertools
+import json
 import re
 import sys
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -308,3 +310,17 @@ def test_vmap_of_kernels_equals_one_by_one() -> None:
     wanted = jax.grad(lambda *x: sum(one(*(a[row] for a in x)) for row in (0, 1)), (0, 1, 2))(*inputs.values())
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_blocks_that_ship_are_the_fastest_of_those_tried() -> None:
+    """The table of the kernels is the tuner's finding, for each chip, head dim and pass."""
+    kinds = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
+    rows = json.loads(Path("benchmarks/results/attention_blocks.json").read_text())["found"]["blocks"]
+    assert {(row["chip"], row["dims"]) for row in rows} == set(
+        itertools.product(kinds, ("64", "128", "192/128", "256"))
+    )
+    for row in rows:
+        ships = tpu.CHIPS.get(kinds[row["chip"]], tpu.USUAL)
+        settings = {name: getattr(ships, name) for name in ("block_q", "block_k", "strip")}
+        times = {tuple(each["settings"].items()): each["us"] for each in row["tried"] if "us" in each}
+        assert times[tuple(settings.items())] <= 1.01 * min(times.values()), row
