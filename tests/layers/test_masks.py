@@ -57,7 +57,7 @@ def kinds(found: blocks.Blocks, rows: int, columns: int) -> np.ndarray:
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(MASKS, st.integers(1, 4), st.integers(1, 4), st.booleans(), st.booleans())
 def test_blocks_are_never_called_empty_or_full_that_are_not(case, block_q, block_k, traced, transposed):
     mask, sees = case

@@ -87,8 +87,22 @@ def test_what_the_kernels_for_tpu_refuse(name, caplog):
     assert REFUSED_BY_TPU[name] in caplog.text
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("name", ["everything", "groups of 2, whole blocks", "sinks"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("everything", jnp.bfloat16),
+        ("sinks", jnp.float16),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in [
+                ("everything", jnp.float16),
+                ("sinks", jnp.bfloat16),
+                ("groups of 2, whole blocks", jnp.bfloat16),
+                ("groups of 2, whole blocks", jnp.float16),
+            ]
+        ),
+    ],
+)
 def test_low_precision_errs_no_more_than_twice_the_plain_definition(name, dtype):
     case = CASES[name]
     assert ours(case, "portable")(**case.inputs(dtype)).dtype == dtype

@@ -84,7 +84,6 @@ SHAPES = {
 }
 QUICK = [
     ("v5e", "documents"),
-    ("v5p", "soft cap"),
     ("v6e", "MLA"),
     ("tpu7x", "window"),
     ("v5e", "streamed"),
@@ -223,9 +222,18 @@ RACES = {
 }
 
 
-@pytest.mark.parametrize("in_vmem", [True, False], ids=["resident", "streamed"])
-@pytest.mark.parametrize("name", RACES)
-def test_kernels_have_no_races(monkeypatch: pytest.MonkeyPatch, in_vmem: bool, name: str) -> None:
+QUICK_RACES = [("causal", "streamed"), ("everything", "resident"), ("decoding", "resident")]
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        pytest.param(name, where, marks=() if (name, where) in QUICK_RACES else pytest.mark.slow)
+        for name in RACES
+        for where in ("resident", "streamed")
+    ],
+)
+def test_kernels_have_no_races(monkeypatch: pytest.MonkeyPatch, name: str, where: str) -> None:
     """Pallas's interpreter carries copies out as a TPU would, and notices what is read before it is there.
 
     Rows have up to four blocks, so that every buffer is used again; with two sequences, a program's copies begin in the
@@ -248,7 +256,7 @@ def test_kernels_have_no_races(monkeypatch: pytest.MonkeyPatch, in_vmem: bool, n
     problem, operands = taken
     interpret = pltpu.InterpretParams(detect_races=True)  # which raises where there is one
     g = jax.random.normal(jax.random.key(9), wanted.shape)
-    with tpu_blocks(16, 16, 8, in_vmem):
+    with tpu_blocks(16, 16, 8, where == "resident"):
         out, lse = jax.jit(lambda operands: tpu.forward(problem, operands, interpret=interpret))(operands)
         delta = jnp.einsum("BTNV,BTNV->BNT", out, g)
         grads = jax.jit(lambda *x: tpu.backward(problem, *x, interpret=interpret))(operands, lse, delta, g)
