@@ -27,8 +27,8 @@ def einsums(x: Float[Array, "B T ..."], *products: tuple[str, Array], **options:
 
     Weights are gathered over the mesh axes that split them at rest alone. An axis that splits both T and a letter of a
     weight is gathered in x, once for all weights. Where a letter that is summed over is split, the sum over devices is
-    split along T, if it can be. The backward pass does the reverse of each; it gathers again what it needs, so that
-    nothing gathered is kept.
+    split along T, if it can be. The backward pass does the reverse of each. What was gathered has the name "gathered",
+    by which the model keeps none of it for the backward pass: that gathers again.
     """
     texts, weights = [text for text, _ in products], [weight for _, weight in products]
     x_spec, specs = spec_of(x), [spec_of(weight) for weight in weights]
@@ -42,18 +42,13 @@ def einsums(x: Float[Array, "B T ..."], *products: tuple[str, Array], **options:
 
     def local(x: Array, weights: list[Array]) -> list[Array]:
         x = gather_here(x, x_spec, x_used)
-        whole = [gather_here(weight, *each) for weight, *each in zip(weights, specs, used, strict=True)]
+        whole = [gather_here(weight.astype(x.dtype), *each) for weight, *each in zip(weights, specs, used, strict=True)]
         found = [_product(text, tuple(options.items()), x, weight) for text, weight in zip(texts, whole, strict=True)]
         return [sum_here(y, over, 1) for y, over in zip(found, sums, strict=True)]
 
-    @jax.checkpoint
-    def split(x: Array, weights: list[Array]) -> list[Array]:
-        in_specs = spec(*x_spec), [spec(*each) for each in specs]
-        out_specs = [spec(*each) for each in results]
-        mapped = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return mapped(x, [weight.astype(x.dtype) for weight in weights])
-
-    return split(x, weights)
+    in_specs = spec(*x_spec), [spec(*each) for each in specs]
+    out_specs = [spec(*each) for each in results]
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(x, weights)
 
 
 def _letters(text: str) -> tuple[list[str], list[str], list[str]]:

@@ -17,7 +17,15 @@ from ..layers.routing import Routing
 from ..layers.spec import Spec
 
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
+
+
+def all_but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """A remat policy: what devices gathered from each other for a product, they gather again for its gradient."""
+    return primitive.name != "all_gather" and parameters.get("name") != "gathered"
+
+
 POLICIES = {
+    "none": all_but_gathered,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names("product", "attention")
@@ -27,7 +35,7 @@ POLICIES = {
         jax.checkpoint_policies.save_only_these_names("product"),
     ),
 }
-"""What the backward pass of a block keeps, by name; "none" recomputes nothing."""
+"""What the backward pass of a block keeps, by name; "none" recomputes nothing, but gathers weights again."""
 
 Caches = dict[str, Any]
 """The caches of all blocks: `{"stack": one per block of the pattern, "rest": one per remaining block}`."""
@@ -245,4 +253,6 @@ def _apply(block: Any, x: Array, places: Places, cache: Cache | None) -> tuple[A
 
 def _checkpointed(function: Any, remat: Remat, *, scanned: bool) -> Any:
     """Outside a scan, XLA would find what is computed twice, and store it after all, if it were not prevented."""
-    return function if remat == "none" else jax.checkpoint(function, policy=POLICIES[remat], prevent_cse=not scanned)
+    if remat == "none" and jax.sharding.get_abstract_mesh().empty:
+        return function  # nothing is gathered
+    return jax.checkpoint(function, policy=POLICIES[remat], prevent_cse=not scanned)
