@@ -69,7 +69,7 @@ docs-zoo: .venv/.train ## measure every family on its truth, and write the table
 
 constraints: ## write constraints.txt anew, from the newest versions
 	rm -rf .venv-constraints
-	$(VENV) .venv-constraints -e '.[viz,chat,gguf]' --group dev --group bench
+	$(VENV) .venv-constraints -e '.[viz,chat,gguf,quantized]' --group dev --group bench
 	echo '# The environment the tests run in: core, viz, dev and bench, on Linux x86-64. Written by `make constraints`.' > $@.txt
 	.venv-constraints/bin/python -m pip freeze --exclude-editable | tr 'A-Z_' 'a-z-' | sed 's/^\([^=]*\)\./\1-/' | LC_ALL=C sort -t= -k1,1 >> $@.txt
 	rm -rf .venv-constraints
@@ -79,19 +79,19 @@ clean: ## remove the virtual environments and caches; runs/ stays
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 .venv/.train: pyproject.toml constraints.txt
-	@$(VENV) .venv -e '.[viz,chat,gguf]' -c constraints.txt
+	@$(VENV) .venv -e '.[viz,chat,gguf,quantized]' -c constraints.txt
 	@touch $@
 
 .venv/.test: pyproject.toml constraints.txt
-	@$(VENV) .venv -e '.[viz,chat,gguf]' --group dev -c constraints.txt
+	@$(VENV) .venv -e '.[viz,chat,gguf,quantized]' --group dev -c constraints.txt
 	@touch .venv/.train $@
 
 .venv/.bench: pyproject.toml constraints.txt
-	@$(VENV) .venv -e '.[viz,chat,gguf]' --group dev --group bench -c constraints.txt
+	@$(VENV) .venv -e '.[viz,chat,gguf,quantized]' --group dev --group bench -c constraints.txt
 	@touch .venv/.train .venv/.test $@
 
 .venv-oldest/.test: pyproject.toml
-	@$(VENV) .venv-oldest -e '.[viz,chat,gguf]' --group dev jax==0.11.2 jaxlib==0.11.2
+	@$(VENV) .venv-oldest -e '.[viz,chat,gguf,quantized]' --group dev jax==0.11.2 jaxlib==0.11.2
 	@touch $@
 
 .venv-torch/.torch:

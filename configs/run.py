@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..layers.moe import MoE
+from ..layers.quantized import Kind
 from ..layers.spec import Spec
-from ..zoo.decoder import Decoder
+from ..zoo.decoder import Decoder, Remat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +134,11 @@ class Run(Spec):
     """What devices that share a sequence (mesh axis context) do for each other's keys; see docs/sharding.md."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What layers compute in. Parameters and optimizer state stay float32."""
-    remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
-    """What the backward pass recomputes instead of storing: nothing, blocks, all but matmuls or weight matmuls."""
+    quantize: Kind = "none"
+    """Of training alone: products with weights of blocks, and for their gradients, in 8 bits (docs/training.md)."""
+    remat: Remat = "none"
+    """What the backward pass recomputes instead of storing: nothing, blocks, all but matmuls or weight matmuls; what
+    is stored is kept by the host with full_offload and dots_offload (docs/training.md)."""
     z_loss: float = 0.0
     """Weight of the squared log-partition (PaLM, 2204.02311, section 5)."""
     balance: Balance = field(default_factory=Balance)
@@ -174,6 +178,8 @@ class Run(Spec):
                 f"model.max_positions={self.model.max_positions}"
             )
         self.balance.check(self.model)
+        if self.quantize != "none" and any(isinstance(block.ffn, MoE) for block in self.model.all_blocks):
+            raise ValueError(f"experts have no products in 8 bits, got quantize={self.quantize!r}; leave it at 'none'")
         if self.z_loss < 0:
             raise ValueError(f"z_loss must be at least 0, got {self.z_loss}")
         if not 0 <= self.ema < 1:

@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .quantized import Kind, current, product
 from .sharding import gather_here, kept, names_of, spec, spec_of, sum_here, time_after
 
 Entries = tuple[Any, ...]
@@ -27,13 +27,14 @@ def einsums(x: Float[Array, "B T ..."], *products: tuple[str, Array], **options:
 
     Weights are gathered over the mesh axes that split them at rest alone. An axis that splits both T and a letter of a
     weight is gathered in x, once for all weights. Where a letter that is summed over is split, the sum over devices is
-    split along T, if it can be. The backward pass does the reverse of each; it gathers again what it needs, so that
-    nothing gathered is kept.
+    split along T, if it can be. The backward pass does the reverse of each. What was gathered has the name "gathered",
+    by which the model keeps none of it for the backward pass: that gathers again.
     """
     texts, weights = [text for text, _ in products], [weight for _, weight in products]
+    kind = current()
     x_spec, specs = spec_of(x), [spec_of(weight) for weight in weights]
     if not any(map(names_of, (*x_spec, *(entry for each in specs for entry in each)))):
-        return [_product(text, tuple(options.items()), x, weight.astype(x.dtype)) for text, weight in products]
+        return [_product(text, tuple(options.items()), kind, x, weight.astype(x.dtype)) for text, weight in products]
     used = [tuple(map(kept, each)) for each in specs]
     taken = {name for each in used for names in each for name in names}
     x_used = (x_spec[0], tuple(name for name in names_of(x_spec[1]) if name not in taken), *x_spec[2:])
@@ -42,18 +43,15 @@ def einsums(x: Float[Array, "B T ..."], *products: tuple[str, Array], **options:
 
     def local(x: Array, weights: list[Array]) -> list[Array]:
         x = gather_here(x, x_spec, x_used)
-        whole = [gather_here(weight, *each) for weight, *each in zip(weights, specs, used, strict=True)]
-        found = [_product(text, tuple(options.items()), x, weight) for text, weight in zip(texts, whole, strict=True)]
+        whole = [gather_here(weight.astype(x.dtype), *each) for weight, *each in zip(weights, specs, used, strict=True)]
+        found = [
+            _product(text, tuple(options.items()), kind, x, weight) for text, weight in zip(texts, whole, strict=True)
+        ]
         return [sum_here(y, over, 1) for y, over in zip(found, sums, strict=True)]
 
-    @jax.checkpoint
-    def split(x: Array, weights: list[Array]) -> list[Array]:
-        in_specs = spec(*x_spec), [spec(*each) for each in specs]
-        out_specs = [spec(*each) for each in results]
-        mapped = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return mapped(x, [weight.astype(x.dtype) for weight in weights])
-
-    return split(x, weights)
+    in_specs = spec(*x_spec), [spec(*each) for each in specs]
+    out_specs = [spec(*each) for each in results]
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(x, weights)
 
 
 def _letters(text: str) -> tuple[list[str], list[str], list[str]]:
@@ -83,25 +81,25 @@ def _result(text: str, x: Entries, weight: Entries, length: int) -> Entries:
     return tuple(entries[letter] for letter in result)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(text: str, options: Any, x: Array, weight: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(text: str, options: Any, kind: Kind, x: Array, weight: Array) -> Array:
     """The gradient that JAX would derive has g, the gradient of y, on the left of x; XLA on CPU then transposes g in
     memory, which takes longer than the product. With x on the left, nothing moves (a third off a step's time).
     """
-    return jnp.einsum(text.replace(" ", ""), x, weight, **dict(options))
+    return product(kind, text.replace(" ", ""), x, weight, **dict(options))
 
 
-def _forward(text: str, options: Any, x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(text, options, x, weight), (x, weight)
+def _forward(text: str, options: Any, kind: Kind, x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(text, options, kind, x, weight), (x, weight)
 
 
-def _backward(text: str, options: Any, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _backward(text: str, options: Any, kind: Kind, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, weight = saved
     x_letters, weight_letters, result = ("".join(letters) for letters in _letters(text))
     named = {name: value for name, value in options if name == "precision"}
     g = g.astype(x.dtype)
-    x_grad = jnp.einsum(f"{result},{weight_letters}->{x_letters}", g, weight, **named)
-    return x_grad, jnp.einsum(f"{x_letters},{result}->{weight_letters}", x, g, **named)
+    x_grad = product(kind, f"{result},{weight_letters}->{x_letters}", g, weight, gradient="left", **named)
+    return x_grad, product(kind, f"{x_letters},{result}->{weight_letters}", x, g, gradient="right", **named)
 
 
 _product.defvjp(_forward, _backward)

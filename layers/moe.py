@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import jax
@@ -84,13 +83,8 @@ class MoELayer(nnx.Module):
         time = tuple(name for name in names_of(x_spec[1]) if name not in over)
         mixture = Exchange(names_of(specs[0][0]), names_of(x_spec[0]))
 
-        # What was gathered for a product is gathered again for its gradient.
-        @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_anything_except_these_names("gathered"))
         def local(leaves: list[Array], *tokens: Array) -> Array:
-            leaves = [
-                checkpoint_name(gather_here(leaf.astype(x.dtype), old, new), "gathered")
-                for leaf, old, new in zip(leaves, specs, used, strict=True)
-            ]
+            leaves = [gather_here(leaf.astype(x.dtype), *each) for leaf, *each in zip(leaves, specs, used, strict=True)]
             tokens = tuple(gather_here(each, x_spec, (x_spec[0], time, None)) for each in tokens)
             return sum_here(mixture(tree.unflatten(leaves), tokens), over, 1)
 

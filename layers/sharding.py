@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec, reshard
 from jaxtyping import Array, Float
 
@@ -133,12 +134,15 @@ def kept(entry: Any) -> tuple[str, ...]:
 
 
 def gather_here(array: Array, before: tuple[Any, ...], after: tuple[Any, ...]) -> Array:
-    """Inside `jax.shard_map`: a device's part of an array under one partition, made its part under a coarser one."""
+    """Inside `jax.shard_map`: a device's part of an array under one partition, made its part under a coarser one.
+
+    It has the name "gathered", by which remat policies do not keep it.
+    """
     for dim, (old, new) in enumerate(zip(before, after, strict=True)):
         more = names_of(old)[len(names_of(new)) :]
         assert names_of(old) == (*names_of(new), *more), (before, after)
         if more:
-            array = jax.lax.all_gather(array, more, axis=dim, tiled=True)
+            array = checkpoint_name(jax.lax.all_gather(array, more, axis=dim, tiled=True), "gathered")
     return array
 
 

@@ -3,8 +3,11 @@
 import functools
 import math
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
+from typing import Any
+
+import jax
 
 from ..layers.spec import unknown
 
@@ -31,6 +34,8 @@ class Chip:
     """The share of its predicted speed that attention reaches."""
     devices: int = 1
     """JAX devices of a chip."""
+    options: dict[str, bool | int | str] = field(default_factory=dict)
+    """Of the compiler, for programs on several devices."""
     usd_hour: float | None = None
     watts: float | None = None
 
@@ -45,6 +50,13 @@ def chips() -> dict[str, Chip]:
     """All of chips.toml, by device kind."""
     table = tomllib.loads((files(__package__ or "train") / "chips.toml").read_text())
     return {kind: Chip(kind=kind, **row | {"attention": tuple(row["attention"])}) for kind, row in table.items()}
+
+
+def compiler_options() -> dict[str, Any]:
+    """How to compile a step for the devices of the ambient mesh; nothing to say but for several of a TPU."""
+    mesh = jax.sharding.get_mesh()
+    chip = chips().get(mesh.devices.flat[0].device_kind) if mesh.size > 1 else None
+    return {} if chip is None else chip.options
 
 
 def slice_of(text: str) -> str:

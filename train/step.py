@@ -14,10 +14,12 @@ from jaxtyping import Array, Bool, Float, Int
 from ..configs.run import Run
 from ..layers.loss import cross_entropy
 from ..layers.mixer import Places
+from ..layers.quantized import quantized
 from ..layers.sharding import batch_partition
 from ..zoo.decoder import DecoderModel
 from ..zoo.parameters import Parameters, describe, merge, shardings, split
 from . import balance, optimizer
+from .chips import compiler_options
 
 Batch = dict[str, Any]
 """`tokens`, `targets`, `segments`, `positions`: Int "B T"; `weights`: Float "B T", 0 where there is no target."""
@@ -84,7 +86,7 @@ def _state_of(run: Run, params: Parameters) -> State:
 
 
 def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
-    """The jitted training step; the state is donated. Metrics are float32 scalars.
+    """The jitted training step for the ambient mesh; the state is donated. Metrics are float32 scalars.
 
     Loss and gradient are means over the tokens of the whole batch, however it is cut into micro-batches: every
     micro-batch adds its sums, divided by the batch's own count of tokens. A step whose loss or gradient is not finite
@@ -127,7 +129,7 @@ def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, Array
         }
         return after, metrics | balance.metrics(routing, _real(batch))
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
 
 
 def make_evaluation(run: Run) -> Callable[[Parameters, Batch], Float[Array, ""]]:
@@ -183,7 +185,8 @@ def _gradients(
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss_of(params: Parameters, micro: Batch) -> tuple[Array, tuple[Array, balance.Done]]:
-        loss, nll, routing = _sums(run, merge(abstract, params), micro)
+        with quantized(run.quantize):
+            loss, nll, routing = _sums(run, merge(abstract, params), micro)
         of_routers = balance.loss(run.balance, routing, loads or balance.loads(routing), real)
         return loss * share + of_routers, (nll * share, routing)
 

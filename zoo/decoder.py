@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ..layers.block import Block
@@ -16,8 +17,25 @@ from ..layers.norm import Norm, RMSNorm
 from ..layers.routing import Routing
 from ..layers.spec import Spec
 
-Remat = Literal["none", "full", "dots", "dots_no_batch"]
+Remat = Literal["none", "full", "dots", "dots_no_batch", "full_offload", "dots_offload"]
+
+
+def all_but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """A remat policy: what devices gathered from each other for a product, they gather again for its gradient."""
+    return primitive.name != "all_gather" and parameters.get("name") != "gathered"
+
+
+def _offloaded(*names: str) -> Any:
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(names),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
 POLICIES = {
+    "none": all_but_gathered,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names("product", "attention")
@@ -26,8 +44,13 @@ POLICIES = {
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names("product"),
     ),
+    "full_offload": _offloaded("stream"),
+    "dots_offload": _offloaded("stream", "product", "attention"),
 }
-"""What the backward pass of a block keeps, by name; "none" recomputes nothing."""
+"""What the backward pass of a block keeps, by name; "none" recomputes nothing, but gathers weights again.
+
+The last two keep what "full" and "dots" do in the memory of the host: inputs of blocks, products, attention.
+"""
 
 Caches = dict[str, Any]
 """The caches of all blocks: `{"stack": one per block of the pattern, "rest": one per remaining block}`."""
@@ -240,9 +263,11 @@ def plain_places(tokens: Int[Array, "B T"]) -> Places:
 
 
 def _apply(block: Any, x: Array, places: Places, cache: Cache | None) -> tuple[Array, Cache | None, Routing | None]:
-    return block(x, places, cache)
+    return block(checkpoint_name(x, "stream"), places, cache)
 
 
 def _checkpointed(function: Any, remat: Remat, *, scanned: bool) -> Any:
     """Outside a scan, XLA would find what is computed twice, and store it after all, if it were not prevented."""
-    return function if remat == "none" else jax.checkpoint(function, policy=POLICIES[remat], prevent_cse=not scanned)
+    if remat == "none" and jax.sharding.get_abstract_mesh().empty:
+        return function  # nothing is gathered
+    return jax.checkpoint(function, policy=POLICIES[remat], prevent_cse=not scanned)
