@@ -1,5 +1,8 @@
 """Named training runs. Each docstring holds the command and the score it reached."""
 
+import jax.numpy as jnp
+
+from ..zoo import family, open_source
 from . import models
 from .run import Data, Optimizer, Run
 
@@ -36,4 +39,32 @@ def bench_cpu() -> Run:
         steps=20,
         batch=8,
         length=512,
+    )
+
+
+def finetune(weights: str) -> Run:
+    """All parameters of a pretrained model, on text of one's own.
+
+    zoo train HuggingFaceTB/SmolLM2-135M --data.source my_book.txt --name my_book
+
+    Layers compute in what the weights are stored in, and blocks are recomputed to save memory.
+
+    Args:
+        weights: a Hugging Face folder, a .gguf file, a name on the hub, or the folder of a run.
+    """
+    source = open_source(weights)
+    model = family.read(source.config)
+    stored = {tensor.dtype for tensor in source.tensors.values()}
+    positions = model.max_positions or source.config.get("max_position_embeddings")
+    return Run(
+        model=model,
+        weights=weights,
+        optimizer=Optimizer(learning_rate=2e-5, warmup_steps=10),
+        steps=200,
+        batch=8,
+        length=min(1024, positions or 1024),
+        dtype="bfloat16" if jnp.dtype(jnp.bfloat16) in stored else "float32",
+        remat="full",
+        eval_every=50,
+        sample_every=50,
     )
