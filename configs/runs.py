@@ -28,6 +28,26 @@ def shakespeare() -> Run:
     )
 
 
+def colab() -> Run:
+    """The complete works of Shakespeare on one chip of Colab, v5e or v6e, by 14M parameters: notebooks/train.ipynb.
+
+    zoo train colab
+
+    Half a minute on v5e and 15 seconds on v6e without compilation and evaluation, by `zoo plan`; never run on a chip by
+    us.
+    """
+    return shakespeare().replace(
+        model=models.small(vocab=4096, dim=384, layers=8, heads=6, kv_heads=2, hidden=1024, tied=True),
+        steps=800,
+        batch=64,
+        length=256,
+        dtype="bfloat16",
+        eval_every=100,
+        sample_every=200,
+        save_every=200,
+    )
+
+
 def bench_cpu() -> Run:
     """The shape that `make bench-train` measures: 32.5M parameters, T 512, batch 8, float32, AdamW.
 

@@ -132,7 +132,7 @@ def plan_(
     Example: `zoo plan qwen2_5_0_5b --topology colab-v5e --batch 4`
 
     Args:
-        name: a model or run by name (see `zoo list`), or the folder of a run.
+        name: a model or run by name (see `zoo list`), the folder of a run, or weights as `zoo train` takes them.
         topology: chip and sides of the slice, e.g. 'v6e:2x4'; or colab-v5e, colab-v6e, kaggle.
         length: tokens in a sequence; that of the run, or 2048 or what the model has positions for, if not given.
         batch: sequences in a step; that of the run, or one for each chip, if not given.
@@ -151,8 +151,10 @@ def plan_(
     chips = chip_of(topology)[1]
     if isinstance(found, Run):
         run = found
-    else:
+    elif name in configs.MODELS:
         run = Run(model=found, batch=chips, length=min(2048, found.max_positions or 2048), dtype="bfloat16")
+    else:
+        run = configs.get_run(name)
     given = {"length": length, "batch": batch, "mesh": mesh, "remat": remat, "accumulate": accumulate, "dtype": dtype}
     given["optimizer.name"] = optimizer
     wanted = run.replace(**{key: value for key, value in given.items() if value})

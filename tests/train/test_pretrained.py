@@ -10,50 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chat_checkpoint import TEMPLATE, checkpoint, tokenizer_of_bytes
 from flaxzoo import configs, zoo
 from flaxzoo.configs import Run, models
-from flaxzoo.train import cli, data, folder, loop, metrics
+from flaxzoo.train import cli, data, folder, loop, metrics, plan_report
 from flaxzoo.train import mesh as meshes
 from flaxzoo.train.data.tokenizer import ends
 from flaxzoo.train.pretrained import open_pretrained
 from flaxzoo.train.step import initial_state
 from flaxzoo.train.writer import open_writer
-from flaxzoo.zoo.parameters import describe, merge, partitions, split
+from flaxzoo.zoo.parameters import describe, partitions, split
 from flaxzoo.zoo.score import Row, Scorer
 from rich.console import Console
 from safetensors.numpy import load_file
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as kinds
 from tokenizers.processors import TemplateProcessing
 
-TEMPLATE = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
 QUIET = Console(quiet=True)
 pytestmark = pytest.mark.usefixtures("quick_compiler")
-
-
-def tokenizer_of_bytes(*special: str) -> Tokenizer:
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(kinds.BPE({token: i for i, token in enumerate([*letters, "th"])}, [("t", "h")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(special))
-    return tokenizer
-
-
-def checkpoint(where: Path, tokenizer: Tokenizer, dtype: Any = jnp.float32, **fields: Any) -> Path:
-    """A chat model of random numbers as a Hugging Face folder, with more rows than tokens, as many have."""
-    spec = models.small(vocab=272, dim=32, layers=2, heads=4, kv_heads=4, hidden=64, tied=True)
-    random = np.random.default_rng(0)
-    parameters = {
-        name: jnp.asarray(random.normal(0, 0.15, known.shape) + name.endswith("scale"), jnp.float32)
-        for name, known in describe(spec.abstract()).items()
-    }
-    config = {"model_type": "llama", "max_position_embeddings": 96, "eos_token_id": 258} | fields
-    zoo.save(merge(spec.abstract(), parameters), where, tokenizer=tokenizer, dtype=dtype, config=config)
-    (where / "chat_template.jinja").write_text(TEMPLATE)
-    (where / "generation_config.json").write_text('{"eos_token_id": [258]}')
-    (where / "LICENSE").write_text("do as you like")
-    return where
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +225,9 @@ def test_the_command(source: Path, done: Path, monkeypatch: pytest.MonkeyPatch) 
         (configs.get_run(str(source)).replace(steps=7), Path("runs/tiny")),
         (folder.Folder(done).run(), done),
     ]
+    monkeypatch.setattr(plan_report, "command", lambda run, topology, **_: asked.append((run, Path(topology))))
+    cli.dispatch(["plan", str(source), "--topology", "colab-v5e"])
+    assert asked[2:] == [(configs.get_run(str(source)), Path("colab-v5e"))]
     with pytest.raises(ValueError, match=r"unknown run in .* 'mime'; did you mean 'mine'"):
         cli.dispatch(["train", str(done.with_name("mime"))])
 
