@@ -28,7 +28,8 @@ from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = ["train", "generate", "finetune"]
-CHIPS = ["v5e:1x1", pytest.param("v6e:1x1", marks=pytest.mark.slow)]
+V5E, V6E = "v5e:1x1", "v6e:1x1"
+slow = pytest.mark.slow
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is for Linux on x86-64 alone")
 
 
@@ -174,8 +175,15 @@ def told(name: str, topology: str) -> list[float]:
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology", CHIPS)
-@pytest.mark.parametrize("name", ["train", "finetune"])
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("train", V5E),
+        pytest.param("train", V6E, marks=slow),
+        pytest.param("finetune", V5E, marks=slow),
+        pytest.param("finetune", V6E, marks=slow),
+    ],
+)
 def test_training_fits_the_chip_and_takes_as_long_as_is_told(
     name: str, topology: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +201,7 @@ def test_training_fits_the_chip_and_takes_as_long_as_is_told(
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology", CHIPS)
+@pytest.mark.parametrize("topology", [V5E, pytest.param(V6E, marks=slow)])
 def test_reading_and_writing_compile_for_the_chip(topology: str) -> None:
     """The two programs of generation, with the caches of a chat, beside the weights."""
     names: dict[str, Any] = {}
