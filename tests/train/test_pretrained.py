@@ -196,7 +196,7 @@ def test_from_another_run(run: Run, done: Path, tmp_path: Path) -> None:
     assert template.source == TEMPLATE
 
 
-def test_a_token_that_begins_a_text_stands_before_each(text: Path, tmp_path: Path) -> None:
+def test_a_token_that_begins_a_text_stands_before_each_and_each_row(text: Path, tmp_path: Path) -> None:
     """As the model knows it from its first training; that it comes after an end is not to be learned."""
     tokenizer = tokenizer_of_bytes("<s>", "</s>")
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
@@ -208,11 +208,11 @@ def test_a_token_that_begins_a_text_stands_before_each(text: Path, tmp_path: Pat
     assert batches.ends == ends(tokenizer) == (257, 258)
     row = next(batches.train())
     a = tokenizer.encode("a", add_special_tokens=False).ids[0]
-    assert row["tokens"][0].tolist() == [258, 257, a, a + 1, 258, 257, a + 2, a + 3, a + 4, 0]
-    assert row["targets"][0].tolist() == [257, a, a + 1, 258, 257, a + 2, a + 3, a + 4, 258, 0]
-    assert row["weights"][0].tolist() == [0, 1, 1, 1, 0, 1, 1, 1, 1, 0]
-    assert row["segments"][0].tolist() == [1, 2, 2, 2, 2, 3, 3, 3, 3, 0]
-    assert row["positions"][0].tolist() == [0, 0, 1, 2, 3, 0, 1, 2, 3, 0]
+    assert row["tokens"][0].tolist() == [257, 258, 257, a, a + 1, 258, 257, a + 2, a + 3, a + 4]
+    assert row["targets"][0].tolist() == [258, 257, a, a + 1, 258, 257, a + 2, a + 3, a + 4, 258]
+    assert row["weights"][0].tolist() == [0, 0, 1, 1, 1, 0, 1, 1, 1, 1]
+    assert row["segments"][0].tolist() == [1, 1, 2, 2, 2, 2, 3, 3, 3, 3]
+    assert row["positions"][0].tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 2, 3]
 
 
 def test_the_command(source: Path, done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
