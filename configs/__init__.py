@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 
 from ..layers.spec import unknown
 from ..zoo.decoder import Decoder
@@ -41,12 +42,17 @@ def get(name: str) -> Decoder | Run:
 
 
 def get_run(name: str) -> Run:
-    """The run of this name; for the name of a model, one with the usual settings. Raises ValueError on another name."""
+    """The run of this name; for the name of a model, one with the usual settings; for a checkpoint, `runs.finetune`.
+
+    Raises ValueError on another name, and where the checkpoint can't be read.
+    """
     if name in MODELS:
         return Run(model=MODELS[name]())
-    if name not in RUNS:
-        raise unknown("run", name, RUNS)
-    return RUNS[name]()
+    if name in RUNS:
+        return RUNS[name]()
+    if "/" in name or Path(name).exists():
+        return runs.finetune(name)
+    raise unknown("run", name, RUNS)
 
 
 def get_model(name: str) -> Decoder:

@@ -26,7 +26,8 @@ class Data(Spec):
     heldout_bytes: int = 1_000_000
     """At most so many bytes of text are evaluated on."""
     tokenizer: str = ""
-    """Path of a tokenizer.json; empty: a byte-level BPE of the model's vocabulary is trained on the text and cached."""
+    """Path of a tokenizer.json; empty: that of the run's weights, or a byte-level BPE of the model's vocabulary that is
+    trained on the text and cached."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,6 +120,9 @@ class Run(Spec):
     """A training run. Sizes are global: over all devices and processes."""
 
     model: Decoder
+    weights: str = ""
+    """Checkpoint of this model that training starts from: a Hugging Face folder, a .gguf file, a name on the hub or the
+    folder of another run; its tokenizer is the run's. Empty: random parameters."""
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     steps: int = 1000
@@ -176,6 +180,11 @@ class Run(Spec):
             raise ValueError(
                 f"a sequence must fit the model's table of positions, got length={self.length}, "
                 f"model.max_positions={self.model.max_positions}"
+            )
+        if self.weights and self.data.tokenizer:
+            raise ValueError(
+                f"the tokenizer is that of the weights, got weights={self.weights!r}, "
+                f"data.tokenizer={self.data.tokenizer!r}; leave out one of them"
             )
         self.balance.check(self.model)
         if self.quantize != "none" and any(isinstance(block.ffn, MoE) for block in self.model.all_blocks):

@@ -1,5 +1,8 @@
 """Named training runs. Each docstring holds the command and the score it reached."""
 
+import jax.numpy as jnp
+
+from ..zoo import family, open_source
 from . import models
 from .run import Data, Optimizer, Run
 
@@ -25,6 +28,26 @@ def shakespeare() -> Run:
     )
 
 
+def colab() -> Run:
+    """The complete works of Shakespeare on one chip of Colab, v5e or v6e, by 14M parameters: notebooks/train.ipynb.
+
+    zoo train colab
+
+    Half a minute on v5e and 15 seconds on v6e without compilation and evaluation, by `zoo plan`; never run on a chip by
+    us.
+    """
+    return shakespeare().replace(
+        model=models.small(vocab=4096, dim=384, layers=8, heads=6, kv_heads=2, hidden=1024, tied=True),
+        steps=800,
+        batch=64,
+        length=256,
+        dtype="bfloat16",
+        eval_every=100,
+        sample_every=200,
+        save_every=200,
+    )
+
+
 def bench_cpu() -> Run:
     """The shape that `make bench-train` measures: 32.5M parameters, T 512, batch 8, float32, AdamW.
 
@@ -36,4 +59,32 @@ def bench_cpu() -> Run:
         steps=20,
         batch=8,
         length=512,
+    )
+
+
+def finetune(weights: str) -> Run:
+    """All parameters of a pretrained model, on text of one's own.
+
+    zoo train HuggingFaceTB/SmolLM2-135M --data.source my_book.txt --name my_book
+
+    Layers compute in what the weights are stored in, and blocks are recomputed to save memory.
+
+    Args:
+        weights: a Hugging Face folder, a .gguf file, a name on the hub, or the folder of a run.
+    """
+    source = open_source(weights)
+    model = family.read(source.config)
+    stored = {tensor.dtype for tensor in source.tensors.values()}
+    positions = model.max_positions or source.config.get("max_position_embeddings")
+    return Run(
+        model=model,
+        weights=weights,
+        optimizer=Optimizer(learning_rate=2e-5, warmup_steps=10),
+        steps=200,
+        batch=8,
+        length=min(1024, positions or 1024),
+        dtype="bfloat16" if jnp.dtype(jnp.bfloat16) in stored else "float32",
+        remat="full",
+        eval_every=50,
+        sample_every=50,
     )

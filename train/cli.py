@@ -20,7 +20,7 @@ from ..zoo import family
 from ..zoo.load import is_run
 from . import commands, hardware, loop, plan_report, shard, show
 from .chips import chip_of
-from .folder import Folder
+from .folder import Folder, is_named
 
 RUNS = Path("runs")
 
@@ -132,7 +132,7 @@ def plan_(
     Example: `zoo plan qwen2_5_0_5b --topology colab-v5e --batch 4`
 
     Args:
-        name: a model or run by name (see `zoo list`), or the folder of a run.
+        name: a model or run by name (see `zoo list`), the folder of a run, or weights as `zoo train` takes them.
         topology: chip and sides of the slice, e.g. 'v6e:2x4'; or colab-v5e, colab-v6e, kaggle.
         length: tokens in a sequence; that of the run, or 2048 or what the model has positions for, if not given.
         batch: sequences in a step; that of the run, or one for each chip, if not given.
@@ -151,8 +151,10 @@ def plan_(
     chips = chip_of(topology)[1]
     if isinstance(found, Run):
         run = found
-    else:
+    elif name in configs.MODELS:
         run = Run(model=found, batch=chips, length=min(2048, found.max_positions or 2048), dtype="bfloat16")
+    else:
+        run = configs.get_run(name)
     given = {"length": length, "batch": batch, "mesh": mesh, "remat": remat, "accumulate": accumulate, "dtype": dtype}
     given["optimizer.name"] = optimizer
     wanted = run.replace(**{key: value for key, value in given.items() if value})
@@ -164,20 +166,15 @@ def plan_(
 
 
 def train(arguments: list[str]) -> None:
-    """Train a run by name, or go on with the one in a folder as it is: `zoo train runs/shakespeare`."""
+    """Train a run by name, go on with the one in a folder as it is, or start from the weights of a checkpoint."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: zoo train NAME_OR_FOLDER [--name FOLDER] [--fresh] [--step N] [--SETTING VALUE ...]")
-        print(f"\n{inspect.getdoc(Train)}\n\nruns:")
+        print(TRAIN_USAGE + "\n\nruns:")
         for name, made in configs.RUNS.items():
             print(f"  {name:16} {(made.__doc__ or '').splitlines()[0]}")
         print("\n`zoo train NAME --help` shows every setting of a run and its value.")
         return
     source, *rest = arguments
-    saved = Folder(Path(source))
-    if saved.config.is_file():
-        default = Train(run=saved.run(), name=saved.path.name, runs=saved.path.parent)
-    else:
-        default = Train(run=configs.get_run(source), name=source)
+    default = _default(source)
     wanted = tyro.cli(
         Train, default=default, args=rest, prog=f"zoo train {source}", config=(tyro.conf.AvoidSubcommands,)
     )
@@ -188,6 +185,14 @@ def train(arguments: list[str]) -> None:
     print(f"\nTry next:\n  {shlex.join([zoo_, 'generate', str(folder)])} --prompt {shlex.quote(prompt)}")
     if wanted.run.data.source == ("shakespeare",):
         print(f"  {zoo_} train shakespeare --data.source my_text.txt --prompt 'Once' --name my_text")
+
+
+def _default(source: str) -> Train:
+    """What `zoo train SOURCE` does without flags."""
+    path = Path(source)
+    if is_run(path) or ("/" in source and is_named(path)):
+        return Train(run=Folder(path).run(), name=path.name, runs=path.parent)
+    return Train(run=configs.get_run(source), name=path.name.removesuffix(".gguf"))
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -243,6 +248,14 @@ def dispatch(arguments: list[str]) -> None:
         raise unknown("command", command, [*COMMANDS, "train"])
 
 
+TRAIN_USAGE = f"""usage: zoo train NAME [--name FOLDER] [--fresh] [--step N] [--SETTING VALUE ...]
+
+{inspect.getdoc(Train)}
+
+NAME is a run or a model by name, the folder of a run, which goes on as it is (`zoo train runs/my_book`), or
+pretrained weights to start from, with their model and tokenizer: a Hugging Face folder, a .gguf file, or a
+name on the hub (`zoo train HuggingFaceTB/SmolLM2-135M --data.source my_book.txt --name my_book`)."""
+
 USAGE = """usage: zoo COMMAND ...
 
 Language models for JAX: look at them, train them, write with them.
@@ -256,6 +269,8 @@ Language models for JAX: look at them, train them, write with them.
   zoo plan qwen2_5_0_5b --topology colab-v5e --batch 4
                                 whether a job fits TPUs, its speed and its price, by the TPU compiler; no TPU needed
   zoo train shakespeare         train a run; every setting is a flag (zoo train shakespeare --help)
+  zoo train SmolLM2-135M.gguf --data.source my_book.txt
+                                train on from pretrained weights: a Hugging Face folder or name, or a .gguf file
   zoo generate runs/shakespeare --prompt "JULIET."
                                 continue a prompt with what was trained, or a Hugging Face folder or .gguf file
   zoo chat SmolLM2-135M-Instruct.gguf

@@ -14,9 +14,11 @@ from tokenizers import Tokenizer
 from ..configs.run import LAYOUT, Run
 from ..layers.spec import unknown
 from ..zoo.decoder import DecoderModel
+from ..zoo.hugging_face import Described
 from ..zoo.load import is_run
 from ..zoo.parameters import describe, merge, shardings
-from ..zoo.save import ModelSource
+from ..zoo.save import ModelSource, write_description
+from ..zoo.source import Source
 from . import mesh as meshes
 from . import step_folders
 from .checkpoint import Checkpoints
@@ -26,6 +28,16 @@ def _is_run(path: Path) -> bool:
     with contextlib.suppress(ValueError, OSError):
         return is_run(path)
     return False
+
+
+def is_named(path: Path) -> bool:
+    """Whether this is the folder of a run, or a mistyped one.
+
+    What is not there is one where its parent is a folder, or is called what `zoo train` calls it.
+    """
+    if path.exists():
+        return is_run(path)
+    return path.suffix != ".gguf" and (path.parent.is_dir() or path.parent.name == "runs")
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,16 @@ class Folder:
     def tokenizer(self) -> Path:
         """The tokenizer the run was trained with."""
         return self.path / "tokenizer.json"
+
+    @property
+    def description(self) -> Path:
+        """Of a run that started from pretrained weights: their config, chat template and companions."""
+        return self.path / "pretrained"
+
+    @property
+    def described(self) -> Described | None:
+        """What is in `description`; None where the run started from random parameters."""
+        return Described(self.description) if self.run().weights and self.description.is_dir() else None
 
     def run(self) -> Run:
         """The run this folder holds. Raises ValueError where it holds none, or one that this version can't read."""
@@ -108,6 +130,13 @@ class Folder:
         """Writes the tokenizer, whole or not at all."""
         _write(self.tokenizer, tokenizer.to_str(pretty=True))
 
+    def write_description(self, source: Source | Described | None) -> None:
+        """Writes what belongs to the weights that the run starts from, in place of what may be there."""
+        shutil.rmtree(self.description, ignore_errors=True)
+        if source is not None:
+            self.description.mkdir()
+            write_description(source, self.description)
+
 
 def _aside(path: Path) -> Path:
     return path.with_suffix(".new")
@@ -149,6 +178,13 @@ def load(
 
 
 def open_run(path: str | Path) -> ModelSource:
-    """The checkpoint of a run as a source, with the length it was trained on as that of the model."""
+    """The checkpoint of a run as a source.
+
+    What started from pretrained weights goes on with their config, chat template and companions; the length of others
+    is the one they were trained on.
+    """
     model, tokenizer = load(path)
-    return ModelSource(model, tokenizer=tokenizer, config={"max_position_embeddings": Folder(Path(path)).run().length})
+    folder = Folder(Path(path))
+    if (described := folder.described) is not None:
+        return ModelSource(model, tokenizer=tokenizer, described=described)
+    return ModelSource(model, tokenizer=tokenizer, config={"max_position_embeddings": folder.run().length})

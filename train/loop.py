@@ -27,6 +27,7 @@ from .checkpoint import Checkpoints, check_space
 from .data.cache import CacheError, cache_folder
 from .folder import Folder
 from .metrics import Recorder
+from .pretrained import Pretrained, open_pretrained
 from .progress import Board, amount, duration
 from .signals import Signals
 from .step import State, abstract_state, all_finite, best_parameters, initial_state, make_evaluation, make_step
@@ -119,14 +120,16 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-def _load_data(run: Run, console: Console) -> datasets.Batches:
+def _load_data(run: Run, folder: Folder, console: Console) -> datasets.Batches:
+    """The text in batches; where the run starts from weights, by their tokenizer, which is in its folder by now."""
+    data = run.data.replace(tokenizer=str(folder.tokenizer)) if run.weights else run.data
     with console.status("reading the data ...") as status:
 
         def progress(done: int, total: int | None) -> None:
             status.update(f"reading the data: {amount(done, 'B')}" + (f" of {amount(total, 'B')}" if total else ""))
 
         return datasets.load(
-            run.data,
+            data,
             vocab=run.model.vocab,
             length=run.length,
             batch=run.batch,
@@ -135,6 +138,17 @@ def _load_data(run: Run, console: Console) -> datasets.Batches:
             process_count=jax.process_count(),
             progress=progress,
         )
+
+
+def _first_state(run: Run, mesh: Mesh, pretrained: Pretrained | None, console: Console) -> State:
+    if pretrained is None:
+        return initial_state(run, mesh)
+    with console.status("reading the weights ...") as status:
+
+        def progress(done: int, total: int) -> None:
+            status.update(f"reading the weights: {amount(done, 'B')} of {amount(total, 'B')}")
+
+        return initial_state(run, mesh, pretrained.parameters(mesh, progress))
 
 
 @dataclass
@@ -178,10 +192,16 @@ class Job:
         def say(text: str) -> None:
             console.print(text, soft_wrap=True, highlight=False)
 
-        batches = _load_data(run, console)
+        pretrained = open_pretrained(run) if run.weights and not checkpoints.steps() else None
+        if pretrained is not None:
+            folder.write_tokenizer(pretrained.tokenizer)
+            folder.write_description(pretrained.described)
+        batches = _load_data(run, folder, console)
         size, unused = sum(known.size for known in describe(run.model.abstract()).values()), run.model.unused()
         parameters = f"{amount(size)} parameters" + (f", {amount(size - unused)} active" if unused else "")
         say(f"model   {parameters}, {amount(3 * run.model.flops(run.length), 'FLOP')} a trained token")
+        if run.weights:
+            say(f"weights {run.weights}")
         say(f"data    {batches.describe()}")
         say(f"devices {devices}")
         with contextlib.ExitStack() as opened:
@@ -197,8 +217,9 @@ class Job:
                 say(f"resumed from the checkpoint of step {start}")
             else:
                 check_space(folder.checkpoints, shapes, run.keep_last + 2)
-                state = initial_state(run, mesh)
-                folder.write_tokenizer(batches.tokenizer)
+                state = _first_state(run, mesh, pretrained, console)
+                if pretrained is None:
+                    folder.write_tokenizer(batches.tokenizer)
             recorder = opened.enter_context(contextlib.closing(Recorder(folder.path, start)))
             board = Board(run.steps, start, console)
             job = cls(run, folder, mesh, devices, state, batches, iterator, checkpoints, recorder, board)
@@ -217,6 +238,8 @@ class Job:
             self.board.say(f"all {start} steps are done already; --fresh starts anew")
         else:
             with self.board, Signals() as signals:
+                if self.run.weights and not start:
+                    self._evaluate(0)  # what training improves on
                 self._loop(start, signals)
         return self._finish()
 

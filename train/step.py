@@ -42,10 +42,12 @@ class State(TypedDict):
     """The key all randomness of the run comes from."""
 
 
-def initial_state(run: Run, mesh: Mesh) -> State:
-    """Fresh parameters and optimizer state, each made where it lives on the mesh (the ambient one)."""
-    places = shardings(describe(run.model.abstract()), mesh)
-    params = jax.jit(lambda: split(run.model.build(rngs=nnx.Rngs(run.seed))), out_shardings=places)()
+def initial_state(run: Run, mesh: Mesh, params: Parameters | None = None) -> State:
+    """Parameters (random, if not given) and optimizer state, each made where it lives on the mesh (the ambient one)."""
+    if params is None:
+        assert not run.weights, f"the run starts from {run.weights}: read it first"
+        places = shardings(describe(run.model.abstract()), mesh)
+        params = jax.jit(lambda: split(run.model.build(rngs=nnx.Rngs(run.seed))), out_shardings=places)()
     return jax.jit(functools.partial(_state_of, run), donate_argnums=0)(params)
 
 

@@ -14,8 +14,7 @@ from ..layers.spec import unknown
 from ..zoo import family
 from ..zoo.chat import ChatTemplate
 from ..zoo.decoder import DecoderModel
-from ..zoo.hugging_face import HuggingFaceFolder, read_json
-from ..zoo.load import is_run
+from ..zoo.hugging_face import Described, read_json
 from ..zoo.source import token_of
 from . import folder as folders
 from . import mesh as meshes
@@ -58,12 +57,12 @@ def open_writer(
     if dtype and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     path = Path(source)
-    # What is not there is a mistyped run where its parent is a folder, or is called what `zoo train` calls it.
-    mistyped = not path.exists() and path.suffix != ".gguf" and (path.parent.is_dir() or path.parent.name == "runs")
-    if is_run(path) or mistyped:
+    if folders.is_named(path):
         model, tokenizer = folders.load(path, step=step, mesh=mesh)
-        stop = (str(tokenizer.id_to_token(separator(tokenizer))),)
-        return Writer(model, tokenizer, stop, None, jnp.dtype(dtype or "float32"))
+        described = folders.Folder(path).described
+        stop, template = ((), None) if described is None else _text_of(described, tokenizer)
+        stop = tuple(dict.fromkeys((str(tokenizer.id_to_token(separator(tokenizer))), *stop)))
+        return Writer(model, tokenizer, stop, template, jnp.dtype(dtype or "float32"))
     if step is not None:
         raise ValueError(f"step is of the checkpoints of a run, and {source} is none; leave it out")
     opened = zoo.open_source(source)
@@ -72,12 +71,17 @@ def open_writer(
     model, tokenizer = zoo.load(opened, dtype=wanted, mesh=placed, progress=progress)
     if tokenizer is None:
         raise ValueError(f"{source} has no tokenizer: put its tokenizer.json beside the weights")
-    tokens, template = _described(opened, tokenizer)
+    stop, template = _text_of(opened, tokenizer)
     stored = jax.tree.leaves(model)[0].dtype
     computed = jnp.float32 if stored == jnp.float16 else stored
+    return Writer(model, tokenizer, stop, template, jnp.dtype(dtype) if dtype else computed)
+
+
+def _text_of(source: Any, tokenizer: Tokenizer) -> tuple[tuple[str, ...], ChatTemplate | None]:
+    """The tokens that end a text, and how the model chats."""
+    tokens, template = _described(source, tokenizer)
     stop = tuple(tokens.pop("stop"))
-    made = None if template is None else ChatTemplate(template, tokens)
-    return Writer(model, tokenizer, stop, made, jnp.dtype(dtype) if dtype else computed)
+    return stop, None if template is None else ChatTemplate(template, tokens)
 
 
 def _described(source: Any, tokenizer: Tokenizer) -> tuple[dict[str, Any], str | None]:
@@ -85,7 +89,7 @@ def _described(source: Any, tokenizer: Tokenizer) -> tuple[dict[str, Any], str |
     config, template = dict(source.config), source.chat_template
     named: dict[str, Any] = {}
     stop: list[str] = []
-    if isinstance(source, HuggingFaceFolder):
+    if isinstance(source, Described):
         folder = source.path
         described = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
         if (folder / "generation_config.json").is_file():

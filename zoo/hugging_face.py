@@ -19,10 +19,10 @@ MOST_JSON = 64 * 1024 * 1024
 """Bytes that a JSON file beside the weights may have; the largest index on the hub has 8 MB."""
 
 
-class HuggingFaceFolder:
-    """A folder as Hugging Face's transformers writes it; a `Source`.
+class Described:
+    """A folder as Hugging Face's transformers writes it, without its weights: what there is to know of config and text.
 
-    Raises ValueError where a file is missing, damaged, or names one outside of the folder.
+    Raises ValueError where it has no config, or a damaged one.
     """
 
     def __init__(self, path: str | Path):
@@ -30,22 +30,6 @@ class HuggingFaceFolder:
         if not self.path.is_dir():
             raise ValueError(f"{self.path} is not a folder")
         self.config: dict[str, Any] = read_json(self.path / "config.json")
-        self._files = {name: file for file in self._located() for name in file.tensors}
-        self.tensors: Mapping[str, TensorInfo] = {name: file.tensors[name] for name, file in self._files.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor."""
-        return self._files[name].read(name)
-
-    def tokenizer(self) -> Tokenizer | None:
-        """The fast tokenizer, where the folder has one."""
-        path = self.path / "tokenizer.json"
-        if not path.is_file():
-            return None
-        try:
-            return Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{path} can't be read: {error}") from error
 
     @property
     def companions(self) -> dict[str, Path]:
@@ -63,6 +47,32 @@ class HuggingFaceFolder:
             defaults = [one for one in found if isinstance(one, dict) and one.get("name") == "default"]
             found = defaults[0].get("template") if defaults else None
         return found if isinstance(found, str) else None
+
+
+class HuggingFaceFolder(Described):
+    """A folder as Hugging Face's transformers writes it; a `Source`.
+
+    Raises ValueError where a file is missing, damaged, or names one outside of the folder.
+    """
+
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self._files = {name: file for file in self._located() for name in file.tensors}
+        self.tensors: Mapping[str, TensorInfo] = {name: file.tensors[name] for name, file in self._files.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+        return self._files[name].read(name)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The fast tokenizer, where the folder has one."""
+        path = self.path / "tokenizer.json"
+        if not path.is_file():
+            return None
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{path} can't be read: {error}") from error
 
     def _located(self) -> list[SafetensorsFile]:
         index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"

@@ -18,6 +18,7 @@ from ..layers.linear import OutputMajor
 from . import rope_config
 from .decoder import Decoder, DecoderModel
 from .family import differences, read, write
+from .hugging_face import Described
 from .names import Unit, units
 from .parameters import describe, split
 from .safetensors_file import NAMES
@@ -66,14 +67,24 @@ def save(
 
 
 class ModelSource:
-    """A model as a `Source`: what a checkpoint of it holds. Arguments and errors as of `save`."""
+    """A model as a `Source`: what a checkpoint of it holds. Arguments and errors as of `save`.
+
+    `described` is the folder of the checkpoint that the model came from, for its config, chat template and companions.
+    """
 
     def __init__(
-        self, model: DecoderModel, *, tokenizer: Tokenizer | None = None, config: Mapping[str, Any] | None = None
+        self,
+        model: DecoderModel,
+        *,
+        tokenizer: Tokenizer | None = None,
+        config: Mapping[str, Any] | None = None,
+        described: Described | None = None,
     ):
         if any(isinstance(module, OutputMajor) for _, module in nnx.iter_modules(model)):
             raise ValueError("a model in the form for decoding is not saved: save the one that it was made of")
-        carried = dict(config or {})
+        carried = dict(config or (described.config if described else {}))
+        self.companions = described.companions if described else {}
+        self.chat_template = described.chat_template if described else None
         family, fields = write(model.spec, carried.get("model_type"))
         self.config: dict[str, Any] = _merged(carried, fields, model.spec) | {"architectures": [family.architecture]}
         self._parameters, self._tokenizer = split(model), tokenizer
@@ -134,7 +145,8 @@ def write_folder(source: Source, folder: str | Path, *, dtype: Any = None, shard
     aside.mkdir()
     try:
         _write_weights(source, tensors, aside, shard_bytes)
-        _write_rest(source, tensors, aside)
+        write_description(source, aside, widest(info.dtype for info in tensors.values()))
+        _write_tokenizer(source, aside)
         aside.rename(folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -163,23 +175,29 @@ def _write_weights(source: Source, tensors: Mapping[str, TensorInfo], folder: Pa
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def _write_rest(source: Source, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
-    """Writes the config and the tokenizer."""
+def write_description(source: Source | Described, folder: Path, dtype: np.dtype | None = None) -> None:
+    """Writes all of a checkpoint but weights and tokenizer: the config (with the dtype of the weights that are beside
+    it), the chat template and the companions. `Described` reads it.
+    """
     config = dict(source.config)
     config.pop("auto_map", None)  # names code that is not written with it
-    style = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[style] = widest(info.dtype for info in tensors.values()).name
+    if dtype is not None:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype.name
     _write_json(folder / "config.json", config)
     companions: Mapping[str, Path] = getattr(source, "companions", {})
     for name, path in companions.items():
         shutil.copyfile(path, folder / name)
-    template, tokenizer = getattr(source, "chat_template", None), source.tokenizer()
+    template = getattr(source, "chat_template", None)
     if template is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    if tokenizer is not None:
+
+
+def _write_tokenizer(source: Source, folder: Path) -> None:
+    """Writes the tokenizer, and what its special tokens are where no companion says so."""
+    if (tokenizer := source.tokenizer()) is not None:
         tokenizer.save(str(folder / "tokenizer.json"))
-        if "tokenizer_config.json" not in companions:
-            _write_json(folder / "tokenizer_config.json", _special_tokens(tokenizer, config))
+        if not (folder / "tokenizer_config.json").exists():
+            _write_json(folder / "tokenizer_config.json", _special_tokens(tokenizer, source.config))
 
 
 def _special_tokens(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from .cache import digest
 from .packing import Row, Rows, empty_row
 from .split import capped
-from .tokenizer import ids, separator
+from .tokenizer import Ends, ends, ids
 from .tokens import Store, heldout_stream
 
 Batch = Row
@@ -63,8 +63,13 @@ class Batches:
 
     @property
     def separator(self) -> int:
-        """The id of the token before each document and at the end of the stream."""
-        return separator(self.tokenizer)
+        """The id of the token after each document."""
+        return self.ends.end
+
+    @functools.cached_property
+    def ends(self) -> Ends:
+        """The ids before and after each document."""
+        return ends(self.tokenizer)
 
     @property
     def documents(self) -> int:
@@ -105,11 +110,11 @@ class Batches:
     @functools.cached_property
     def _heldout_rows(self) -> list[Rows]:
         streams = [heldout_stream(texts, self.tokenizer) for texts in self.heldout_texts if texts]
-        return [Rows(stream, self.length, self.separator) for stream in streams]
+        return [Rows(stream, self.length, self.ends) for stream in streams]
 
     def rows(self) -> grain.MapDataset:
         """The endless global order of rows: shuffled anew each epoch, mixed by the weights."""
-        parts = [grain.MapDataset.source(Rows(store.tokens, self.length, self.separator)) for store in self.stores]
+        parts = [grain.MapDataset.source(Rows(store.tokens, self.length, self.ends)) for store in self.stores]
         if not self.weights:
             return grain.MapDataset.concatenate(parts).seed(self._seed(0)).shuffle().repeat()
         shuffled = [part.seed(self._seed(index)).shuffle().repeat() for index, part in enumerate(parts)]

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from .tokenizer import Ends
+
 Row = dict[str, np.ndarray]
 """tokens, targets, segments, positions: int32 [T]; weights: float32 [T]. With a leading B: a batch."""
 
@@ -11,32 +13,44 @@ class Rows:
 
     Row r has the inputs `stream[rT : rT+T]` and the targets `stream[rT+1 : rT+T+1]`: over all rows every token but the
     last is an input once, and every token but the first a target once. Documents in a row are told apart by `segments`
-    (1, 2, ... from separator to separator; 0 is padding) and `positions` (0, 1, ... from each separator and from the
-    row's begin). `weights` are 1 where there is a target and 0 on the padding of the last row.
+    (1, 2, ... from begin to begin; 0 is padding) and `positions` (0, 1, ... from each begin and from the row's).
+    `weights` are 1 where there is something to predict, and 0 on the padding of the last row.
+
+    Where documents begin with another token than they end with, each row does so as well, since models that know such a
+    token are lost without it: rows move on by T - 1 tokens then. Nothing is predicted at a row's begin, where the token
+    is that of the row before, nor after an end, where it is always the same.
     """
 
-    def __init__(self, stream: np.ndarray, length: int, separator: int):
-        """Rows of `length` tokens of a stream (integers [n]) whose documents the id `separator` begins."""
+    def __init__(self, stream: np.ndarray, length: int, ends: Ends):
+        """Rows of `length` tokens of a stream (integers [n])."""
         self.stream = stream
         self.length = length
-        self.separator = separator
+        self.ends = ends
+        self.led = ends.begin != ends.end
+        self.step = length - self.led
+        if not self.step:
+            raise ValueError(f"a row needs 2 tokens where the first is the same in each, got length={length}")
 
     def __len__(self) -> int:
-        return -(-(len(self.stream) - 1) // self.length)
+        return -(-(len(self.stream) - 1) // self.step)
 
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        window = np.asarray(self.stream[index * self.length : (index + 1) * self.length + 1], np.int32)
-        begins = window[:-1] == self.separator
+        window = np.asarray(self.stream[index * self.step : (index + 1) * self.step + 1], np.int32)
+        if self.led:
+            window = np.insert(window, 0, self.ends.begin)
+        begins = window[:-1] == self.ends.begin
         begins[0] = True
+        over = (window[:-1] == self.ends.end) & self.led
+        over[0] = self.led
         time = np.arange(len(begins), dtype=np.int32)
         row = {
             "tokens": window[:-1],
             "targets": window[1:],
             "segments": np.cumsum(begins, dtype=np.int32),
             "positions": time - np.maximum.accumulate(np.where(begins, time, 0)),
-            "weights": np.ones(len(begins), np.float32),
+            "weights": np.where(over, np.float32(0), np.float32(1)),
         }
         missing = self.length - len(begins)
         return {name: np.pad(array, (0, missing)) for name, array in row.items()} if missing else row

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -43,9 +44,8 @@ def load_tokenizer(file: str | Path) -> Tokenizer:
         raise ValueError(f"cannot read the tokenizer {file}: {error}; it must be a tokenizer.json") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    name = tokenizer.id_to_token(separator(tokenizer))
-    assert name is not None
-    tokenizer.add_special_tokens([name])  # where it was a common token, which text can spell
+    names = [str(tokenizer.id_to_token(index)) for index in sorted({*ends(tokenizer)})]
+    tokenizer.add_special_tokens(names)  # where they were common tokens, which text can spell
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -59,6 +59,19 @@ def separator(tokenizer: Tokenizer) -> int:
         f"a tokenizer must have one of the tokens {', '.join(SEPARATORS)} to separate documents with, and this one has "
         f"none; add {END_OF_TEXT} to it: tokenizer.add_special_tokens([{END_OF_TEXT!r}])"
     )
+
+
+class Ends(NamedTuple):
+    """The ids that stand before and after a document: one and the same, unless the tokenizer has two."""
+
+    begin: int
+    end: int
+
+
+def ends(tokenizer: Tokenizer) -> Ends:
+    """What the tokenizer puts before a text, where it does, and the separator after it. Raises as `separator`."""
+    end = separator(tokenizer)
+    return Ends(next(iter(tokenizer.encode("").ids), end), end)
 
 
 def ids(tokenizer: Tokenizer) -> int:

@@ -13,12 +13,12 @@ from tokenizers import Tokenizer
 from .cache import digest, filled
 from .sources import Source
 from .split import Sample, split
-from .tokenizer import cuttable, ids, pieces, separator, tokenizer_digest
+from .tokenizer import cuttable, ends, ids, pieces, tokenizer_digest
 
 Progress = Callable[[int, int | None], None]
 """Called with the bytes of text done so far and about how many there are in all, where that is known."""
 
-_FORMAT = 1  # of the store and the rules that fill it
+_FORMAT = 2  # of the store and the rules that fill it
 _BATCH = 2**22  # characters encoded at once
 
 
@@ -27,7 +27,7 @@ class Store:
     """A tokenized source.
 
     Attributes:
-        tokens: the stream trained on, `SEP d1 SEP d2 ... SEP dn SEP`, on disk.
+        tokens: the stream trained on, on disk.
         heldout: texts that are held out, spread evenly over all that are, about as many bytes as were asked for.
         documents: documents trained on.
         bytes: their exact size in UTF-8.
@@ -105,13 +105,18 @@ def token_store(
 
 
 def heldout_stream(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
-    """Texts as one stream in memory, `SEP d1 SEP ... dn SEP`; a lone separator where there are none."""
+    """Texts as one stream in memory; a lone separator where there are none."""
     return np.concatenate(list(stream(texts, tokenizer)))
 
 
 def stream(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """The stream of some documents in parts, `SEP d1 SEP d2 ... SEP dn SEP`, uint16 or uint32 by the vocabulary."""
-    end = np.array([separator(tokenizer)], _dtype(tokenizer))
+    """The stream of some documents in parts, uint16 or uint32 by the vocabulary.
+
+    `SEP d1 SEP d2 SEP ... dn SEP`, where SEP is the separator; with another token, BOS, that the tokenizer puts before
+    a text, `SEP BOS d1 SEP BOS d2 SEP ... dn SEP`.
+    """
+    begin, end = ends(tokenizer)
+    between = np.array([end] if begin == end else [end, begin], _dtype(tokenizer))
     cut = cuttable(tokenizer)
     parts: list[tuple[str, bool]] = []  # text, and whether it begins a document
     waiting = 0
@@ -120,19 +125,19 @@ def stream(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
             parts.append((piece, index == 0))
             waiting += len(piece)
             if waiting >= _BATCH:
-                yield _encode(parts, tokenizer, end)
+                yield _encode(parts, tokenizer, between)
                 parts, waiting = [], 0
     if parts:
-        yield _encode(parts, tokenizer, end)
-    yield end
+        yield _encode(parts, tokenizer, between)
+    yield between[:1]
 
 
-def _encode(parts: list[tuple[str, bool]], tokenizer: Tokenizer, end: np.ndarray) -> np.ndarray:
+def _encode(parts: list[tuple[str, bool]], tokenizer: Tokenizer, between: np.ndarray) -> np.ndarray:
     encoded = tokenizer.encode_batch_fast([text for text, _ in parts], add_special_tokens=False)
     arrays: list[np.ndarray] = []
     for (_, begins), encoding in zip(parts, encoded, strict=True):
-        arrays += [end] * begins
-        arrays.append(np.array(encoding.ids, end.dtype))
+        arrays += [between] * begins
+        arrays.append(np.array(encoding.ids, between.dtype))
     return np.concatenate(arrays)
 
 
