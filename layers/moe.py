@@ -19,6 +19,9 @@ from .mlp import MLP, FeedForward, GatedMLP
 from .routing import Router, RouterLayer, Routing
 from .sharding import AXES, gather_here, kept, names_of, parameter, spec, spec_of, sum_here, time_after
 
+# `save_anything_except_these_names` saves everything.
+_MADE_AGAIN = (jax.lax.convert_element_type_p, jax.lax.all_gather_p)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoE(FeedForward):
@@ -84,12 +87,11 @@ class MoELayer(nnx.Module):
         time = tuple(name for name in names_of(x_spec[1]) if name not in over)
         mixture = Exchange(names_of(specs[0][0]), names_of(x_spec[0]))
 
-        # What was gathered for a product is gathered again for its gradient.
-        @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_anything_except_these_names("gathered"))
+        # Weights that were cast and gathered for a product are so again for its gradient.
+        @partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive not in _MADE_AGAIN)
         def local(leaves: list[Array], *tokens: Array) -> Array:
             leaves = [
-                checkpoint_name(gather_here(leaf.astype(x.dtype), old, new), "gathered")
-                for leaf, old, new in zip(leaves, specs, used, strict=True)
+                gather_here(leaf.astype(x.dtype), old, new) for leaf, old, new in zip(leaves, specs, used, strict=True)
             ]
             tokens = tuple(gather_here(each, x_spec, (x_spec[0], time, None)) for each in tokens)
             return sum_here(mixture(tree.unflatten(leaves), tokens), over, 1)
