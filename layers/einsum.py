@@ -43,7 +43,7 @@ def einsums(x: Float[Array, "B T ..."], *products: tuple[str, Array], **options:
 
     def local(x: Array, weights: list[Array]) -> list[Array]:
         x = gather_here(x, x_spec, x_used)
-        whole = [gather_here(weight.astype(x.dtype), *each) for weight, *each in zip(weights, specs, used, strict=True)]
+        whole = [gather_here(weight, *each) for weight, *each in zip(weights, specs, used, strict=True)]
         found = [
             _product(text, tuple(options.items()), kind, x, weight) for text, weight in zip(texts, whole, strict=True)
         ]
@@ -51,7 +51,8 @@ def einsums(x: Float[Array, "B T ..."], *products: tuple[str, Array], **options:
 
     in_specs = spec(*x_spec), [spec(*each) for each in specs]
     out_specs = [spec(*each) for each in results]
-    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(x, weights)
+    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return mapped(x, [weight.astype(x.dtype) for weight in weights])
 
 
 def _letters(text: str) -> tuple[list[str], list[str], list[str]]:

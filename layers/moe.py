@@ -84,14 +84,15 @@ class MoELayer(nnx.Module):
         mixture = Exchange(names_of(specs[0][0]), names_of(x_spec[0]))
 
         def local(leaves: list[Array], *tokens: Array) -> Array:
-            leaves = [gather_here(leaf.astype(x.dtype), *each) for leaf, *each in zip(leaves, specs, used, strict=True)]
+            leaves = [gather_here(leaf, *each) for leaf, *each in zip(leaves, specs, used, strict=True)]
             tokens = tuple(gather_here(each, x_spec, (x_spec[0], time, None)) for each in tokens)
             return sum_here(mixture(tree.unflatten(leaves), tokens), over, 1)
 
         places = spec(*x_spec)
         out = spec(x_spec[0], time_after(time, x.shape[1], over), None)
         in_specs = [spec(*each) for each in specs], places, places, places
-        return jax.shard_map(local, in_specs=in_specs, out_specs=out, check_vma=False)(leaves, x, chosen, weights)
+        mapped = jax.shard_map(local, in_specs=in_specs, out_specs=out, check_vma=False)
+        return mapped([leaf.astype(x.dtype) for leaf in leaves], x, chosen, weights)
 
 
 class ExpertLinear(nnx.Module):

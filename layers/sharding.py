@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec, reshard
 from jaxtyping import Array, Float
 
-MESH_AXES = ("dcn", "data", "fsdp", "expert", "context", "tensor")
+MESH_AXES = ("dcn", "pipeline", "data", "fsdp", "expert", "context", "tensor")
 """The mesh axes there are, slowest first: dcn is over slices or hosts, all others within one."""
 
 AXES: dict[str, tuple[str, ...]] = {
@@ -28,6 +28,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "N": ("tensor",),
     "K": ("tensor",),
     "E": ("expert",),
+    "L": ("pipeline",),
 }
 """The mesh axes that split each letter. Letters that are not here are never split.
 
@@ -115,7 +116,7 @@ def check_divides(name: str, axes: str, shape: tuple[int, ...], mesh: Mesh | Abs
             )
 
 
-def spec_of(array: Array) -> tuple[Any, ...]:
+def spec_of(array: Array | jax.ShapeDtypeStruct) -> tuple[Any, ...]:
     """The sharding of an array's type, one entry a dimension."""
     spec = tuple(jax.typeof(array).sharding.spec)
     return spec + (None,) * (array.ndim - len(spec))
@@ -171,6 +172,11 @@ def zeros(shape: tuple[int, ...], dtype: Any, spec: tuple[Any, ...]) -> Array:
     return jnp.zeros(shape, dtype, out_sharding=split_as(*spec))
 
 
+def zeros_like(tree: Any, *leading: int) -> Any:
+    """Zeros with the shapes of arrays, after leading dimensions, and split as they are; shapes alone will do."""
+    return jax.tree.map(lambda x: zeros((*leading, *x.shape), x.dtype, (*[None] * len(leading), *spec_of(x))), tree)
+
+
 def split_as(*spec: Any) -> PartitionSpec | None:
     """The `out_sharding` of a result with these entries, or None where there is no mesh."""
     return None if jax.sharding.get_abstract_mesh().empty else PartitionSpec(*spec)
@@ -201,6 +207,22 @@ def between_norms(array: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
     batch, time, *rest = spec_of(array)
     outside = tuple(name for name in names_of(time) if name not in AXES["N"])
     return array if outside == names_of(time) else reshard(array, spec(batch, outside, *rest))
+
+
+def with_layer(stack: Float[Array, "L ..."], one: Float[Array, "..."], index: Any) -> Float[Array, "L ..."]:
+    """A stack with one of its layers filled in, by the devices that hold it."""
+    split, mesh = spec_of(stack), jax.typeof(stack).sharding.mesh
+    if not names_of(split[0]):
+        return jax.lax.dynamic_update_index_in_dim(stack, one, index, 0)
+
+    def put(stack: Array, one: Array, index: Array) -> Array:
+        place = index - jax.lax.axis_index(split[0]) * stack.shape[0]
+        nearest = jnp.clip(place, 0, stack.shape[0] - 1)
+        old = jax.lax.dynamic_index_in_dim(stack, nearest, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(stack, jax.lax.select(place == nearest, one, old), nearest, 0)
+
+    specs = spec(*split), spec(*split[1:]), PartitionSpec()
+    return jax.shard_map(put, mesh=mesh, in_specs=specs, out_specs=specs[0])(stack, one, jnp.asarray(index))
 
 
 def whole(array: Array) -> Array:

@@ -12,13 +12,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from ..configs.run import Run
-from ..layers.loss import cross_entropy
+from ..layers import stages
 from ..layers.mixer import Places
 from ..layers.quantized import quantized
 from ..layers.sharding import batch_partition
 from ..zoo.decoder import DecoderModel
 from ..zoo.parameters import Parameters, describe, merge, shardings, split
-from . import balance, optimizer
+from . import balance, optimizer, staged
 from .chips import compiler_options
 
 Batch = dict[str, Any]
@@ -100,7 +100,8 @@ def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, Array
     rate = optimizer.schedule(run.optimizer, run.steps)
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
-        loss, nll, gradients, routing = _gradients(run, abstract, state["params"], batch)
+        with quantized(run.quantize):
+            loss, nll, gradients, routing = _gradients(run, abstract, state["params"], batch)
         norm = optax.tree.norm(gradients)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         if run.optimizer.clip:
@@ -139,6 +140,8 @@ def make_evaluation(run: Run) -> Callable[[Parameters, Batch], Float[Array, ""]]
     abstract = run.model.abstract()
 
     def evaluate(params: Parameters, batch: Batch) -> Float[Array, ""]:
+        if stages.count() > 1:
+            return staged.forward(run, merge(abstract, params), _micro_batches(run, batch))[1]
         nll = jax.lax.map(lambda micro: _sums(run, merge(abstract, params), micro)[1], _micro_batches(run, batch))
         return jnp.sum(nll)
 
@@ -160,15 +163,7 @@ def _sums(run: Run, model: DecoderModel, batch: Batch) -> tuple[Float[Array, ""]
     """Training loss and plain negative log-likelihood, summed over tokens, and what the routers did."""
     places = Places(positions=batch["positions"], segments=batch["segments"], exchange=run.context)
     hidden, _, routing = model.hidden_and_routing(batch["tokens"], places, dtype=jnp.dtype(run.dtype), remat=run.remat)
-    loss, nll = cross_entropy(
-        hidden,
-        model.output_embedding,
-        batch["targets"],
-        batch["weights"],
-        soft_cap=run.model.soft_cap,
-        z_loss=run.z_loss,
-    )
-    return loss, nll, routing
+    return *staged.likelihood(run, model, hidden, batch), routing
 
 
 def _real(batch: Batch) -> Float[Array, ""]:
@@ -184,11 +179,13 @@ def _gradients(
     share = jnp.where(tokens == 0.0, 0.0, 1.0 / jnp.where(tokens == 0.0, 1.0, tokens))
 
     real, loads = _real(batch), None
+    if stages.count() > 1:
+        scaled = batch | {"weights": batch["weights"] * share}
+        return staged.gradients(run, merge(abstract, params), _micro_batches(run, scaled), real)
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss_of(params: Parameters, micro: Batch) -> tuple[Array, tuple[Array, balance.Done]]:
-        with quantized(run.quantize):
-            loss, nll, routing = _sums(run, merge(abstract, params), micro)
+        loss, nll, routing = _sums(run, merge(abstract, params), micro)
         of_routers = balance.loss(run.balance, routing, loads or balance.loads(routing), real)
         return loss * share + of_routers, (nll * share, routing)
 

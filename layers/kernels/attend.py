@@ -303,7 +303,10 @@ class _Split:
 
         specs = [self.spec(shape) for shape in function.side_shapes(sizes)]
         # Jitted, because numbers made one by one belong to the mesh around, whatever mode that is in here.
-        spread: Any = jax.sharding.auto_axes(jax.jit(compute), out_sharding=specs)
+        # Axes that are manual here, as that of a pipeline's stages, stay so.
+        explicit = jax.sharding.get_abstract_mesh().explicit_axes
+        spread: Any = jax.jit(compute)
+        spread = jax.sharding.auto_axes(spread, axes=explicit, out_sharding=specs) if explicit else spread
         return spread(function.arrays, [] if fixed else [sizes.query])
 
     def run(self, function: Any, operands: Operands) -> tuple[Array, Array]:
