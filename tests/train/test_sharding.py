@@ -130,6 +130,11 @@ def test_recomputed_on_a_mesh(mesh: str, remat: Any) -> None:
     assert_same(outcome(run_of("moe").replace(mesh=mesh, remat=remat))[0], alone("moe"))
 
 
+def test_what_is_computed_again_is_gathered_no_more_often() -> None:
+    run = run_of("gqa").replace(mesh="fsdp=8", remat="full")
+    over_fsdp(collectives(outcome(run)[1]), run)
+
+
 # What does not fit.
 
 
