@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
-from jax.experimental import multihost_utils
 
-from . import array_store, manifest, step_folders
+from . import array_store, manifest, processes, step_folders
 from .array_store import required_bytes
 from .step_folders import SaveFailed, check_space
 
 __all__ = ["Checkpoints", "DamagedCheckpoint", "SaveFailed", "check_space", "required_bytes"]
+
+LOCK = ".lock"
+"""The file that the job which writes to a folder holds a lock on."""
 
 _log = logging.getLogger(__name__)
 
@@ -70,8 +72,8 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
         self._unlock: Callable[[], Any] = lambda: None
-        if not read_only and jax.process_index() == 0:
-            self._open()
+        if not read_only:
+            processes.first(self._open)
 
     def __enter__(self) -> Self:
         return self
@@ -81,7 +83,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, ascending."""
-        return step_folders.steps(self.folder)
+        return processes.first(lambda: step_folders.steps(self.folder))
 
     def save(
         self, step: int, state: Any, extra: dict[str, Any], *, loss: float | None = None, wait: bool = False
@@ -105,12 +107,15 @@ class Checkpoints:
         partial = step_folders.partial(self.folder, step)
         need = required_bytes(state)
         doing = f"save the checkpoint of step {step}"
+
+        def begin() -> None:
+            if need > step_folders.free(self.folder):
+                raise SaveFailed(step_folders.report(doing, self.folder, need, "no space left on the device"))
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+
         try:
-            if jax.process_index() == 0:
-                if need > step_folders.free(self.folder):
-                    raise SaveFailed(step_folders.report(doing, self.folder, need, "no space left on the device"))
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
+            processes.first(begin)
             arrays_written = array_store.start(partial / "state", state)
         except Exception as error:  # Orbax reports a full disk as a ValueError
             raise self._failed(doing, partial, need, error) from error
@@ -124,15 +129,17 @@ class Checkpoints:
     def drop_after(self, step: int) -> None:
         """Delete the checkpoints of later steps."""
         self._join()
-        if jax.process_index() == 0:
-            for later in [s for s in self.steps() if s > step]:
+
+        def delete() -> None:
+            for later in [s for s in step_folders.steps(self.folder) if s > step]:
                 step_folders.delete(self.folder / str(later))
 
+        processes.first(delete)
+
     def wait(self) -> None:
-        """Return when the last save is whole in every process; raises SaveFailed where it failed."""
+        """Return when the last save is whole, for every process; raises SaveFailed where it failed."""
         self._join()
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoint written")
+        processes.gather(None)  # the first process gives the folder its name
 
     def close(self) -> None:
         """Wait for the last save and let others write to the folder; raises SaveFailed where it failed."""
@@ -144,7 +151,8 @@ class Checkpoints:
     def extra(self, step: int | None = None) -> dict[str, Any]:
         """The `extra` that was saved with `step` (None: the latest). Raises as `restore` does."""
         step, facts = self._facts(step)
-        return self._extra(step, facts)
+        self._verify(step, facts, lambda name: name == "extra.json")
+        return self._extra(step)
 
     def restore(self, target: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """The state and `extra` of `step` (None: the latest), after its checksums were verified.
@@ -156,7 +164,7 @@ class Checkpoints:
         step, facts = self._facts(step)
         array_store.compare(facts["leaves"], target, f"the checkpoint of step {step} in {self.folder}")
         self._verify(step, facts, lambda name: True)
-        return array_store.load(self.folder / str(step) / "state", target), self._extra(step, facts)
+        return array_store.load(self.folder / str(step) / "state", target), self._extra(step)
 
     def restore_subtree(self, key: str, target: Any, step: int | None = None) -> Any:
         """One top-level entry of the state, e.g. "params"; nothing else is read from disk. Raises as `restore` does."""
@@ -172,7 +180,7 @@ class Checkpoints:
     def _open(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             self._unlock = weakref.finalize(self, os.close, handle)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -201,7 +209,7 @@ class Checkpoints:
         doing = f"save the checkpoint of step {step}"
         try:
             arrays_written()
-            if jax.process_index() == 0:
+            if processes.writes():
                 (partial / "extra.json").write_text(extra)
                 manifest.seal(partial, facts)
                 step_folders.publish(self.folder, step)
@@ -214,14 +222,14 @@ class Checkpoints:
                 _log.error("%s (the program ended before the save did: use `with Checkpoints(...)`)", self._error)
 
     def _delete_old(self, latest: int) -> None:
-        steps = [step for step in self.steps() if step <= latest]
+        steps = [step for step in step_folders.steps(self.folder) if step <= latest]
         losses = {}
         for step in steps:
             with contextlib.suppress(manifest.Damage):
                 losses[step] = manifest.read(self.folder / str(step))["loss"]
         known = [step for step in losses if losses[step] is not None and math.isfinite(losses[step])]
         best = sorted(known, key=lambda step: (losses[step], -step))[: self.keep_best]
-        for step in self.steps():
+        for step in step_folders.steps(self.folder):
             if step not in {*best, *steps[-self.keep_last :]}:
                 step_folders.delete(self.folder / str(step))
 
@@ -238,36 +246,49 @@ class Checkpoints:
         message = step_folders.report(
             doing, self.folder, need, step_folders.cause(error)
         )  # before the half-written files are gone
-        if jax.process_index() == 0:
+        if processes.writes():
             shutil.rmtree(partial, ignore_errors=True)
         return error if isinstance(error, SaveFailed) else SaveFailed(message)
 
     def _facts(self, step: int | None) -> tuple[int, dict[str, Any]]:
+        """A step and its manifest, as the first process sees them: another may see the folder as it was before."""
         self._join()
-        steps = self.steps()
-        if step is None and not steps:
-            raise ValueError(f"there is no whole checkpoint in {self.folder}, so there is nothing to restore")
-        step = steps[-1] if step is None else step
-        if step not in steps and not (self.folder / str(step)).exists():
-            raise ValueError(f"{self.folder} has checkpoints of the steps {steps}, but none of step {step}")
-        try:
-            return step, manifest.read(self.folder / str(step))
-        except manifest.Damage as damage:
-            raise DamagedCheckpoint(self.folder, step, damage, self._whole_besides(step)) from damage
+
+        def read() -> tuple[int, dict[str, Any]]:
+            steps = step_folders.steps(self.folder)
+            if step is None and not steps:
+                raise ValueError(f"there is no whole checkpoint in {self.folder}, so there is nothing to restore")
+            chosen = steps[-1] if step is None else step
+            if chosen not in steps and not (self.folder / str(chosen)).exists():
+                raise ValueError(f"{self.folder} has checkpoints of the steps {steps}, but none of step {chosen}")
+            try:
+                return chosen, manifest.read(self.folder / str(chosen))
+            except manifest.Damage as damage:
+                raise DamagedCheckpoint(self.folder, chosen, damage, self._whole_besides(chosen)) from damage
+
+        chosen, facts = processes.first(read)
+        return chosen, facts
 
     def _verify(self, step: int, facts: dict[str, Any], wanted: Callable[[str], bool]) -> None:
+        """Each process reads a share of the files; what one of them finds damaged, all raise."""
+        names = [name for name in facts["files"] if wanted(name)]
+        share = {*names[jax.process_index() :: jax.process_count()]}
         try:
-            manifest.verify(self.folder / str(step), facts["files"], wanted)
+            manifest.verify(self.folder / str(step), facts["files"], share.__contains__)
+            problem = None
         except manifest.Damage as damage:
+            problem = damage.file, damage.problem
+        found = next(filter(None, processes.gather(problem)), None)
+        if found is not None:
+            damage = manifest.Damage(*found)
             raise DamagedCheckpoint(self.folder, step, damage, self._whole_besides(step)) from damage
 
-    def _extra(self, step: int, facts: dict[str, Any]) -> dict[str, Any]:
-        self._verify(step, facts, lambda name: name == "extra.json")
-        return json.loads((self.folder / str(step) / "extra.json").read_text())
+    def _extra(self, step: int) -> dict[str, Any]:
+        return processes.first(lambda: json.loads((self.folder / str(step) / "extra.json").read_text()))
 
     def _whole_besides(self, damaged: int) -> int | None:
         """The last step that verifies: of those before the damaged one, else of all."""
-        steps = self.steps()[::-1]
+        steps = step_folders.steps(self.folder)[::-1]
         for step in [s for s in steps if s < damaged] + [s for s in steps if s > damaged]:
             folder = self.folder / str(step)
             with contextlib.suppress(manifest.Damage):

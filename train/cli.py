@@ -1,15 +1,18 @@
 """The `zoo` command."""
 
+import contextlib
 import inspect
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import tyro
 from rich.console import Console
 
@@ -18,7 +21,7 @@ from ..configs.run import Run
 from ..layers.spec import unknown
 from ..zoo import family
 from ..zoo.load import is_run
-from . import commands, hardware, loop, plan_report, shard, show
+from . import cluster, commands, hardware, loop, plan_report, processes, shard, show, signals
 from .chips import chip_of
 from .folder import Folder, is_named
 
@@ -208,31 +211,50 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
+MANY = ("train", "generate", "eval")
+"""The commands that several processes may carry out together."""
+
+
 def main() -> None:
     """Runs the command line; errors are one line on standard error, with a traceback only where `--traceback` asks."""
     hardware.without_tpu()
     arguments = [a for a in sys.argv[1:] if a != "--traceback"]
     try:
-        dispatch(arguments)
-    except loop.Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(143 if stop.signal_name == "SIGTERM" else 130)
-    except KeyboardInterrupt:
-        print(
-            "interrupted; " + ("what was saved stays" if arguments[:1] == ["train"] else "nothing was written"),
-            file=sys.stderr,
-        )
-        sys.exit(130)
+        with _joined(arguments):
+            dispatch(arguments)
     except BrokenPipeError:
         sys.exit(141)
-    except Exception as error:
-        if "--traceback" in sys.argv or os.environ.get("ZOO_TRACEBACK"):
-            raise
-        expected = isinstance(error, ValueError | OSError | NotImplementedError)
-        name = "" if expected else f"{type(error).__name__}: "
-        hint = "" if expected else "\n(--traceback shows where)"
-        print(f"error: {name}{error}{hint}", file=sys.stderr)
-        sys.exit(1)
+    except (Exception, KeyboardInterrupt) as error:
+        text, code = told(error)
+        if not isinstance(error, signals.Interrupted) or processes.writes():
+            print(text, file=sys.stderr)
+        sys.exit(code)
+
+
+@contextlib.contextmanager
+def _joined(arguments: list[str]) -> Iterator[None]:
+    """One process of several where the command is for many; what it prints is printed by the first one."""
+    if not arguments or arguments[0] not in MANY:
+        yield
+        return
+    with cluster.joined(told), contextlib.ExitStack() as quiet:
+        if jax.distributed.is_initialized() and not processes.writes():
+            quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(Path(os.devnull).open("w"))))
+        yield
+
+
+def told(error: BaseException) -> tuple[str, int]:
+    """What a user reads of an error, and the exit code."""
+    if isinstance(error, signals.Interrupted):
+        return f"{error}", 143 if error.signal_name == "SIGTERM" else 130
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what was saved stays", 130
+    if "--traceback" in sys.argv or os.environ.get("ZOO_TRACEBACK"):
+        return "".join(traceback.format_exception(error)), 1
+    expected = isinstance(error, ValueError | OSError | NotImplementedError)
+    name = "" if expected else f"{type(error).__name__}: "
+    hint = "" if expected else "\n(--traceback shows where)"
+    return f"error: {name}{error}{hint}", 1
 
 
 def dispatch(arguments: list[str]) -> None:

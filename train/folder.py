@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import secrets
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,11 @@ from ..zoo.parameters import describe, merge, shardings
 from ..zoo.save import ModelSource, write_description
 from ..zoo.source import Source
 from . import mesh as meshes
-from . import step_folders
-from .checkpoint import Checkpoints
+from . import processes, step_folders
+from .checkpoint import LOCK, Checkpoints
+
+VISIBLE = 30.0
+"""Seconds that a shared disk may take to show one machine what another one wrote."""
 
 
 def _is_run(path: Path) -> bool:
@@ -88,26 +93,57 @@ class Folder:
 
         A run that has no checkpoint yet has nothing to go on from, so another may take its place: a mistake in the
         first command is corrected by the second. `fresh` deletes what is there. Raises ValueError where the folder
-        holds another run, and names what differs; SaveFailed where another job writes to it.
+        holds another run, and names what differs, or another process of this job does not see it; SaveFailed where
+        another job writes to it.
         """
-        if fresh and self.config.is_file():
+        if fresh and processes.first(self.config.is_file):
             away = self.path.with_name(f"{self.path.name}.deleted")  # killed meanwhile, none of it is taken for a run
-            shutil.rmtree(away, ignore_errors=True)
             with Checkpoints(self.checkpoints):  # of a job that is running, nothing is deleted
-                self.path.rename(away)
-            shutil.rmtree(away)
+                processes.first(lambda: self._delete(away))
+        processes.first(self._make)
+        with contextlib.ExitStack() as opened:
+            checkpoints = opened.enter_context(Checkpoints(self.checkpoints, keep_last=run.keep_last))
+            processes.first(lambda: self._begin(run))
+            self._check_shared()
+            opened.pop_all()
+        return checkpoints
+
+    def _delete(self, away: Path) -> None:
+        shutil.rmtree(away, ignore_errors=True)
+        self.path.rename(away)
+        shutil.rmtree(away)
+
+    def _make(self) -> None:
         if not self.config.is_file() and self.path.is_dir():
             ours = set() if step_folders.steps(self.checkpoints) else {_aside(self.config), self.checkpoints}
             if set(self.path.iterdir()) - ours:
                 raise ValueError(f"{self.path} holds other files than a run's; choose another --name")
         self.path.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as opened:
-            checkpoints = opened.enter_context(Checkpoints(self.checkpoints, keep_last=run.keep_last))
-            if checkpoints.steps():
-                self._check_same(run)
-            self.write(run)
-            opened.pop_all()
-        return checkpoints
+
+    def _begin(self, run: Run) -> None:
+        if step_folders.steps(self.checkpoints):
+            self._check_same(run)
+        self.write(run)
+
+    def _check_shared(self) -> None:
+        """Raises ValueError where a process sees another folder than the first one does: a disk of its own machine."""
+        lock = self.checkpoints / LOCK
+
+        def mark() -> str:
+            lock.write_text(secrets.token_hex(8))
+            return lock.read_text()
+
+        if jax.process_count() == 1:
+            return
+        told, deadline = processes.first(mark), time.monotonic() + VISIBLE
+        while not (seen := lock.is_file() and lock.read_text() == told) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        others = [str(index) for index, each in enumerate(processes.gather(seen)) if not each]
+        if others:
+            raise ValueError(
+                f"all processes of a run write to one folder, but process {', '.join(others)} does not see what "
+                f"process 0 wrote to {self.path.absolute()}; put --runs on a disk that all machines share"
+            )
 
     def _check_same(self, run: Run) -> None:
         """Raises ValueError where `run` would learn something else than the one that is here."""
@@ -130,8 +166,9 @@ class Folder:
         """Writes the tokenizer, whole or not at all."""
         _write(self.tokenizer, tokenizer.to_str(pretty=True))
 
-    def write_description(self, source: Source | Described | None) -> None:
+    def write_pretrained(self, tokenizer: Tokenizer, source: Source | Described | None) -> None:
         """Writes what belongs to the weights that the run starts from, in place of what may be there."""
+        self.write_tokenizer(tokenizer)
         shutil.rmtree(self.description, ignore_errors=True)
         if source is not None:
             self.description.mkdir()
@@ -165,7 +202,7 @@ def load(
     run = folder.run()
     abstract = run.model.abstract()
     described = describe(abstract)
-    devices = mesh if isinstance(mesh, Mesh) else meshes.for_parameters(run.model, mesh or "fsdp=1")
+    devices = mesh if isinstance(mesh, Mesh) else meshes.for_parameters(run.model, mesh or "")
     places = shardings(described, devices)
     target = {
         name: jax.ShapeDtypeStruct(known.shape, known.dtype, sharding=places[name]) for name, known in described.items()

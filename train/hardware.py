@@ -26,9 +26,14 @@ PEAKS = {
 """Dense bfloat16 (T4: float16) FLOP/s of one chip by the start of its device kind, from the makers' data sheets."""
 
 
+def has_tpu() -> bool:
+    """Whether there may be a TPU in this machine, by its device files."""
+    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+
+
 def without_tpu() -> None:
     """Where no TPU is in the machine, keeps an installed libtpu from searching one on the network and saying so."""
-    if not any(Path("/dev").glob("accel*")) and not any(Path("/dev/vfio").glob("*")):
+    if not has_tpu():
         for name, value in (
             ("TPU_SKIP_MDS_QUERY", "1"),
             ("TPU_ACCELERATOR_TYPE", "v5litepod-1"),

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import signal
 import statistics
 import time
 from collections import deque
@@ -21,25 +22,17 @@ from .. import zoo
 from ..configs.run import Run
 from ..zoo.parameters import describe, merge, shardings
 from . import data as datasets
-from . import hardware, report
+from . import hardware, processes, report, roll, step_folders
 from . import mesh as meshes
 from .checkpoint import Checkpoints, check_space
 from .data.cache import CacheError, cache_folder
 from .folder import Folder
-from .metrics import Recorder
+from .metrics import Muted, Recorder
 from .pretrained import Pretrained, open_pretrained
 from .progress import Board, amount, duration
-from .signals import Signals
+from .signals import Interrupted, Signals
 from .step import State, abstract_state, all_finite, best_parameters, initial_state, make_evaluation, make_step
 from .step_folders import cause, command, free
-
-
-class Interrupted(Exception):
-    """A signal ended the run, after its state was saved."""
-
-    def __init__(self, signal_name: str, step: int, folder: Path):
-        self.signal_name = signal_name
-        super().__init__(f"{signal_name}: stopped and saved at step {step}; {command(folder)} goes on from there")
 
 
 class Diverged(ValueError):
@@ -68,6 +61,8 @@ def train(
 ) -> Result:
     """Trains a run in its folder, going on from the latest whole checkpoint there is.
 
+    Where there are several processes (`cluster.joined`), each calls it alike, and the first one writes.
+
     Args:
         run: what to train.
         folder: where everything goes, e.g. "runs/shakespeare".
@@ -83,15 +78,19 @@ def train(
     """
     if fresh and step is not None:
         raise ValueError(f"fresh starts anew and step={step} goes on from a checkpoint: leave out one of them")
-    if jax.process_count() > 1:
-        raise NotImplementedError(f"training runs in one process, over all of its devices; got {jax.process_count()}")
+    told = run.flat() | {"folder": folder, "fresh": fresh, "step": step}
+    processes.check_same({name: f"{value}" for name, value in told.items()})
     place = Folder(Path(folder))
     mesh, devices_line = meshes.make(run, devices)
-    with _explained(place.path), place.open(run, fresh=fresh) as checkpoints:
+    with (
+        _explained(place.path),
+        roll.advised(lambda: step_folders.saved(place.checkpoints)),
+        place.open(run, fresh=fresh) as checkpoints,
+    ):
         if step is not None and not checkpoints.steps():
             raise ValueError(f"{place.path} has no checkpoint of step {step}, nor any other; leave out --step to start")
         use_compilation_cache()
-        console = console or Console()
+        console = (console or Console()) if processes.writes() else Console(quiet=True)
         with jax.set_mesh(mesh), jax.numpy_dtype_promotion("strict"):
             job = Job.prepare(run, place, checkpoints, mesh, devices_line, console, step)
             with contextlib.closing(job):
@@ -120,7 +119,7 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-def _load_data(run: Run, folder: Folder, console: Console) -> datasets.Batches:
+def _load_data(run: Run, folder: Folder, mesh: Mesh, console: Console) -> datasets.Batches:
     """The text in batches; where the run starts from weights, by their tokenizer, which is in its folder by now."""
     data = run.data.replace(tokenizer=str(folder.tokenizer)) if run.weights else run.data
     with console.status("reading the data ...") as status:
@@ -128,16 +127,17 @@ def _load_data(run: Run, folder: Folder, console: Console) -> datasets.Batches:
         def progress(done: int, total: int | None) -> None:
             status.update(f"reading the data: {amount(done, 'B')}" + (f" of {amount(total, 'B')}" if total else ""))
 
-        return datasets.load(
+        batches = datasets.load(
             data,
             vocab=run.model.vocab,
             length=run.length,
             batch=run.batch,
             seed=run.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            own=meshes.rows(mesh, run.batch),
             progress=progress,
         )
+    processes.check_same({"text": f"{batches.order} {batches.describe()}"})
+    return batches
 
 
 def _first_state(run: Run, mesh: Mesh, pretrained: Pretrained | None, console: Console) -> State:
@@ -163,7 +163,7 @@ class Job:
     batches: datasets.Batches
     iterator: Any
     checkpoints: Checkpoints
-    recorder: Recorder
+    recorder: Recorder | Muted
     board: Board
     last: dict[str, float] = field(default_factory=dict)
     saved: int = 0
@@ -192,11 +192,10 @@ class Job:
         def say(text: str) -> None:
             console.print(text, soft_wrap=True, highlight=False)
 
-        pretrained = open_pretrained(run) if run.weights and not checkpoints.steps() else None
+        pretrained = open_pretrained(run) if run.weights and not processes.first(checkpoints.steps) else None
         if pretrained is not None:
-            folder.write_tokenizer(pretrained.tokenizer)
-            folder.write_description(pretrained.described)
-        batches = _load_data(run, folder, console)
+            processes.first(lambda: folder.write_pretrained(pretrained.tokenizer, pretrained.described))
+        batches = _load_data(run, folder, mesh, console)
         size, unused = sum(known.size for known in describe(run.model.abstract()).values()), run.model.unused()
         parameters = f"{amount(size)} parameters" + (f", {amount(size - unused)} active" if unused else "")
         say(f"model   {parameters}, {amount(3 * run.model.flops(run.length), 'FLOP')} a trained token")
@@ -216,11 +215,13 @@ class Job:
                     checkpoints.drop_after(step)
                 say(f"resumed from the checkpoint of step {start}")
             else:
-                check_space(folder.checkpoints, shapes, run.keep_last + 2)
+                processes.first(lambda: check_space(folder.checkpoints, shapes, run.keep_last + 2))
                 state = _first_state(run, mesh, pretrained, console)
                 if pretrained is None:
-                    folder.write_tokenizer(batches.tokenizer)
-            recorder = opened.enter_context(contextlib.closing(Recorder(folder.path, start)))
+                    processes.first(lambda: folder.write_tokenizer(batches.tokenizer))
+            recorder = opened.enter_context(
+                contextlib.closing(Recorder(folder.path, start) if processes.writes() else Muted())
+            )
             board = Board(run.steps, start, console)
             job = cls(run, folder, mesh, devices, state, batches, iterator, checkpoints, recorder, board)
             job.saved = start
@@ -248,13 +249,14 @@ class Job:
         step_function = make_step(run)
         began, pending = time.perf_counter(), None
         for step, batch in self._profiled(start):
-            self.state, metrics = step_function(self.state, meshes.place(batch, self.mesh))
+            asked = processes.largest(signals.caught, self.mesh)  # all must stop after the same step
+            self.state, metrics = step_function(self.state, self._placed(batch))
             if pending:
                 self._record(*pending, began)
                 began = time.perf_counter()
             pending = (step, metrics)
             due = [every and step % every == 0 for every in (run.eval_every, run.sample_every, run.save_every)]
-            end, caught = step == run.steps, signals.caught
+            end, caught = step == run.steps, int(asked)
             if any(due) or end or caught:
                 self._record(*pending, began)
                 pending = None
@@ -267,15 +269,19 @@ class Job:
                 if end or caught:
                     self.checkpoints.wait()
                 if caught and not end:
-                    raise Interrupted(caught, step, self.folder.path)
+                    raise Interrupted(signal.Signals(caught).name, step, self.folder.path)
                 began = time.perf_counter()
+
+    def _placed(self, batch: Any) -> dict[str, jax.Array]:
+        """This process's rows of a batch as its part of the whole one, on the mesh."""
+        return meshes.place(batch, self.mesh, self.batches.own, self.batches.batch)
 
     def _profiled(self, start: int) -> Iterator[tuple[int, Any]]:
         """Step numbers and batches, with the profiler on where the run asks for it."""
         steps = self.run.profiled
         with contextlib.ExitStack() as tracing:
             for step in range(start + 1, self.run.steps + 1):
-                if step == max(start + 1, steps.start) and step in steps:
+                if step == max(start + 1, steps.start) and step in steps and processes.writes():
                     tracing.enter_context(jax.profiler.trace(str(self.folder.path / "profile")))
                 yield step, next(self.iterator)
                 if step + 1 == steps.stop:
@@ -299,7 +305,7 @@ class Job:
         pace = statistics.median(self.recent or [seconds])
         speed = self.run.batch * self.run.length / pace
         facts = {"loss": f"{values['loss']:.3f}", "tokens/s": amount(speed)}
-        device = self.mesh.devices.flat[0]
+        device = self.mesh.local_devices[0]
         peak = hardware.peak_flops(device)
         if peak:
             facts["MFU"] = f"{3 * self.run.model.flops(self.run.length) * speed / peak / self.mesh.size:.1%}"
@@ -323,7 +329,7 @@ class Job:
         if not self.batches.heldout_bytes:
             return
         parameters = best_parameters(self.state)
-        sums = [self.evaluation(parameters, meshes.place(batch, self.mesh)) for batch in self.batches.heldout()]
+        sums = [self.evaluation(parameters, self._placed(batch)) for batch in self.batches.heldout()]
         bits = sum(float(nll) for nll in sums) / math.log(2) / self.batches.heldout_bytes
         self.last["heldout_bits_per_byte"] = bits
         self.recorder.write(step, heldout_bits_per_byte=bits)
@@ -369,14 +375,14 @@ class Job:
     def _finish(self) -> Result:
         self.checkpoints.wait()
         known = describe(self.run.model.abstract())
-        facts = report.summary(self.folder.path) | {
+        facts = processes.first(lambda: report.summary(self.folder.path)) | {
             "heldout_bytes": self.batches.heldout_bytes,
             "parameters": sum(what.size for what in known.values()),
             "devices": self.devices,
             "data": self.batches.describe(),
         }
         facts["tokens_per_second"] = self.run.batch * self.run.length / facts["median_seconds"]
-        page = report.write(self.folder.path, self.run, facts)
+        page = processes.first(lambda: f"{report.write(self.folder.path, self.run, facts)}")
         bits = facts["heldout_bits_per_byte"]
         score = "no text was held out" if bits is None else f"held-out {bits:.4f} bits per byte"
         self.board.say(f"{score} after {facts['step']} steps; report in {page}")

@@ -1,11 +1,14 @@
 """Device meshes from a line of text, and the batch on them."""
 
+import bisect
+import contextlib
 import math
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxlib._jax import Device
 
 from ..configs.run import Run
@@ -40,7 +43,8 @@ def make(run: Run, devices: list[Device] | None = None) -> tuple[Mesh, str]:
     devices = jax.devices() if devices is None else devices
     sizes = parse(run.mesh)
     if not sizes:
-        sizes = {"fsdp": next(n for n in range(len(devices), 0, -1) if _fits(run, {"fsdp": n}, devices))}
+        fitting = (n for n in range(len(devices), 0, -1) if _fits(run, {"fsdp": n}, devices))
+        sizes = {"fsdp": next(fitting, len(devices))}
     mesh = _mesh(sizes, devices)
     check(run, mesh)
     kind = devices[0].device_kind
@@ -56,16 +60,28 @@ def make(run: Run, devices: list[Device] | None = None) -> tuple[Mesh, str]:
 
 
 def for_parameters(model: Decoder, text: str) -> Mesh:
-    """The mesh that `text` describes, of the first devices. Raises ValueError as `make` does; there is no batch."""
-    sizes = parse(text)
-    if sizes.get(stages.AXIS, 1) > 1:
+    """The mesh that `text` describes, of the first devices. Raises ValueError as `make` does; there is no batch.
+
+    With no text: one device or, where there are several processes, fsdp over as many as divide the parameters.
+    """
+    devices, described = jax.devices(), describe(model.abstract())
+    if parse(text).get(stages.AXIS, 1) > 1:
         raise ValueError(
             f"mesh axis {stages.AXIS} is for training, got {text!r}: a token would pass stage after stage, and all "
             f"but one would wait; split the model over fsdp or tensor"
         )
-    mesh = _mesh(sizes, jax.devices())
-    partitions(describe(model.abstract()), mesh)
-    return mesh
+
+    def made(sizes: dict[str, int]) -> Mesh:
+        mesh = _mesh(sizes, devices)
+        partitions(described, mesh)
+        return mesh
+
+    if text or jax.process_count() == 1:
+        return made(parse(text or "fsdp=1"))
+    for count in range(len(devices), 1, -1):
+        with contextlib.suppress(ValueError):
+            return made({"fsdp": count})
+    return made({"fsdp": len(devices)})
 
 
 def check(run: Run, mesh: Mesh | AbstractMesh) -> None:
@@ -137,10 +153,33 @@ def _without_stages(mesh: Mesh | AbstractMesh) -> dict[str, int]:
     return sizes | {"fsdp": sizes.pop(stages.AXIS) * sizes.get("fsdp", 1)}
 
 
-def place(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch, put on the mesh as its part of the global arrays."""
+def rows(mesh: Mesh, batch: int) -> tuple[int, ...]:
+    """The rows of a batch that this process's devices hold, ascending: those it must read.
+
+    They follow from the mesh alone: the devices of several processes may hold the same ones, and those of one process
+    rows that are no neighbours.
+    """
+    held = NamedSharding(mesh, PartitionSpec(batch_partition(mesh)[0])).addressable_devices_indices_map((batch,))
+    return tuple(sorted({row for index in held.values() if index for row in range(batch)[index[0]]}))
+
+
+def place(
+    batch: dict[str, np.ndarray], mesh: Mesh, own: tuple[int, ...] = (), size: int | None = None
+) -> dict[str, jax.Array]:
+    """A batch on the mesh: all of its rows, or the `own` ones of this process (see `rows`) of a batch of `size`."""
     sharding = NamedSharding(mesh, batch_partition(mesh))
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+    def placed(part: np.ndarray) -> jax.Array:
+        count = len(part) if size is None else size
+
+        def shard(index: Any) -> np.ndarray:
+            first, end, _ = index[0].indices(count)
+            begin = bisect.bisect_left(own, first) if own else first
+            return part[(slice(begin, begin + end - first), *index[1:])]
+
+        return jax.make_array_from_callback((count, *part.shape[1:]), sharding, shard)
+
+    return {name: placed(part) for name, part in batch.items()}
 
 
 def _mesh(sizes: dict[str, int], devices: list[Device]) -> Mesh:
@@ -150,8 +189,18 @@ def _mesh(sizes: dict[str, int], devices: list[Device]) -> Mesh:
         raise ValueError(f"mesh {text} needs {count} devices, there are {len(devices)}; lower a size, e.g. to 1")
     explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
     if sizes.get("dcn", 1) > 1:
-        return Mesh(_over_slices(sizes, devices), tuple(sizes), axis_types=explicit)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:count], axis_types=explicit)
+        mesh = Mesh(_over_slices(sizes, devices), tuple(sizes), axis_types=explicit)
+    else:
+        mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:count], axis_types=explicit)
+    idle = {device.process_index for device in devices} - {device.process_index for device in mesh.devices.flat}
+    if idle:
+        text = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(
+            f"every process must have a device in the mesh, but {text} takes {count} of {len(devices)} devices, and "
+            f"none of process {', '.join(map(str, sorted(idle)))}; choose a mesh of more devices, or start fewer "
+            "processes"
+        )
+    return mesh
 
 
 def _slices(devices: list[Device]) -> list[list[Device]]:

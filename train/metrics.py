@@ -81,6 +81,22 @@ class Recorder:
         self._board.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
 
 
+class Muted:
+    """Takes the records of a process that does not write them."""
+
+    def write(self, step: int, **values: float) -> None:
+        """Nothing."""
+
+    def write_text(self, step: int, text: str) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _line(record: dict[str, Any]) -> str:
     finite = {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in record.items()}
     return json.dumps(finite, allow_nan=False) + "\n"

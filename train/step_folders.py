@@ -86,6 +86,14 @@ def command(folder: Path, *options: str) -> str:
     return f"`{shlex.join(['zoo', 'train', str(run), *options])}`"
 
 
+def saved(folder: Path) -> str:
+    """What of the run in `folder` is saved, and the command that goes on from there."""
+    whole = steps(folder)
+    if not whole:
+        return f"no checkpoint is whole yet: {command(folder)} starts anew"
+    return f"the last whole checkpoint is that of step {whole[-1]}: {command(folder)} goes on from there"
+
+
 def report(doing: str, folder: Path, need: int | None, cause: str) -> str:
     """The message of SaveFailed: what, why, how much is needed and free, what is still there, the way out."""
     needs = "" if need is None else f"{need:,} bytes are needed and "

@@ -66,7 +66,8 @@ def open_writer(
     if step is not None:
         raise ValueError(f"step is of the checkpoints of a run, and {source} is none; leave it out")
     opened = zoo.open_source(source)
-    placed = meshes.for_parameters(family.read(opened.config), mesh) if mesh else None
+    many = bool(mesh) or jax.process_count() > 1
+    placed = meshes.for_parameters(family.read(opened.config), mesh) if many else None
     wanted = jnp.dtype(dtype) if dtype else None
     model, tokenizer = zoo.load(opened, dtype=wanted, mesh=placed, progress=progress)
     if tokenizer is None:

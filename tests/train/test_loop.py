@@ -197,9 +197,9 @@ def test_divergence_stops_the_run(tiny: Run, tmp_path: Path, monkeypatch: pytest
     place = meshes.place
     poisoned = iter([False, False, True, False, True, True, True, True])
 
-    def poison(batch: dict[str, np.ndarray], mesh: Any) -> Any:
+    def poison(batch: dict[str, np.ndarray], *rest: Any) -> Any:
         weights = np.where(next(poisoned), np.inf, batch["weights"]).astype(np.float32)
-        return place(batch | {"weights": weights}, mesh)
+        return place(batch | {"weights": weights}, *rest)
 
     monkeypatch.setattr(meshes, "place", poison)
     run = tiny.replace(steps=50, save_every=1, max_bad_steps=3, keep_last=8, **{"data.heldout": 0.0})

@@ -71,11 +71,11 @@ def stopped(run: Run, folder: Path, after: int, monkeypatch: pytest.MonkeyPatch,
     taken: list[Any] = []
     place = meshes.place
 
-    def take(batch: Any, mesh: Any) -> Any:
+    def take(batch: Any, *rest: Any) -> Any:
         if len(taken) == after:
             raise Stop
         taken.append(batch)
-        return place(batch, mesh)
+        return place(batch, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(meshes, "place", take)

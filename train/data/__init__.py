@@ -21,8 +21,7 @@ def load(
     batch: int,
     seed: int,
     cache: Path | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    own: tuple[int, ...] = (),
     progress: Progress | None = None,
 ) -> Batches:
     """The text that `data` names, tokenized (once: it is kept in the cache) and ready to be read in batches.
@@ -31,11 +30,10 @@ def load(
         data: where the text comes from and how it becomes tokens.
         vocab: the model's vocabulary (V): a trained tokenizer has at most, a given one must have at most so many ids.
         length: tokens in a row (T).
-        batch: rows in a global batch (B), a multiple of `process_count`.
+        batch: rows in a global batch (B).
         seed: of the order of rows.
         cache: the cache folder; by default $FLAXZOO_CACHE, else ~/.cache/flaxzoo.
-        process_index: this process.
-        process_count: all of them.
+        own: which rows of a batch are read here; all if empty.
         progress: told the bytes of text tokenized and about how many there are, source by source.
 
     Raises:
@@ -74,8 +72,7 @@ def load(
         length=length,
         batch=batch,
         seed=seed,
-        process_index=process_index,
-        process_count=process_count,
+        own=own,
     )
 
 

@@ -17,15 +17,15 @@ from .tokenizer import Ends, ends, ids
 from .tokens import Store, heldout_stream
 
 Batch = Row
-"""tokens, targets, segments, positions: int32 [B, T]; weights: float32 [B, T]; of B rows this process has its share."""
+"""tokens, targets, segments, positions: int32 [B, T]; weights: float32 [B, T]; of B rows this process has its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
     """The text of a run in batches.
 
-    Global batch s has the rows [sB, (s+1)B) of one endless order of rows; process p of P gets the p-th P-th of them.
-    The processes' parts, one after another, are the batch that one process would get.
+    Global batch s has the rows [sB, (s+1)B) of one endless order of rows. A process reads those of them that its
+    devices hold, so the batch is the same however many processes there are.
 
     Attributes:
         tokenizer: ids to text and back.
@@ -35,8 +35,7 @@ class Batches:
         length: tokens in a row (T).
         batch: rows in a global batch (B).
         seed: of the order.
-        process_index: this process.
-        process_count: all of them.
+        own: which rows of a batch are read here; all if empty.
     """
 
     tokenizer: Tokenizer
@@ -46,20 +45,16 @@ class Batches:
     length: int
     batch: int
     seed: int
-    process_index: int = 0
-    process_count: int = 1
+    own: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.batch % self.process_count:
-            raise ValueError(
-                "the batch must be a multiple of the number of processes, "
-                f"got batch={self.batch}, processes={self.process_count}"
-            )
-        if not 0 <= self.process_index < self.process_count:
-            raise ValueError(
-                f"the process index must be below the number of processes, got {self.process_index} of "
-                f"{self.process_count}"
-            )
+        if not all(0 <= row < self.batch for row in self.own):
+            raise ValueError(f"the rows of a batch are numbered from 0, got {self.own} in a batch of {self.batch}")
+
+    @property
+    def rows_read(self) -> tuple[int, ...]:
+        """Which rows of a batch are read here, ascending."""
+        return self.own or tuple(range(self.batch))
 
     @property
     def separator(self) -> int:
@@ -137,11 +132,10 @@ class TrainIterator(Iterator[Batch]):
         self._batches = batches
         rows: Any = batches.rows()
         batch = batches.batch
-        own = batch // batches.process_count
-        first = own * batches.process_index
+        own = batches.rows_read
 
         def part(step: int) -> Batch:
-            return _stacked([rows[step * batch + first + index] for index in range(own)])
+            return _stacked([rows[step * batch + row] for row in own])
 
         steps = grain.MapDataset.range(sys.maxsize // batch).map(part)
         self._iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
@@ -189,12 +183,10 @@ class _Heldout:
 
     def __iter__(self) -> Iterator[Batch]:
         batches = self.batches
-        own = batches.batch // batches.process_count
         rows = [(rows, index) for rows in self.sources for index in range(len(rows))]
         for step in range(len(self)):
-            first = step * batches.batch + own * batches.process_index
-            part = [source[index] for source, index in rows[first : first + own]]
-            yield _stacked(part + [empty_row(batches.length)] * (own - len(part)))
+            wanted = (step * batches.batch + row for row in batches.rows_read)
+            yield _stacked([rows[n][0][rows[n][1]] if n < len(rows) else empty_row(batches.length) for n in wanted])
 
 
 def _stacked(rows: Sequence[Row]) -> Batch:

@@ -28,7 +28,7 @@ def corpus(tmp_path: Path) -> Path:
 
 def load(source: Path | tuple[str, ...], **changes: Any) -> text.Batches:
     names = (str(source),) if isinstance(source, Path) else source
-    sizes = SIZES | {name: changes.pop(name) for name in list(changes) if name in SIZES or "process" in name}
+    sizes = SIZES | {name: changes.pop(name) for name in list(changes) if name in SIZES or name == "own"}
     cache, progress = changes.pop("cache", None), changes.pop("progress", None)
     return text.load(Data(source=names, **changes), cache=cache, progress=progress, **sizes)
 
@@ -93,19 +93,20 @@ def test_batches_have_the_promised_arrays(corpus: Path):
 
 
 @pytest.mark.parametrize("weights", [(), (0.75, 0.25)])
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_out_the_batch_of_one(corpus: Path, processes: int, weights: tuple[float, ...]):
+@pytest.mark.parametrize(
+    "parts", [[(0, 1, 2, 3), (4, 5, 6, 7)], [(0, 1, 6), (2, 3), (4, 5, 7), (2, 3)]], ids=["2", "4"]
+)
+def test_processes_share_out_the_batch_of_one(corpus: Path, parts: list[tuple[int, ...]], weights: tuple[float, ...]):
+    """Each reads its own rows, which may be any."""
     other = corpus.with_name("other.txt")
     other.write_text("another text\n" * 500)
     sources = (str(corpus), str(other))
     whole = load(sources, weights=weights)
-    parts = [load(sources, weights=weights, process_index=p, process_count=processes) for p in range(processes)]
-
-    def joined(every: list[list[text.Batch]]) -> list[text.Batch]:
-        return [{name: np.concatenate([b[name] for b in row]) for name in row[0]} for row in zip(*every, strict=True)]
-
-    assert same(joined([first(part, 30) for part in parts]), first(whole, 30))
-    assert same(joined([list(part.heldout()) for part in parts]), list(whole.heldout()))
+    expected, heldout = first(whole, 30), list(whole.heldout())
+    for own in parts:
+        part = load(sources, weights=weights, own=own)
+        assert same(first(part, 30), [{name: x[[*own]] for name, x in batch.items()} for batch in expected])
+        assert same(list(part.heldout()), [{name: x[[*own]] for name, x in batch.items()} for batch in heldout])
 
 
 def test_going_on_is_exact_on_any_number_of_processes(corpus: Path):
@@ -118,7 +119,7 @@ def test_going_on_is_exact_on_any_number_of_processes(corpus: Path):
     rest = first(whole, 45)[37:]
     assert state["step"] == 37
     assert same(first(whole, 8, state), rest)
-    halves = [load(corpus, process_index=p, process_count=2) for p in range(2)]
+    halves = [load(corpus, own=tuple(range(4 * p, 4 * p + 4))) for p in range(2)]
     for p, half in enumerate(halves):
         own = [{name: array[4 * p : 4 * p + 4] for name, array in batch.items()} for batch in rest]
         assert same(first(half, 8, state), own)
@@ -223,8 +224,7 @@ def test_half_a_surrogate_pair_is_an_error(tmp_path: Path):
         ({"weights": (0.0,)}, "weights must be above 0"),
         ({"heldout": 1.0}, "below 1, got 1.0"),
         ({"heldout_bytes": -1}, "at least 0, got -1"),
-        ({"process_count": 3}, "multiple of the number of processes, got batch=8, processes=3"),
-        ({"process_count": 2, "process_index": 2}, "process index must be below .* got 2 of 2"),
+        ({"own": (7, 8)}, r"numbered from 0, got \(7, 8\) in a batch of 8"),
     ],
 )
 def test_values_that_do_not_fit(corpus: Path, changes: dict, message: str):
