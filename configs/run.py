@@ -126,7 +126,8 @@ class Run(Spec):
     length: int = 512
     """Tokens in a sequence (T)."""
     accumulate: int = 1
-    """Micro-batches a step is split into, one after another, to save memory. Changes no result."""
+    """Micro-batches a step is split into, one after another, to save memory; with a mesh axis pipeline, they are what
+    flows through its stages. Changes no result."""
     mesh: str = ""
     """Mesh axes and sizes, e.g. 'fsdp=4,tensor=2'; empty: fsdp over every device the batch divides by."""
     context: Literal["ring", "all_gather"] = "ring"

@@ -39,7 +39,7 @@ def metrics(done: Done, tokens: Float[Array, ""]) -> dict[str, Float[Array, ""]]
     return {
         "balance_loss": even,
         "router_z_loss": z,
-        "max_violation": jnp.max(jnp.concatenate([each.reshape(-1) for each in violations])),
+        "max_violation": jnp.max(jnp.stack([jnp.max(each) for each in violations])),
     }
 
 

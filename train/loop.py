@@ -13,13 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlib._jax import Device
 from rich.console import Console
 
 from .. import zoo
 from ..configs.run import Run
-from ..zoo.parameters import describe, merge
+from ..zoo.parameters import describe, merge, shardings
 from . import data as datasets
 from . import hardware, report
 from . import mesh as meshes
@@ -308,8 +308,14 @@ class Job:
 
     def _sample(self, step: int) -> None:
         run = self.run
-        model = merge(run.model.abstract(), best_parameters(self.state))
-        key = jax.random.fold_in(self.state["rng"], step)
+        abstract, mesh = run.model.abstract(), meshes.without_stages(self.mesh)
+        found = best_parameters(self.state), jax.random.fold_in(self.state["rng"], step)
+        if mesh is not self.mesh:
+            with jax.set_mesh(mesh):
+                places = shardings(describe(abstract), mesh), NamedSharding(mesh, PartitionSpec())
+                found = jax.device_put(found, places)
+        parameters, key = found
+        model = merge(abstract, parameters)
         tokenizer = self.batches.tokenizer
         room = run.model.max_positions - len(tokenizer.encode(run.prompt).ids) if run.model.max_positions else 120
         if room < 1:

@@ -9,10 +9,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxlib._jax import Device
 
 from ..configs.run import Run
+from ..layers import stages
 from ..layers.sharding import AXES, MESH_AXES, batch_partition, names_of, stream_partition, ways
 from ..layers.spec import unknown
 from ..zoo.decoder import Decoder
-from ..zoo.parameters import describe, partitions
+from ..zoo.parameters import Description, describe, partitions
 
 
 def parse(text: str) -> dict[str, int]:
@@ -46,6 +47,9 @@ def make(run: Run, devices: list[Device] | None = None) -> tuple[Mesh, str]:
     text = ",".join(f"{name}={size}" for name, size in sizes.items())
     idle = len(devices) - mesh.size
     notes = [f"{idle} more left idle"] if idle else []
+    if (parts := sizes.get(stages.AXIS, 1)) > 1:
+        idle_time = f"{stages.bubble(parts, run.accumulate):.0%} of the time with accumulate={run.accumulate}"
+        notes.append(f"its {parts} stages wait {idle_time}, less with more")
     if sizes.get("dcn", 1) > 1 and len(_slices(devices)) == 1:
         notes.append("dcn within one slice and host, as there are no others")
     return mesh, f"{text} on {mesh.size} x {kind}" + (f" ({', '.join(notes)})" if notes else "")
@@ -53,13 +57,20 @@ def make(run: Run, devices: list[Device] | None = None) -> tuple[Mesh, str]:
 
 def for_parameters(model: Decoder, text: str) -> Mesh:
     """The mesh that `text` describes, of the first devices. Raises ValueError as `make` does; there is no batch."""
-    mesh = _mesh(parse(text), jax.devices())
+    sizes = parse(text)
+    if sizes.get(stages.AXIS, 1) > 1:
+        raise ValueError(
+            f"mesh axis {stages.AXIS} is for training, got {text!r}: a token would pass stage after stage, and all "
+            f"but one would wait; split the model over fsdp or tensor"
+        )
+    mesh = _mesh(sizes, jax.devices())
     partitions(describe(model.abstract()), mesh)
     return mesh
 
 
 def check(run: Run, mesh: Mesh | AbstractMesh) -> None:
     """Raises ValueError where the mesh does not divide the batch, its sequences or a parameter."""
+    known = describe(run.model.abstract())
     rows = run.batch // run.accumulate
     batch, context = batch_partition(mesh)
     shards = ways(batch, mesh)
@@ -70,27 +81,60 @@ def check(run: Run, mesh: Mesh | AbstractMesh) -> None:
             f"sequences (batch {run.batch} / accumulate {run.accumulate}); it may be split "
             f"{', '.join(map(str, fits))} ways"
         )
-    time = stream_partition(mesh, 0)[1]
+    parts = mesh.shape.get(stages.AXIS, 1)
+    # The stages share the loss of what each of the other parts of T holds.
+    time = (*names_of(stream_partition(mesh, 0)[1]), *([stages.AXIS] if parts > 1 else []))
     if run.length % ways(time, mesh):
         raise ValueError(
-            f"the mesh splits each sequence {ways(time, mesh)} ways ({' x '.join(names_of(time))}), which does not "
+            f"the mesh splits each sequence {ways(time, mesh)} ways ({' x '.join(time)}), which does not "
             f"divide its length of {run.length} tokens; the nearest lengths that fit are "
             f"{', '.join(str(n) for n in _nearest(run.length, ways(time, mesh)))}"
         )
-    specs = partitions(describe(run.model.abstract()), mesh)
+    specs = partitions(known, mesh)
     used = {*names_of(batch), *names_of(context)} - set(AXES["E"])
     used |= {name for spec in specs.values() for entry in spec for name in names_of(entry)}
     for axis in mesh.axis_names:
         if axis not in used and mesh.shape[axis] > 1:
             raise ValueError(f"mesh axis {axis}={mesh.shape[axis]} would split nothing of this model; leave it out")
+    if parts > 1 and run.sample_every:
+        _check_samples(known, mesh)
     if run.context != "ring" and not names_of(context):
         raise ValueError(f"context={run.context!r} is for a mesh with an axis context, got {run.mesh!r}; leave it out")
+
+
+def _check_samples(known: dict[str, Description], mesh: Mesh | AbstractMesh) -> None:
+    """Raises ValueError where `without_stages` does not divide a parameter."""
+    sizes = _without_stages(mesh)
+    try:
+        partitions(known, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
+    except ValueError as error:
+        raise ValueError(
+            f"samples are written with the axis {stages.AXIS} as a part of fsdp, and then {error}; with "
+            f"sample_every=0 there are none"
+        ) from error
 
 
 def _nearest(length: int, parts: int) -> list[int]:
     """The multiples of `parts` around a length."""
     below = length // parts * parts
     return [each for each in (below, below + parts) if each]
+
+
+def without_stages(mesh: Mesh) -> Mesh:
+    """The devices of a mesh with its axis pipeline, if it has one, as a part of fsdp: to write samples on."""
+    if stages.AXIS not in mesh.axis_names:
+        return mesh
+    names = [name for name in mesh.axis_names if name != stages.AXIS]
+    names = names if "fsdp" in names else ["fsdp", *names]
+    sizes = _without_stages(mesh)
+    devices = np.moveaxis(mesh.devices, mesh.axis_names.index(stages.AXIS), names.index("fsdp"))
+    explicit = (jax.sharding.AxisType.Explicit,) * len(names)
+    return Mesh(devices.reshape([sizes[name] for name in names]), tuple(names), axis_types=explicit)
+
+
+def _without_stages(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    sizes = dict(mesh.shape)
+    return sizes | {"fsdp": sizes.pop(stages.AXIS) * sizes.get("fsdp", 1)}
 
 
 def place(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

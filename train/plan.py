@@ -11,6 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from ..configs.run import Run
+from ..layers import stages
 from . import mesh as meshes
 from .chips import Chip, chips, slice_of
 from .hlo import Operation, Program
@@ -130,6 +131,11 @@ class Plan:
         return not self.memory.missing
 
     @property
+    def bubble(self) -> float:
+        """The share of the time in which a stage of a pipeline waits for others, which the time has in it."""
+        return stages.bubble(self.mesh.get(stages.AXIS, 1), self.run.accumulate)
+
+    @property
     def tokens_per_second(self) -> float:
         """Of a chip. Raises ValueError where there is no model of the program's time."""
         assert self.time is not None
@@ -228,7 +234,8 @@ def _busy(op: Operation, run: Run, chip: Chip, mesh: dict[str, int]) -> float:
         model, backward = run.model, op.kernel == "attention_backward"
         # What grows with the length are the products with keys and values: two forward, five backward.
         ends = [sum(block.mixer.flops(model.dim, length) for block in model.all_blocks) for length in (1, run.length)]
-        tokens = run.batch // run.accumulate * run.length / math.prod(mesh.values())
+        devices = math.prod(size for axis, size in mesh.items() if axis != stages.AXIS)  # that share a layer
+        tokens = run.batch // run.accumulate * run.length / devices
         flops = (ends[1] - ends[0]) / len(model.all_blocks) * tokens * (2.5 if backward else 1)
         return flops / (chip.attention[backward] * chip.derate * chip.tflops * 1e12)
     return 0.0 if op.cycles is None or op.code in FREE else op.cycles / chip.clock_ghz / 1e9

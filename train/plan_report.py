@@ -14,6 +14,7 @@ from rich.table import Table
 
 from .. import configs
 from ..configs.run import Run
+from ..layers import stages
 from ..layers.spec import missing_package
 from .plan import Memory, Plan, Time, first_that_fits, plan
 from .plan_search import front, picture, search
@@ -123,6 +124,12 @@ def page(found: Plan, console: Console, *, usd_hour: float | None = None, watts:
     size = f"{run.batch} x {run.length} tokens a step" + (f" in {run.accumulate} parts" if run.accumulate > 1 else "")
     layout = f"mesh {mesh}, {size}, {run.dtype}, remat {run.remat}"
     console.print(f"{found.topology}: {chips} x {found.chip.kind}, {layout}", highlight=False, soft_wrap=True)
+    if found.bubble:
+        console.print(
+            f"Each of {found.mesh[stages.AXIS]} stages waits {found.bubble:.0%} of the time with "
+            f"accumulate={run.accumulate}: less with more.",
+            highlight=False,
+        )
     _memory(found.memory, console)
     if found.time is None:
         return
@@ -159,6 +166,7 @@ def json_of(found: Plan, *, usd_hour: float | None = None, watts: float | None =
         "length": found.run.length,
         "accumulate": found.run.accumulate,
         "remat": found.run.remat,
+        "bubble": found.bubble,
         "fits": found.fits,
         "memory": asdict(found.memory) | {"used": found.memory.used},
     }

@@ -12,12 +12,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from ..configs.run import Run
-from ..layers.loss import cross_entropy
+from ..layers import stages
 from ..layers.mixer import Places
 from ..layers.sharding import batch_partition
 from ..zoo.decoder import DecoderModel
 from ..zoo.parameters import Parameters, describe, merge, shardings, split
-from . import balance, optimizer
+from . import balance, optimizer, staged
 
 Batch = dict[str, Any]
 """`tokens`, `targets`, `segments`, `positions`: Int "B T"; `weights`: Float "B T", 0 where there is no target."""
@@ -135,6 +135,8 @@ def make_evaluation(run: Run) -> Callable[[Parameters, Batch], Float[Array, ""]]
     abstract = run.model.abstract()
 
     def evaluate(params: Parameters, batch: Batch) -> Float[Array, ""]:
+        if stages.count() > 1:
+            return staged.forward(run, merge(abstract, params), _micro_batches(run, batch))[1]
         nll = jax.lax.map(lambda micro: _sums(run, merge(abstract, params), micro)[1], _micro_batches(run, batch))
         return jnp.sum(nll)
 
@@ -156,15 +158,7 @@ def _sums(run: Run, model: DecoderModel, batch: Batch) -> tuple[Float[Array, ""]
     """Training loss and plain negative log-likelihood, summed over tokens, and what the routers did."""
     places = Places(positions=batch["positions"], segments=batch["segments"], exchange=run.context)
     hidden, _, routing = model.hidden_and_routing(batch["tokens"], places, dtype=jnp.dtype(run.dtype), remat=run.remat)
-    loss, nll = cross_entropy(
-        hidden,
-        model.output_embedding,
-        batch["targets"],
-        batch["weights"],
-        soft_cap=run.model.soft_cap,
-        z_loss=run.z_loss,
-    )
-    return loss, nll, routing
+    return *staged.likelihood(run, model, hidden, batch), routing
 
 
 def _real(batch: Batch) -> Float[Array, ""]:
@@ -180,6 +174,9 @@ def _gradients(
     share = jnp.where(tokens == 0.0, 0.0, 1.0 / jnp.where(tokens == 0.0, 1.0, tokens))
 
     real, loads = _real(batch), None
+    if stages.count() > 1:
+        scaled = batch | {"weights": batch["weights"] * share}
+        return staged.gradients(run, merge(abstract, params), _micro_batches(run, scaled), real)
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss_of(params: Parameters, micro: Batch) -> tuple[Array, tuple[Array, balance.Done]]:

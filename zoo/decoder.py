@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ..layers import stages
 from ..layers.block import Block
 from ..layers.linear import Embedding, to_logits
 from ..layers.mixer import Cache, Places
@@ -170,23 +171,46 @@ class DecoderModel(nnx.Module):
 
         That of a stack has a leading axis L.
         """
+        if stages.count() > 1:
+            raise ValueError(
+                f"layers on the stages of a mesh with {stages.AXIS}={stages.count()} can be trained, and not "
+                f"called: place the model on a mesh without this axis, e.g. with fsdp={stages.count()}"
+            )
         if self.positions is not None and places is None and caches is None:
             _check_positions(tokens.shape[1], self.spec.max_positions)
         places = plain_places(tokens) if places is None else places
-        x = self.embedding(tokens, dtype)
-        if self.spec.scale_embedding:
-            x = x * jnp.asarray(math.sqrt(self.spec.dim), dtype)
-        if self.positions is not None:
-            x = x + self.positions(places.positions, dtype)
+        x = self._embedded(tokens, places, dtype)
         count = len(self.first)
-        rest = [None] * (count + len(self.rest)) if caches is None else caches["rest"]
+        rest = [] if caches is None else caches["rest"]
         x, first, first_done = self._unrolled(list(self.first), x, places, rest[:count], remat)
         x, stack, stack_done = self._scanned(x, places, None if caches is None else caches["stack"], remat)
         x, last, last_done = self._unrolled(list(self.rest), x, places, rest[count:], remat)
-        x = x if self.norm is None else self.norm(x)
-        done = {"first": first_done, "stack": stack_done, "rest": last_done}
-        routing = {f"{where}.{i}": one for where, each in done.items() for i, one in enumerate(each) if one is not None}
-        return x, None if caches is None else {"stack": stack, "rest": first + last}, routing
+        caches = None if caches is None else {"stack": stack, "rest": first + last}
+        return self.normed(x), caches, routing_by_name(first_done, stack_done, last_done)
+
+    def apart(self) -> tuple["DecoderModel", nnx.List]:
+        """The model without its stack, and the stack."""
+        outer = jax.tree.map(lambda leaf: leaf, self)
+        outer.stack = nnx.List([])
+        return outer, self.stack
+
+    def enter(
+        self, tokens: Int[Array, "B T"], places: Places, *, dtype: Any, remat: Remat
+    ) -> tuple[Float[Array, "B T D"], list[Routing | None]]:
+        """What comes before the stack, and what the routers there did."""
+        x, _, done = self._unrolled(list(self.first), self._embedded(tokens, places, dtype), places, None, remat)
+        return x, done
+
+    def leave(
+        self, x: Float[Array, "B T D"], places: Places, *, remat: Remat
+    ) -> tuple[Float[Array, "B T D"], list[Routing | None]]:
+        """What comes after the stack, before the final norm, and what the routers there did."""
+        x, _, done = self._unrolled(list(self.rest), x, places, None, remat)
+        return x, done
+
+    def normed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Final hidden states."""
+        return x if self.norm is None else self.norm(x)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of hidden states."""
@@ -199,11 +223,17 @@ class DecoderModel(nnx.Module):
         """The matrix that turns hidden states into logits: the input embedding where they are tied."""
         return (self.embedding if self.head is None else self.head).table[...]
 
+    def _embedded(self, tokens: Array, places: Places, dtype: Any) -> Array:
+        x = self.embedding(tokens, dtype)
+        if self.spec.scale_embedding:
+            x = x * jnp.asarray(math.sqrt(self.spec.dim), dtype)
+        return x if self.positions is None else x + self.positions(places.positions, dtype)
+
     def _unrolled(
-        self, blocks: list[Any], x: Array, places: Places, caches: list[Any], remat: Remat
+        self, blocks: list[Any], x: Array, places: Places, caches: list[Any] | None, remat: Remat
     ) -> tuple[Array, list[Any], list[Routing | None]]:
         after, done = [], []
-        for block, cache in zip(blocks, caches, strict=True):
+        for block, cache in zip(blocks, caches or [None] * len(blocks), strict=True):
             x, *rest = _checkpointed(_apply, remat, scanned=False)(block, x, places, cache)
             after.append(rest[0])
             done.append(rest[1])
@@ -215,17 +245,36 @@ class DecoderModel(nnx.Module):
         if not self.spec.repeats:
             return x, caches, []
 
-        def repeat(x: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
-            blocks, caches = layer
-            after, done = [], []
-            for block, cache in zip(blocks, caches or [None] * len(blocks), strict=True):
-                x, *rest = _apply(block, x, places, cache)
-                after.append(rest[0])
-                done.append(rest[1])
-            return x, (after if caches is not None else None, done)
+        def step(x: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
+            x, *rest = repeat(*layer, x, places, remat)
+            return x, rest
 
-        x, (after, done) = jax.lax.scan(_checkpointed(repeat, remat, scanned=True), x, (self.stack, caches))
+        x, (after, done) = jax.lax.scan(step, x, (self.stack, caches))
         return x, after, done
+
+
+def repeat(
+    blocks: Any, caches: list[Any] | None, x: Float[Array, "B T D"], places: Places, remat: Remat
+) -> tuple[Float[Array, "B T D"], list[Any] | None, list[Routing | None]]:
+    """One repeat of the pattern, inside a scan: x after it, the caches, and what its routers did."""
+
+    def apply(blocks: Any, caches: list[Any] | None, x: Array, places: Places) -> tuple[Array, Any, Any]:
+        after, done = [], []
+        for block, cache in zip(blocks, caches or [None] * len(blocks), strict=True):
+            x, *rest = _apply(block, x, places, cache)
+            after.append(rest[0])
+            done.append(rest[1])
+        return x, None if caches is None else after, done
+
+    return _checkpointed(apply, remat, scanned=True)(blocks, caches, x, places)
+
+
+def routing_by_name(
+    first: list[Routing | None], stack: list[Routing | None], rest: list[Routing | None]
+) -> dict[str, Routing]:
+    """What routers did, by the names of their blocks in the parameters."""
+    done = {"first": first, "stack": stack, "rest": rest}
+    return {f"{where}.{i}": one for where, each in done.items() for i, one in enumerate(each) if one is not None}
 
 
 def _check_positions(length: int, limit: int) -> None:

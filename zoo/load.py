@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tokenizers import Tokenizer
 
+from ..layers.sharding import with_layer
 from .decoder import Decoder, DecoderModel
 from .family import find, read
 from .hugging_face import HuggingFaceFolder, read_json
@@ -235,4 +236,4 @@ def _turned(piece: jax.Array, order: tuple[int, ...], dtype: Any) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
 def _written(buffer: jax.Array, piece: jax.Array, layer: Any, order: tuple[int, ...]) -> jax.Array:
     """The stacked parameter with one layer filled in, in its own memory."""
-    return jax.lax.dynamic_update_slice_in_dim(buffer, piece.transpose(order)[None].astype(buffer.dtype), layer, 0)
+    return with_layer(buffer, piece.transpose(order).astype(buffer.dtype), layer)

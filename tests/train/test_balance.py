@@ -91,6 +91,21 @@ def test_equal_loads_cost_one_and_others_more() -> None:
         assert float(balance.metrics(done, tokens)["balance_loss"]) == pytest.approx(wanted)
 
 
+def test_metrics_of_routers_on_stages_and_outside_of_them() -> None:
+    load = jnp.arange(2.0 * EXPERTS).reshape(2, EXPERTS)
+    done = {"stack.0": {"load": load, "probability": load / 7, "z": jnp.ones(2)}}
+    done["rest.0"] = {name: x[0] for name, x in done["stack.0"].items()}
+    alone = jax.jit(balance.metrics)(done, jnp.float32(9.0))
+    mesh = jax.make_mesh((2,), ("pipeline",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("pipeline"))
+        done["stack.0"] = jax.device_put(done["stack.0"], place)
+        done["rest.0"] = jax.device_get(done["rest.0"])
+        found = jax.jit(balance.metrics)(done, np.float32(9.0))
+    for name, value in alone.items():
+        assert float(found[name]) == pytest.approx(float(value), rel=1e-6)
+
+
 @pytest.mark.parametrize("micro_batches", [2, 4])
 def test_accumulation_changes_nothing(routed: Run, micro_batches: int) -> None:
     run = routed.replace(balance=Balance(loss=1.0, router_z_loss=0.1))

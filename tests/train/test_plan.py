@@ -84,6 +84,12 @@ def test_the_time_of_a_program_is_that_of_its_parts() -> None:
     assert found.attention == pytest.approx(flops / 4 / (chip.attention[0] * chip.tflops * 1e12))
 
 
+def test_stages_do_not_share_a_layer() -> None:
+    chip = chips()["TPU v5 lite"]
+    found = [time_of(hlo.Program(TEXT), run(), chip, mesh) for mesh in ({"data": 8}, {"pipeline": 4, "data": 2})]
+    assert found[1].attention == pytest.approx(4 * found[0].attention)
+
+
 @pytest.mark.parametrize(
     ("text", "axes", "count"),
     [
@@ -143,6 +149,31 @@ def test_a_plan_adds_up(topology: str) -> None:
     saved = json.loads(plan_report.json_of(found, usd_hour=3.6))
     assert saved["usd_per_million_tokens"] == pytest.approx(1e3 / found.tokens_per_second)
     assert saved["memory"]["used"] == found.memory.used
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_stages_take_no_more_memory_for_more_micro_batches() -> None:
+    """And what goes between them is the residual stream of each micro-batch; attention kernels run on every stage."""
+    rows, count = 2, {}
+    for parts in (4, 12):
+        made = run(mesh="pipeline=2,fsdp=2", remat="full").replace(batch=2 * rows * parts, accumulate=parts)
+        found = count[parts] = plan(made, "v5e:2x2")
+        assert found.time is not None
+        assert found.time.unknown == []
+        moved = found.time.traffic["collective-permute", "pipeline"].bytes
+        assert moved == 2 * (parts + 1) * rows * 256 * 256 * 2  # forward and back in each tick, a device's rows
+        assert ("all-gather", "fsdp") in found.time.traffic
+        text = io.StringIO()
+        plan_report.page(found, Console(file=text, width=200))
+        assert f"Each of 2 stages waits {found.bubble:.0%} of the time with accumulate={parts}" in text.getvalue()
+    assert count[12].bubble == 1 / 13
+    stream = rows * 256 * 256 * 2
+    assert count[12].memory.used - count[12].memory.batch < count[4].memory.used - count[4].memory.batch + stream
+    attention = [found.time.attention for found in count.values() if found.time]
+    # A tick of a stage does two of the four layers forward, and forward again and back.
+    each = attention[0] / (4 + 1)
+    assert attention[1] == pytest.approx((12 + 1) * each)
 
 
 @needs_libtpu

@@ -96,6 +96,15 @@ def test_on_a_mesh_each_parameter_is_split_as_it_is_in_training(name):
     np.testing.assert_allclose(logits, jax.jit(whole)(tokens)[0], rtol=0, atol=2e-4)
 
 
+def test_layers_are_put_onto_the_stages_that_train_them(llama, plain):
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((3, 2), ("pipeline", "fsdp"), devices=jax.devices()[:6], axis_types=explicit)
+    found = split(zoo.load(llama, mesh=mesh)[0])
+    assert spec_of(found["stack.0.ffn.up.weight"]) == ("pipeline", "fsdp", None)
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, plain[name])
+
+
 def test_all_that_is_wrong_with_the_tensors_is_told_at_once(llama):
     tensors(
         llama,
