@@ -97,7 +97,8 @@ def test_on_a_mesh_each_parameter_is_split_as_it_is_in_training(name):
 
 
 def test_layers_are_put_onto_the_stages_that_train_them(llama, plain):
-    mesh = jax.make_mesh((2, 2), ("pipeline", "fsdp"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((3, 2), ("pipeline", "fsdp"), devices=jax.devices()[:6], axis_types=explicit)
     found = split(zoo.load(llama, mesh=mesh)[0])
     assert spec_of(found["stack.0.ffn.up.weight"]) == ("pipeline", "fsdp", None)
     for name, array in found.items():
