@@ -52,6 +52,16 @@ JOBS = (
         960,
         MAXTEXT,
     ),
+    Job(
+        "Mixtral 8x7B v6e:16x16",
+        "mixtral_8x7b",
+        "v6e:16x16",
+        1024,
+        4096,
+        {"mesh": "fsdp=256", "remat": "full"},
+        3645,
+        MAXTEXT,
+    ),
     Job("Mixtral 8x7B v5p:4x4x4", "mixtral_8x7b", "v5p:4x4x4", 64, 4096, {"mesh": "fsdp=64", "remat": "full"}),
 )
 

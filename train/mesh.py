@@ -51,9 +51,9 @@ def make(run: Run, devices: list[Device] | None = None) -> tuple[Mesh, str]:
     return mesh, f"{text} on {mesh.size} x {kind}" + (f" ({', '.join(notes)})" if notes else "")
 
 
-def for_parameters(model: Decoder, text: str) -> Mesh:
+def for_parameters(model: Decoder, text: str, devices: list[Device] | None = None) -> Mesh:
     """The mesh that `text` describes, of the first devices. Raises ValueError as `make` does; there is no batch."""
-    mesh = _mesh(parse(text), jax.devices())
+    mesh = _mesh(parse(text), jax.devices() if devices is None else devices)
     partitions(describe(model.abstract()), mesh)
     return mesh
 
