@@ -74,7 +74,8 @@ def test_the_momentum_may_be_kept_in_bfloat16(tiny: Run, name: str) -> None:
         found[dtype] = {key: x - params[key] for key, x in moved.items()}
     for key, moved in found["float32"].items():
         np.testing.assert_allclose(found["bfloat16"][key], moved, rtol=0.2, atol=0.05 * float(jnp.max(jnp.abs(moved))))
-    assert any(jnp.any(found["bfloat16"][key] != moved) for key, moved in found["float32"].items())
+    if name != "lion":  # whose steps are signs
+        assert any(jnp.any(found["bfloat16"][key] != moved) for key, moved in found["float32"].items())
 
 
 def test_the_default_is_optax_to_the_bit(tiny: Run) -> None:

@@ -251,7 +251,7 @@ def test_a_plan_adds_up(topology: str) -> None:
     assert 0.02 < found.mfu < 1
     gathered = found.time.traffic.get(("all-gather", "fsdp"), Traffic()).bytes
     if count == 1:
-        assert found.time.traffic == {}
+        assert set(found.time.traffic) <= {("copies", "HBM")}
     else:  # in bfloat16: matrices of layers for the forward pass, for what is recomputed, and for the backward pass
         layers, tables = 4 * (2 * 256 * 64 * (4 + 2) + 3 * 256 * 512), 2 * 1024 * 256
         gathered /= 2 * (count - 1) / count
