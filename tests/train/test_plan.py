@@ -437,6 +437,27 @@ def test_a_search_finds_what_is_no_slower_than_plain_sharding(
     assert plans[0].tokens_per_second >= plan(wanted, "v5e:2x2").tokens_per_second
 
 
+@needs_libtpu
+@pytest.mark.slow
+def test_a_search_is_no_slower_than_the_layout_by_hand() -> None:
+    """Minutes on two cores that have nothing else to do."""
+    rows = json.loads(Path("benchmarks/results/plan.json").read_text())["rows"]
+    (by_hand,) = (row for row in rows if row["job"] == "Llama 3.1 8B v6e:2x4")
+    made = Run(model=configs.MODELS["llama3_1_8b"](), batch=16, length=8192, dtype="bfloat16")
+    _, plans = plan_search.search(made, "v6e:2x4", lambda *_: None)
+    assert plans[0].fits
+    assert plans[0].tokens_per_second >= 0.999 * by_hand["tokens_per_second_per_chip"]
+
+
+def test_the_layout_by_hand_is_among_those_that_are_compiled() -> None:
+    """For Llama 3.1 8B on v6e:2x4, by arithmetic alone: what a search finds can't be slower than it."""
+    made = Run(model=configs.MODELS["llama3_1_8b"](), batch=16, length=8192, dtype="bfloat16")
+    chip, known = chips()["TPU v6 lite"], describe(made.model.abstract())
+    guesses = [plan_search.guess(one, chip, known) for one in plan_search.layouts(made, 8)]
+    best = sorted((one for one in guesses if one.bytes < chip.hbm), key=lambda one: one.seconds)[:8]
+    assert made.replace(mesh="fsdp=8", remat="full") in [one.run for one in best]
+
+
 def test_a_search_without_a_layout_that_fits() -> None:
     with pytest.raises(ValueError, match=r"no layout fits v5e:1x1: the smallest of \d+ needs 1\d\d\.. GiB of 15.75"):
         plan_search.search(run().replace(model=configs.MODELS["llama3_1_8b"]()), "v5e:1x1", lambda *_: None)
