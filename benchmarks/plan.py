@@ -2,13 +2,16 @@
 
     .venv/bin/python benchmarks/plan.py               plan all, write benchmarks/results/plan.{json,md}
     .venv/bin/python benchmarks/plan.py "8B v6e"      those whose name holds this text; the others stay
+    .venv/bin/python benchmarks/plan.py decoding      those of generation
 
 No TPU is needed. Each takes one to three minutes on two cores.
 """
 
 import datetime
+import functools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +19,9 @@ from typing import Any
 
 from flaxzoo import configs
 from flaxzoo.configs import Optimizer, Run
+from flaxzoo.train import plan_decode
 from flaxzoo.train.plan import plan
+from flaxzoo.train.plan_decode import Decoding, plan_decoding
 from flaxzoo.train.plan_report import json_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,8 +57,26 @@ JOBS = (
         960,
         MAXTEXT,
     ),
+    Job(
+        "Mixtral 8x7B v6e:16x16",
+        "mixtral_8x7b",
+        "v6e:16x16",
+        1024,
+        4096,
+        {"mesh": "fsdp=256", "remat": "full"},
+        3645,
+        MAXTEXT,
+    ),
     Job("Mixtral 8x7B v5p:4x4x4", "mixtral_8x7b", "v5p:4x4x4", 64, 4096, {"mesh": "fsdp=64", "remat": "full"}),
 )
+DECODING = {
+    "0.5B colab-v5e": ("qwen2_5_0_5b", "colab-v5e", {"batch": 8, "length": 2048}),
+    "Llama 3.1 8B v5e:2x4": ("llama3_1_8b", "v5e:2x4", {"batch": 8, "length": 8192}),
+    "Llama 3.1 8B v5e:2x4, int8": ("llama3_1_8b", "v5e:2x4", {"batch": 8, "length": 8192, "cache_dtype": "int8"}),
+    "Llama 3.1 8B v6e:2x4": ("llama3_1_8b", "v6e:2x4", {"batch": 8, "length": 8192}),
+    "Mixtral 8x7B v5p:2x2x2": ("mixtral_8x7b", "v5p:2x2x2", {"batch": 8, "length": 4096}),
+}
+"""Generation: a model, a slice, rows and their length."""
 
 
 def measured(job: Job) -> dict[str, Any]:
@@ -97,21 +120,59 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def decoded(name: str) -> dict[str, Any]:
+    """The plan of a job of generation as JSON."""
+    model, topology, given = DECODING[name]
+    found = plan_decoding(Decoding(model=configs.get_model(model), **given), topology)
+    return {"job": name, **json.loads(plan_decode.json_of(found))}
+
+
+def decoding_table(rows: list[dict[str, Any]]) -> str:
+    """Those of generation as Markdown."""
+    lines = [
+        "| job | mesh | rows x tokens | cache | memory, GiB | a token, ms | to read once, ms | tokens/s a row "
+        "| tokens/s a chip | rows that would fit | bound by |",
+        "|---|---|---|---|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for row in rows:
+        mesh = ",".join(f"{axis}={size}" for axis, size in row["mesh"].items())
+        memory = f"{row['memory']['used'] / 2**30:.1f} of {row['memory']['capacity'] / 2**30:.1f}"
+        told = [
+            f"{row['token_seconds'] * 1e3:.3g}",
+            f"{row['least_token_seconds'] * 1e3:.3g}",
+            f"{row['tokens_per_second_per_row']:.1f}",
+            f"{row['tokens_per_second_per_chip']:.1f}",
+        ]
+        lines.append(
+            f"| {row['job']} | {mesh} | {row['batch']} x {row['length']} | {row['cache_dtype']} | {memory} "
+            f"| {' | '.join(told)} | {row['largest_batch_by_arithmetic']} | {row['bound']} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Plans, prints and writes."""
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     file = RESULTS / "plan.json"
-    known = {row["job"]: row for row in json.loads(file.read_text())["rows"]} if file.exists() else {}
+    saved = json.loads(file.read_text()) if file.exists() else {}
+    known = {part: {row["job"]: row for row in saved.get(part, [])} for part in ("rows", "decoding")}
     facts = {name: version(name) for name in ("jax", "libtpu")} | {"date": str(datetime.date.today())}
-    for job in JOBS:
-        if wanted in job.name:
-            known[job.name] = measured(job)
-            rows = [known[job.name] for job in JOBS if job.name in known]
-            file.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
-            print(table([known[job.name]]), flush=True)
-    rows = [known[job.name] for job in JOBS if job.name in known]
+    todo: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
+        "rows": {job.name: functools.partial(measured, job) for job in JOBS},
+        "decoding": {name: functools.partial(decoded, name) for name in DECODING},
+    }
+    tables = {"rows": table, "decoding": decoding_table}
+    for part, jobs in todo.items():
+        for name, job in jobs.items():
+            if wanted in f"{part} {name}":
+                known[part][name] = job()
+                print(tables[part]([known[part][name]]), flush=True)
+                rows = {part: [known[part][name] for name in todo[part] if name in known[part]] for part in todo}
+                file.write_text(json.dumps({"facts": facts, **rows}, indent=1) + "\n")
+    pages = [tables[part]([known[part][name] for name in todo[part] if name in known[part]]) for part in todo]
     note = f"jax {facts['jax']}, libtpu {facts['libtpu']}, {facts['date']}. Written by `benchmarks/plan.py`."
-    (RESULTS / "plan.md").write_text(f"# Plans beside published speeds\n\n{note}\n\n{table(rows)}\n")
+    text = f"# Plans beside published speeds\n\n{note}\n\n{pages[0]}\n\n## Generation\n\n{pages[1]}\n"
+    (RESULTS / "plan.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Data(Spec):
 
 UNUSED = {
     "lion": ("eps",),
-    "adafactor": ("b1", "b2", "eps"),
+    "adafactor": ("b1", "b2", "eps", "momentum_dtype"),
     "sgd": ("b2", "eps"),
     "cosine": ("decay_fraction",),
     "linear": ("decay_fraction",),
@@ -65,6 +65,8 @@ class Optimizer(Spec):
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the moving average of gradients is kept in; that of their squares stays float32."""
     clip: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
 

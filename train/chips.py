@@ -13,6 +13,8 @@ from ..layers.spec import unknown
 
 TOPOLOGIES = {"colab-v5e": "v5e:1x1", "colab-v6e": "v6e:1x1", "kaggle": "v5e:2x4"}
 """Slices that people have, by friendly names."""
+REACHED = 0.9
+"""The share of the published speed of HBM that copies reach: what XLA's own estimates take on v5e."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,13 @@ class Chip:
     clock_ghz: float
     ici_gbps: float
     wrap: int
+    hbm_gbps: float
     attention: tuple[float, float]
+    """Shares of the peak, forward and backward."""
+    decode: float
+    """The share of the HBM's speed at which attention reads a cache."""
+    grouped: tuple[float, float]
+    """Cycles of products of grouped rows, and of groups with each other, beside those of the matrix units alone."""
     trust: str
     """How far predicted times are to be trusted."""
     derate: float = 1.0
@@ -44,12 +52,18 @@ class Chip:
         """Bytes that a program may use."""
         return self.hbm_gib * 2**30
 
+    @property
+    def hbm_speed(self) -> float:
+        """Bytes a second that copies reach."""
+        return REACHED * self.hbm_gbps * 1e9
+
 
 @functools.cache
 def chips() -> dict[str, Chip]:
     """All of chips.toml, by device kind."""
     table = tomllib.loads((files(__package__ or "train") / "chips.toml").read_text())
-    return {kind: Chip(kind=kind, **row | {"attention": tuple(row["attention"])}) for kind, row in table.items()}
+    pairs = ("attention", "grouped")
+    return {kind: Chip(kind=kind, **row | {name: tuple(row[name]) for name in pairs}) for kind, row in table.items()}
 
 
 def compiler_options() -> dict[str, Any]:

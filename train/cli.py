@@ -21,7 +21,7 @@ from ..configs.run import Run
 from ..layers.spec import unknown
 from ..zoo import family
 from ..zoo.load import is_run
-from . import cluster, commands, hardware, loop, plan_report, processes, shard, show, signals
+from . import cluster, commands, hardware, loop, plan_decode, plan_report, processes, shard, show, signals
 from .chips import chip_of
 from .folder import Folder, is_named
 
@@ -121,16 +121,20 @@ def plan_(
     remat: Literal["", "none", "full", "dots", "dots_no_batch"] = "",
     accumulate: int = 0,
     optimizer: Literal["", "adamw", "lion", "muon", "adafactor", "sgd"] = "",
+    momentum_dtype: Literal["", "float32", "bfloat16"] = "",
     dtype: Literal["", "float32", "bfloat16"] = "",
     search: bool = False,
+    any_momentum: bool = False,
     plot: Path | None = None,
+    decode: bool = False,
+    cache_dtype: Literal["", "float32", "bfloat16", "int8"] = "",
     json: bool = False,
     usd_hour: float | None = None,
     watts: float | None = None,
 ) -> None:
     """Whether a training job fits a TPU slice, how long a step takes and what it costs; no TPU is needed.
 
-    The real TPU compiler compiles the real step, in a minute or so.
+    The real TPU compiler compiles the real step, in a minute or so. With `--decode` it is the program that generates.
 
     Example: `zoo plan qwen2_5_0_5b --topology colab-v5e --batch 4`
 
@@ -143,15 +147,34 @@ def plan_(
         remat: what the backward pass computes anew; that of the run if not given.
         accumulate: parts that a step is cut into; that of the run if not given.
         optimizer: by name; that of the run, or adamw, if not given.
+        momentum_dtype: what the optimizer keeps its moving average of gradients in; that of the run if not given.
         dtype: what layers compute in; that of the run, or bfloat16, if not given.
         search: look for the fastest mesh, remat and accumulate: rank all by arithmetic, and compile the best ones.
+        any_momentum: search also with momentum in bfloat16, where memory is short; such a run learns something else.
         plot: a file that the picture of a search goes to, e.g. plan.png.
+        decode: generation instead of training: `batch` rows that grow to `length` tokens, 1 and 2048 if not given.
+        cache_dtype: with decode, of keys and values; bfloat16 if not given, int8 stores them quantized.
         json: print JSON.
         usd_hour: the price of a JAX device and hour; without it no price is told.
         watts: the power of a chip; without it no energy is told.
     """
     found = _find(name)
     chips = chip_of(topology)[1]
+    costs = {"usd_hour": usd_hour, "watts": watts}
+    if decode:
+        others = {"remat": remat, "accumulate": accumulate, "optimizer": optimizer, "momentum-dtype": momentum_dtype}
+        others |= {"search": search, "any-momentum": any_momentum, "plot": plot}
+        if unused := [f"--{key}" for key, value in others.items() if value]:
+            raise ValueError(f"--decode plans generation, which has no use for {', '.join(unused)}; leave it out")
+        model = found.model if isinstance(found, Run) else found
+        given = {"batch": batch, "length": length, "mesh": mesh, "dtype": dtype, "cache_dtype": cache_dtype}
+        wanted = plan_decode.Decoding(model=model, **{key: value for key, value in given.items() if value})
+        plan_decode.command(wanted, topology, as_json=json, **costs)
+        return
+    if (any_momentum or plot) and not search:
+        raise ValueError("--any-momentum and --plot are of a search; add --search or leave them out")
+    if cache_dtype:
+        raise ValueError(f"training has no cache, got --cache-dtype {cache_dtype}; add --decode or leave it out")
     if isinstance(found, Run):
         run = found
     elif name in configs.MODELS:
@@ -159,11 +182,10 @@ def plan_(
     else:
         run = configs.get_run(name)
     given = {"length": length, "batch": batch, "mesh": mesh, "remat": remat, "accumulate": accumulate, "dtype": dtype}
-    given["optimizer.name"] = optimizer
+    given |= {"optimizer.name": optimizer, "optimizer.momentum_dtype": momentum_dtype}
     wanted = run.replace(**{key: value for key, value in given.items() if value})
-    costs = {"usd_hour": usd_hour, "watts": watts}
     if search:
-        plan_report.search_command(name, wanted, topology, plot=plot, as_json=json, **costs)
+        plan_report.search_command(name, wanted, topology, momentum=any_momentum, plot=plot, as_json=json, **costs)
     else:
         plan_report.command(wanted, topology, as_json=json, **costs)
 

@@ -11,6 +11,8 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{[^}]*?(S\(\d+\))?\})?")
+"""Of a type: the kind, the sizes, and the memory, where that is not HBM."""
 UNKNOWN_CYCLES = 2**60
 
 
@@ -27,8 +29,18 @@ class Operation:
     @property
     def largest(self) -> int:
         """Bytes of the largest array of the result; of all, where it is several of a collective that were combined."""
-        sizes = [bytes_of(kind, dims) for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", self.type)]
+        sizes = [bytes_of(kind, dims) for kind, dims, _ in ARRAY.findall(self.type)]
         return max(sizes, default=0) if self.code.endswith("-start") else sum(sizes)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the result."""
+        return sum(bytes_of(kind, dims) for kind, dims, _ in ARRAY.findall(self.type))
+
+    @property
+    def in_hbm(self) -> int:
+        """Bytes of the result that lie in HBM."""
+        return sum(bytes_of(kind, dims) for kind, dims, space in ARRAY.findall(self.type) if not space)
 
     @property
     def phase(self) -> str:
@@ -54,9 +66,9 @@ class Operation:
         """The name of a Pallas kernel."""
         return re.sub(r"[.\d]+$", "", self.name) if 'custom_call_target="tpu_custom_call"' in self.rest else None
 
-    def called(self, role: str) -> str:
-        """The computation in a role: calls, body, condition, to_apply."""
-        found = re.search(rf"{role}=%?([\w.\-]+)", self.rest)
+    def called(self, *roles: str) -> str:
+        """The computation in one of these roles: calls, body, condition, to_apply."""
+        found = re.search(rf"(?:{'|'.join(roles)})=%?([\w.\-]+)", self.rest)
         return found[1] if found else ""
 
     def group(self, mesh: dict[str, int]) -> tuple[str, int]:
@@ -90,6 +102,9 @@ class Program:
 
     def __init__(self, text: str):
         self.computations: dict[str, list[Operation]] = {}
+        self.named: dict[str, Operation] = {}
+        self.done: dict[str, Operation] = {}
+        """The end of what a start begins, by the name of the start."""
         self.entry = ""
         current: list[Operation] = []
         for line in text.splitlines():
@@ -97,7 +112,11 @@ class Program:
                 current = self.computations.setdefault(found[2], [])
                 self.entry = found[2] if found[1] else self.entry
             elif found := OPERATION.match(line):
-                current.append(Operation(*found.groups()))
+                op = Operation(*found.groups())
+                current.append(op)
+                self.named[op.name] = op
+                if op.phase == "done":
+                    self.done[self.start(op)] = op
 
     def trips(self, loop: Operation) -> int | None:
         """How often a loop's body runs, where its condition compares with a number; loops of JAX begin at 0."""
@@ -108,24 +127,62 @@ class Program:
         compares = [op for op in condition if op.code == "compare" and "direction=LT" in op.rest]
         return numbers[0] if len(numbers) == 1 and len(compares) == 1 else None
 
+    def branch(self, op: Operation) -> str | None:
+        """The computation that a conditional takes, where the program says which; None where it does not."""
+        found = re.search(r"branch_computations=\{(.*?)\}", op.rest)
+        branches = re.findall(r"[\w.\-]+", found[1]) if found else []
+        index = self.named.get(op.operands[0])
+        number = re.match(r"\d+", index.rest) if index is not None and index.code == "constant" else None
+        if len(branches) == 1 or number is None:
+            return branches[0] if len(branches) == 1 else None
+        return branches[min(int(number[0]), len(branches) - 1)] if branches else None
+
+    def start(self, op: Operation) -> str:
+        """The name of what began an operation that goes on or ends; its own where it is none of these."""
+        while op.code.endswith(("-update", "-done")) and op.operands and op.operands[0] in self.named:
+            op = self.named[op.operands[0]]
+        return op.name
+
     def collective(self, op: Operation) -> Operation | None:
-        """The collective that an operation begins or is, also inside a fusion."""
+        """The collective that an operation begins or is, also inside a fusion or of a call to the SparseCore."""
         if op.code.removesuffix("-start") in COLLECTIVES:
             return op
-        if op.code in ("fusion", "async-start", "call-start"):
-            inside = self.computations.get(op.called("calls"), [])
-            return next((x for x in inside if x.code.removesuffix("-start") in COLLECTIVES), None)
-        return None
+        if op.code not in ("fusion", "async-start", "call-start"):
+            return None
+        inside = self.computations.get(op.called("calls", "to_apply"), [])
+        return next((found for found in map(self.collective, inside) if found is not None), None)
 
-    def walk(self) -> Iterator[tuple[Operation, int | None]]:
-        """Every operation in the order of the program, and how often it runs; None where that is not known."""
-        yield from self._walk(self.entry, 1)
+    def copied(self, start: Operation) -> int:
+        """Bytes of HBM that are read and written by a copy, or by what else goes on beside the computation."""
+        end = self.done.get(start.name)
+        if end is None:
+            return 0
+        source = self.named.get(start.operands[0]) if start.operands else None
+        return end.in_hbm + (end.size if source is None or source.in_hbm else 0)
 
-    def _walk(self, name: str, times: int | None) -> Iterator[tuple[Operation, int | None]]:
+    def written(self, op: Operation) -> int:
+        """Bytes of HBM that an operation writes: of an update in place, what it puts there."""
+        if op.code == "custom-call":  # of buffers and bounds; kernels have models of their own
+            return 0
+        into = self.named.get(op.operands[1]) if op.code == "dynamic-update-slice" else None
+        return min(op.in_hbm, op.in_hbm if into is None else into.in_hbm)
+
+    def walk(self, rounds: int | None = None) -> Iterator[tuple[Operation, int | None]]:
+        """Every operation in the order of the program, and how often it runs; None where that is not known.
+
+        A loop of the entry whose length is not in the program runs `rounds` times, where that is given.
+        """
+        yield from self._walk(self.entry, 1, rounds)
+
+    def _walk(self, name: str, times: int | None, rounds: int | None) -> Iterator[tuple[Operation, int | None]]:
         for op in self.computations.get(name, []):
             yield op, times
             if op.code == "while":
                 trips = self.trips(op)
-                yield from self._walk(op.called("body"), None if trips is None or times is None else times * trips)
+                trips = rounds if trips is None else trips
+                inside = None if trips is None or times is None else times * trips
+                yield from self._walk(op.called("body"), inside, None)
             elif op.code == "call":
-                yield from self._walk(op.called("to_apply"), times)
+                yield from self._walk(op.called("to_apply"), times, rounds)
+            elif op.code == "conditional":
+                yield from self._walk(self.branch(op) or "", times, None)

@@ -59,12 +59,13 @@ def make(run: Run, devices: list[Device] | None = None) -> tuple[Mesh, str]:
     return mesh, f"{text} on {mesh.size} x {kind}" + (f" ({', '.join(notes)})" if notes else "")
 
 
-def for_parameters(model: Decoder, text: str) -> Mesh:
+def for_parameters(model: Decoder, text: str, devices: list[Device] | None = None) -> Mesh:
     """The mesh that `text` describes, of the first devices. Raises ValueError as `make` does; there is no batch.
 
     With no text: one device or, where there are several processes, fsdp over as many as divide the parameters.
     """
-    devices, described = jax.devices(), describe(model.abstract())
+    devices = jax.devices() if devices is None else devices
+    described = describe(model.abstract())
     if parse(text).get(stages.AXIS, 1) > 1:
         raise ValueError(
             f"mesh axis {stages.AXIS} is for training, got {text!r}: a token would pass stage after stage, and all "

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from ..configs.run import Optimizer
@@ -44,11 +45,12 @@ def make(optimizer: Optimizer, steps: int, parameters: Descriptions) -> optax.Gr
     rate = schedule(optimizer, steps)
     matrices = {name: known.inputs > 0 for name, known in parameters.items()}
     decay, b1, b2 = optimizer.weight_decay, optimizer.b1, optimizer.b2
+    dtype = jnp.dtype(optimizer.momentum_dtype)
     match optimizer.name:
         case "adamw":
-            return optax.adamw(rate, b1=b1, b2=b2, eps=optimizer.eps, weight_decay=decay, mask=matrices)
+            return optax.adamw(rate, b1=b1, b2=b2, eps=optimizer.eps, mu_dtype=dtype, weight_decay=decay, mask=matrices)
         case "lion":  # 2302.06675
-            return optax.lion(rate, b1=b1, b2=b2, weight_decay=decay, mask=matrices)
+            return optax.lion(rate, b1=b1, b2=b2, mu_dtype=dtype, weight_decay=decay, mask=matrices)
         case "adafactor":  # 1804.04235
             return optax.chain(
                 optax.scale_by_factored_rms(decay_rate=0.8),
@@ -58,7 +60,7 @@ def make(optimizer: Optimizer, steps: int, parameters: Descriptions) -> optax.Gr
             )
         case "sgd":
             return optax.chain(
-                optax.trace(decay=b1, nesterov=True),
+                optax.trace(decay=b1, nesterov=True, accumulator_dtype=dtype),
                 optax.add_decayed_weights(decay, matrices),
                 optax.scale_by_learning_rate(rate),
             )
@@ -90,6 +92,7 @@ def _muon(optimizer: Optimizer, rate: optax.Schedule, parameters: Descriptions) 
         adam_b1=optimizer.b1,
         adam_b2=optimizer.b2,
         eps=optimizer.eps,
+        mu_dtype=jnp.dtype(optimizer.momentum_dtype),
         muon_weight_dimension_numbers=dimensions,
         consistent_rms=0.2,
     )

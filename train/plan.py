@@ -2,9 +2,8 @@
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -14,22 +13,10 @@ from ..configs.run import Run
 from ..layers import stages
 from . import mesh as meshes
 from .chips import Chip, chips, slice_of
-from .hlo import Operation, Program
+from .hlo import Program
+from .plan_kernels import Kernels
+from .plan_time import Time, time_of
 from .step import abstract_batch, abstract_state, make_step
-
-HOP = 1e-6
-"""Seconds that a step of a ring takes beside its bytes."""
-FREE = (
-    "parameter",
-    "constant",
-    "get-tuple-element",
-    "tuple",
-    "bitcast",
-    "while",
-    "call",
-    "partition-id",
-)
-"""Operations that take no time of their own."""
 
 
 @dataclass
@@ -42,6 +29,10 @@ class Memory:
     average: float = 0.0
     """The moving average of the parameters."""
     batch: float = 0.0
+    cache: float = 0.0
+    """Keys and values of earlier tokens, in decoding."""
+    tiles: float = 0.0
+    """What arrays take beyond their numbers: they lie in tiles, of which not all are full."""
     gradients: float = 0.0
     """In float32, split as the parameters are."""
     temporary: float = 0.0
@@ -55,62 +46,6 @@ class Memory:
         """All of it."""
         parts = asdict(self)
         return sum(parts[name] for name in parts if name not in ("capacity", "missing"))
-
-
-@dataclass
-class Traffic:
-    """What one kind of collective moves over an axis in a step."""
-
-    bytes: float = 0.0
-    """That a chip sends."""
-    seconds: float = 0.0
-    exposed: float = 0.0
-    """Seconds in which nothing is computed."""
-    count: int = 0
-
-    def add(self, times: int, sent: float, seconds: float) -> None:
-        """Counts a collective that runs so often."""
-        self.bytes, self.seconds, self.count = (
-            self.bytes + times * sent,
-            self.seconds + times * seconds,
-            self.count + times,
-        )
-
-
-@dataclass
-class Time:
-    """A step, predicted."""
-
-    compute: float = 0.0
-    """Seconds of what XLA makes itself, by the cycles of the schedules that its compiler chose."""
-    attention: float = 0.0
-    """Seconds of attention kernels: their FLOPs by the share of the peak that they reach in benchmarks/."""
-    traffic: dict[tuple[str, str], Traffic] = field(default_factory=dict)
-    """By kind of collective and mesh axis."""
-    unknown: list[str] = field(default_factory=list)
-    """What there is no model for; where there is any, no time is told."""
-
-    @property
-    def busy(self) -> float:
-        """Seconds in which a chip computes."""
-        return self.compute + self.attention
-
-    @property
-    def communication(self) -> float:
-        """Seconds in which a chip waits for others."""
-        return sum(part.exposed for part in self.traffic.values())
-
-    @property
-    def seconds(self) -> float:
-        """Of a step."""
-        return self.busy + self.communication
-
-    @property
-    def bound(self) -> str:
-        """What most of the time goes to."""
-        parts = {"computation": self.compute, "attention": self.attention, "communication": self.communication}
-        name = max(parts, key=lambda part: parts[part])
-        return f"{name} ({parts[name] / self.seconds:.0%})"
 
 
 @dataclass
@@ -156,7 +91,7 @@ def plan(run: Run, topology: str) -> Plan:
         ValueError: on a topology that does not exist, or a mesh that does not fit it or the run.
     """
     topology = slice_of(topology)
-    devices = _devices(topology)
+    devices = devices_of(topology)
     chip = chips()[devices[0].device_kind]
     mesh, _ = meshes.make(run, devices)
     sizes = dict(mesh.shape)
@@ -167,103 +102,45 @@ def plan(run: Run, topology: str) -> Plan:
         lowered = step.trace(state, batch).lower()
         memory = Memory(
             capacity=chip.hbm,
-            parameters=_bytes(state["params"]),
-            optimizer=_bytes(state["optimizer"]),
-            average=_bytes(state["ema"]),
-            batch=_bytes(batch),
+            parameters=bytes_held(state["params"]),
+            optimizer=bytes_held(state["optimizer"]),
+            average=bytes_held(state["ema"]),
+            batch=bytes_held(batch),
         )
-        try:
-            program = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            memory.missing = _missing(str(error), chip)
-            memory.temporary = memory.capacity + memory.missing - memory.used
-            return Plan(run, topology, chip, sizes, memory, None)
+        program = compiled(lowered, memory, chip)
+    if program is None:
+        return Plan(run, topology, chip, sizes, memory, None)
+    memory.gradients = min(memory.parameters, memory.temporary)
+    memory.temporary -= memory.gradients
+    kernels = Kernels(run.model, chip, sizes, run.batch // run.accumulate * run.length)
+    time = time_of(program, chip, sizes, kernels.training(run.length))
+    return Plan(run, topology, chip, sizes, memory, time)
+
+
+def compiled(lowered: Any, memory: Memory, chip: Chip) -> Program | None:
+    """What the compiler makes of a program, of whose memory the arguments are known; the rest is filled in.
+
+    None where it does not fit. Raises ValueError where it is refused for another reason.
+    """
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        memory.missing = _missing(str(error), chip)
+        memory.temporary = memory.capacity + memory.missing - memory.used
+        return None
     found, text = program.memory_analysis(), program.as_text()
     assert found is not None
     assert text is not None
+    known = memory.used
     # At its peak: all that is temporary need not be there at once.
-    temporary = max(0, found.peak_memory_in_bytes - found.argument_size_in_bytes)
-    memory.gradients = min(memory.parameters, temporary)
-    memory.temporary = temporary - memory.gradients
+    memory.temporary = max(0, found.peak_memory_in_bytes - found.argument_size_in_bytes)
     memory.code = found.generated_code_size_in_bytes
-    # Arrays lie in tiles, which may not be full: what is more than the sum of the parts belongs to the state.
-    memory.optimizer += max(
-        0.0, found.argument_size_in_bytes - memory.parameters - memory.optimizer - memory.average - memory.batch
-    )
-    return Plan(run, topology, chip, sizes, memory, time_of(Program(text), run, chip, sizes))
+    memory.tiles = max(0.0, found.argument_size_in_bytes - known)
+    return Program(text)
 
 
-def time_of(program: Program, run: Run, chip: Chip, mesh: dict[str, int]) -> Time:
-    """The time of a compiled step."""
-    time, unknown = Time(), Counter[str]()
-    under_way: dict[Any, list[tuple[float, float, Traffic]]] = {}
-    """Of collectives that began: how much was computed before, the seconds they take, and where they are counted."""
-    for op, times in program.walk():
-        if times is None:
-            unknown["a loop of unknown length"] += 1
-            continue
-        if op.code == "conditional":
-            unknown["a conditional"] += 1
-        if op.kernel and not op.kernel.startswith("attention_"):
-            unknown[op.kernel] += 1
-        moved = program.collective(op)
-        # A fusion may hold the beginning, some of the way or the end of a collective, known by its kind and size.
-        key: Any = op.operands[0] if op.code.endswith("-done") and op.operands else op.name
-        key = (moved.code, moved.largest) if moved is not None and op.code == "fusion" else key
-        begins = moved is not None and (op.phase == "start" or (not op.phase and not under_way.get(key)))
-        if moved is not None and begins:
-            kind, axis, sent, seconds = _cost(moved, op, chip, mesh)
-            traffic = time.traffic.setdefault((kind, axis), Traffic())
-            traffic.add(times, sent, seconds)
-            under_way.setdefault(key, []).append((time.busy, times * seconds, traffic))
-        busy = times * _busy(op, run, chip, mesh)
-        if op.kernel:
-            time.attention += busy
-        else:
-            time.compute += busy
-        if under_way.get(key) and (op.phase == "done" or (begins and not op.phase)):
-            before, seconds, traffic = under_way[key].pop(0)
-            traffic.exposed += max(0.0, seconds - (time.busy - before))
-    time.unknown = list(unknown)
-    return time
-
-
-def _busy(op: Operation, run: Run, chip: Chip, mesh: dict[str, int]) -> float:
-    """Seconds that an operation keeps the chip busy."""
-    if op.kernel in ("attention_forward", "attention_backward"):
-        model, backward = run.model, op.kernel == "attention_backward"
-        # What grows with the length are the products with keys and values: two forward, five backward.
-        ends = [sum(block.mixer.flops(model.dim, length) for block in model.all_blocks) for length in (1, run.length)]
-        devices = math.prod(size for axis, size in mesh.items() if axis != stages.AXIS)  # that share a layer
-        tokens = run.batch // run.accumulate * run.length / devices
-        flops = (ends[1] - ends[0]) / len(model.all_blocks) * tokens * (2.5 if backward else 1)
-        return flops / (chip.attention[backward] * chip.derate * chip.tflops * 1e12)
-    return 0.0 if op.cycles is None or op.code in FREE else op.cycles / chip.clock_ghz / 1e9
-
-
-def _cost(op: Operation, whole: Operation, chip: Chip, mesh: dict[str, int]) -> tuple[str, str, float, float]:
-    """Of a collective: its kind, its axis, the bytes that a chip sends, and its seconds.
-
-    It goes round a ring in both directions where the devices lie on one, else along a line: a lower bound.
-    """
-    kind = op.code.removesuffix("-start")
-    axis, count = op.group(mesh)
-    others = (count - 1) / count
-    sent = op.largest * others
-    if kind == "all-reduce" and whole is not op and whole.largest * count <= 1.1 * op.largest:
-        kind = "reduce-scatter"  # each device cuts its part out of the sum
-    elif kind == "all-reduce":
-        sent *= 2
-    elif kind == "reduce-scatter":
-        sent *= count
-    elif kind == "collective-permute":
-        sent = op.largest
-    ring = count >= 4 and (count == math.prod(mesh.values()) or count % chip.wrap == 0)
-    links = 2 if ring and kind != "collective-permute" else 1
-    return kind, axis, sent, sent / (links * chip.ici_gbps * 1e9) + max(count - 1, 1) * HOP
-
-
-def _devices(topology: str) -> list[Any]:
+def devices_of(topology: str) -> list[Any]:
+    """The devices of a slice. Raises ValueError where the compiler has none of this name."""
     one = all(side == "1" for side in topology.partition(":")[2].split("x"))
     sides = {"chips_per_host_bounds": (1, 1, 1)} if one else {}
     try:
@@ -273,7 +150,7 @@ def _devices(topology: str) -> list[Any]:
         raise ValueError(f"the TPU compiler has no topology {topology!r}: {first}") from error
 
 
-def _bytes(tree: Any) -> float:
+def bytes_held(tree: Any) -> float:
     """What a device holds of it."""
     leaves = jax.tree.leaves(tree)
     return float(

@@ -16,15 +16,20 @@ from .. import configs
 from ..configs.run import Run
 from ..layers import stages
 from ..layers.spec import missing_package
-from .plan import Memory, Plan, Time, first_that_fits, plan
+from .chips import Chip
+from .plan import Memory, Plan, first_that_fits, plan
 from .plan_search import front, picture, search
+from .plan_time import PARTS as TIMES
+from .plan_time import Time
 from .progress import amount, print_whole
 
 PARTS = {
-    "parameters": "float32, split as the mesh says",
-    "optimizer": "its state, and what tiles that are not full add",
+    "parameters": "split as the mesh says",
+    "optimizer": "its state",
     "average": "moving average of the parameters",
     "batch": "tokens, targets, segments, positions, weights",
+    "cache": "keys and values of earlier tokens, full",
+    "tiles": "of these arrays, that are not full",
     "gradients": "float32, split as the parameters are",
     "temporary": "activations, and all else the compiler allocates",
     "code": "of the program",
@@ -62,6 +67,7 @@ def search_command(
     run: Run,
     topology: str,
     *,
+    momentum: bool,
     plot: Path | None,
     as_json: bool,
     usd_hour: float | None,
@@ -77,6 +83,7 @@ def search_command(
             run,
             topology,
             lambda done, count: status.update(f"compiled {done} of the {count} most promising layouts ..."),
+            momentum=momentum,
         )
     if plot is not None:
         picture(plans, plot)
@@ -94,8 +101,12 @@ def search_command(
         told_as = (
             [f"{one.tokens_per_second:,.0f}", f"{one.mfu:.1%}", one.time.bound] if told and one.time else ["-", "-", ""]
         )
-        marks = "front" if one in best else "" if one.fits else "does not fit"
-        rows.add_row(one.run.mesh, one.run.remat, str(one.run.accumulate), memory, *told_as, marks)
+        other = one.run.optimizer.momentum_dtype != run.optimizer.momentum_dtype
+        marks = ["front"] * (one in best) + ["does not fit"] * (not one.fits)
+        marks += [f"momentum in {one.run.optimizer.momentum_dtype}: another result"] * other
+        rows.add_row(
+            one.run.mesh, one.run.remat, str(one.run.accumulate), memory, *told_as, ", ".join(filter(None, marks))
+        )
     print_whole(console, rows)
     if plot is not None:
         console.print(f"\ndrawn in {plot}", highlight=False)
@@ -111,7 +122,7 @@ SEARCHED = ("accumulate", "memory", "tokens/s a chip", "MFU", "bound by", "")
 def train_line(name: str, run: Run) -> str:
     """The command that trains a run by this name in the layout of `run`."""
     usual = run if Path(name).exists() else configs.get_run(name)
-    names = ("batch", "length", "dtype", "mesh", "remat", "accumulate", "optimizer.name")
+    names = ("batch", "length", "dtype", "mesh", "remat", "accumulate", "optimizer.name", "optimizer.momentum_dtype")
     given, default = run.flat(), usual.flat()
     flags = [text for key in names if given[key] != default[key] for text in (f"--{key}", str(given[key]))]
     return shlex.join(["zoo", "train", name, *flags])
@@ -130,7 +141,7 @@ def page(found: Plan, console: Console, *, usd_hour: float | None = None, watts:
             f"accumulate={run.accumulate}: less with more.",
             highlight=False,
         )
-    _memory(found.memory, console)
+    memory_table(found.memory, console)
     if found.time is None:
         return
     if found.time.unknown:
@@ -142,18 +153,28 @@ def page(found: Plan, console: Console, *, usd_hour: float | None = None, watts:
         f"{found.mfu:.1%} MFU; bound by {time.bound}.",
         soft_wrap=True,
     )
-    _time(time, console)
-    usd_hour, watts = usd_hour or found.chip.usd_hour, watts or found.chip.watts
-    if usd_hour:
-        console.print(f"At ${usd_hour:.2f} a chip and hour: ${price(found, usd_hour):.3f} a million tokens.")
-    if watts:
-        console.print(f"At {watts:.0f} W a chip: {watts / found.tokens_per_second / 3.6:.3f} kWh a million tokens.")
+    time_table(time, console)
+    costs(found.chip, found.tokens_per_second, console, usd_hour, watts)
     console.print(f"How far to trust it: {found.chip.trust}.", highlight=False, soft_wrap=True)
 
 
-def price(found: Plan, usd_hour: float) -> float:
-    """Dollars for a million tokens."""
-    return usd_hour / 3600 / found.tokens_per_second * 1e6
+def costs(chip: Chip, speed: float, console: Console, usd_hour: float | None, watts: float | None) -> None:
+    """Prints what a million tokens cost at so many a second and chip, where a price or a power is known."""
+    known = prices_of(chip, speed, usd_hour, watts)
+    if (usd := known["usd_per_million_tokens"]) is not None:
+        console.print(f"At ${usd_hour or chip.usd_hour:.2f} a chip and hour: ${usd:.3f} a million tokens.")
+    if (kwh := known["kwh_per_million_tokens"]) is not None:
+        console.print(f"At {watts or chip.watts:.0f} W a chip: {kwh:.3f} kWh a million tokens.")
+
+
+def prices_of(chip: Chip, speed: float, usd_hour: float | None, watts: float | None) -> dict[str, float | None]:
+    """Dollars and energy of a million tokens, for JSON."""
+    usd_hour, watts = usd_hour or chip.usd_hour, watts or chip.watts
+    hours = 1e6 / speed / 3600
+    return {
+        "usd_per_million_tokens": usd_hour * hours if usd_hour else None,
+        "kwh_per_million_tokens": watts * hours / 1e3 if watts else None,
+    }
 
 
 def json_of(found: Plan, *, usd_hour: float | None = None, watts: float | None = None) -> str:
@@ -171,14 +192,7 @@ def json_of(found: Plan, *, usd_hour: float | None = None, watts: float | None =
         "memory": asdict(found.memory) | {"used": found.memory.used},
     }
     if found.time is not None:
-        parts = [{"kind": kind, "axis": axis, **asdict(part)} for (kind, axis), part in found.time.traffic.items()]
-        result["time"] = {
-            "compute": found.time.compute,
-            "attention": found.time.attention,
-            "communication": found.time.communication,
-            "traffic": parts,
-            "unknown": found.time.unknown,
-        }
+        result["time"] = found.time.as_json()
         if not found.time.unknown:
             result |= {
                 "step_seconds": found.time.seconds,
@@ -187,9 +201,7 @@ def json_of(found: Plan, *, usd_hour: float | None = None, watts: float | None =
                 "bound": found.time.bound,
                 "trust": found.chip.trust,
             }
-            usd_hour, watts = usd_hour or found.chip.usd_hour, watts or found.chip.watts
-            result["usd_per_million_tokens"] = price(found, usd_hour) if usd_hour else None
-            result["kwh_per_million_tokens"] = watts / found.tokens_per_second / 3.6 if watts else None
+            result |= prices_of(found.chip, found.tokens_per_second, usd_hour, watts)
     return json.dumps(result, indent=2)
 
 
@@ -199,7 +211,7 @@ def change_text(run: Run, other: Run) -> str:
     return " ".join(f"--{name} {getattr(other, name)}" for name in names if getattr(run, name) != getattr(other, name))
 
 
-def _memory(memory: Memory, console: Console) -> None:
+def memory_table(memory: Memory, console: Console) -> None:
     """A bar of the whole, and the parts."""
     whole = max(memory.capacity, memory.used)
     verdict = (
@@ -218,7 +230,8 @@ def _memory(memory: Memory, console: Console) -> None:
     print_whole(console, rows)
 
 
-def _time(time: Time, console: Console) -> None:
+def time_table(time: Time, console: Console) -> None:
+    """The parts of a time, and how each is told."""
     rows = Table(box=None, pad_edge=False, header_style="bold")
     for name, side in (
         ("", "left"),
@@ -228,10 +241,12 @@ def _time(time: Time, console: Console) -> None:
         ("how it is told", "left"),
     ):
         rows.add_column(name, justify=side)  # pyright: ignore[reportArgumentType]
-    rows.add_row("computation", f"{time.compute:.4f}", "", "", "cycles of the schedules that the compiler chose")
-    rows.add_row("attention", f"{time.attention:.4f}", "", "", "FLOPs by the share of the peak in benchmarks/results")
+    for name, (shown, what) in TIMES.items():
+        if seconds := getattr(time, name):
+            rows.add_row(shown, f"{seconds:.4f}", "", "", what)
     for (kind, axis), part in sorted(time.traffic.items(), key=lambda item: -item[1].seconds):
-        how = f"{part.count} over {axis}: bytes by the speed of links, a lower bound"
+        speed = "HBM" if axis == "HBM" else "links"
+        how = f"{part.count} over {axis}: bytes by the speed of {speed}, a lower bound"
         rows.add_row(kind, f"{part.seconds:.4f}", f"{part.exposed:.4f}", amount(part.bytes, "B"), how)
     print_whole(console, rows)
 

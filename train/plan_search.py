@@ -24,6 +24,8 @@ SHARE = 0.6
 """Of the peak that computation reaches, for the ranking alone."""
 LOGITS = 2**29
 """Bytes of logits and their gradient, which are there for some tokens at a time."""
+ROOMY = 0.7
+"""The share of the memory up to which a layout fits surely: momentum in bfloat16 would gain it nothing."""
 WORKERS = 2
 """Compilers at once: each takes one or two cores and some GiB."""
 
@@ -39,8 +41,11 @@ class Guess:
     """Of a step."""
 
 
-def layouts(run: Run, chips: int) -> Iterator[Run]:
-    """The run with every mesh, recomputation and number of parts that divides its batch and parameters."""
+def layouts(run: Run, chips: int, momentum: bool = False) -> Iterator[Run]:
+    """The run with every mesh, recomputation and number of parts that divides its batch and parameters.
+
+    With `momentum`, also with that of its optimizer in bfloat16, which is the one thing that changes a result.
+    """
     axes = (*AXES, "expert") if any(isinstance(block.ffn, MoE) for block in run.model.all_blocks) else AXES
     for sizes in _factors(chips, len(axes)):
         text = ",".join(f"{axis}={size}" for axis, size in zip(axes, sizes, strict=True) if size > 1)
@@ -51,7 +56,8 @@ def layouts(run: Run, chips: int) -> Iterator[Run]:
                 meshes.check(other, _abstract(other))
             except ValueError:
                 continue
-            yield from (other.replace(remat=remat) for remat in REMATS)
+            others = [other, other.replace(**{"optimizer.momentum_dtype": "bfloat16"})] if momentum else [other]
+            yield from (one.replace(remat=remat) for one in dict.fromkeys(others) for remat in REMATS)
 
 
 def guess(run: Run, chip: Chip, known: dict[str, Description]) -> Guess:
@@ -69,6 +75,7 @@ def guess(run: Run, chip: Chip, known: dict[str, Description]) -> Guess:
     stream = model.dim / into["tensor"]
     kept = {"full": stream, "dots": stream + wide, "none": stream + 2 * wide}[run.remat]
     states = {"adamw": 2, "lion": 1, "muon": 1.5, "adafactor": 0.1, "sgd": 1}[run.optimizer.name]
+    states -= 0.5 * (run.optimizer.momentum_dtype == "bfloat16")
     copies = 2 + states + bool(run.ema) + (run.accumulate > 1)  # parameters, gradients of a part, and of all parts
     memory = (4 * copies + 2) * held + 2 * tokens * kept * layers + LOGITS
     forward = model.flops(run.length) * run.batch * run.length / mesh.size
@@ -81,7 +88,9 @@ def guess(run: Run, chip: Chip, known: dict[str, Description]) -> Guess:
     return Guess(run, memory, compute + moved)
 
 
-def search(run: Run, topology: str, say: Callable[[int, int], None], count: int = 8) -> tuple[int, list[Plan]]:
+def search(
+    run: Run, topology: str, say: Callable[[int, int], None], count: int = 8, *, momentum: bool = False
+) -> tuple[int, list[Plan]]:
     """How many layouts there are, and the plans of the best, the fastest first.
 
     Args:
@@ -89,12 +98,15 @@ def search(run: Run, topology: str, say: Callable[[int, int], None], count: int 
         topology: e.g. "v6e:2x4".
         say: is told how many are compiled, of how many.
         count: how many are compiled; where none of them fits, the next ones as well.
+        momentum: whether that of the optimizer is tried in bfloat16, too, where memory is short. It changes the result.
 
     Raises ValueError where no layout divides the batch and the parameters, or all are too large by arithmetic alone.
     """
     chip, chips = chip_of(topology)
     known = describe(run.model.abstract())
-    guesses = [guess(other, chip, known) for other in layouts(run, chips)]
+    guesses = [guess(other, chip, known) for other in layouts(run, chips, momentum)]
+    roomy = {_wide(one.run) for one in guesses if one.run == _wide(one.run) and one.bytes < ROOMY * chip.hbm}
+    guesses = [one for one in guesses if one.run == _wide(one.run) or _wide(one.run) not in roomy]
     if not guesses:
         raise ValueError(f"no mesh of {chips} chips divides batch={run.batch} and the parameters of the model")
     fitting = sorted((one for one in guesses if one.bytes < chip.hbm), key=lambda one: one.seconds)
@@ -115,6 +127,10 @@ def search(run: Run, topology: str, say: Callable[[int, int], None], count: int 
             if any(one.fits for one in found):
                 break
     return len(guesses), sorted(found, key=_order)
+
+
+def _wide(run: Run) -> Run:
+    return run.replace(**{"optimizer.momentum_dtype": "float32"})
 
 
 def front(plans: Iterable[Plan]) -> list[Plan]:

@@ -1,6 +1,6 @@
 """The machinery under generation: rows of tokens that grow, their caches, and two compiled programs.
 
-`_prefill` reads a stretch of every row into the caches; `_advance` draws tokens one after another, inside one loop,
+`_prefill` reads a stretch of every row into the caches; `advance` draws tokens one after another, inside one loop,
 until all rows are done or so many are drawn. Sizes are rounded up, so that prompts of similar length share programs.
 """
 
@@ -130,10 +130,10 @@ class Session:
             self.filters = sampling.traced(vocab)
             self.end_ids = jnp.asarray([*ends, -1], jnp.int32)
             kept = dtype if cache_dtype is None else cache_dtype
-            self.caches: Any = _caches(model.spec, batch, self.room, kept)
-            self.draft_caches: Any = None if draft is None else _caches(draft.spec, batch, self.room, kept)
+            self.caches: Any = empty_caches(model.spec, batch, self.room, kept)
+            self.draft_caches: Any = None if draft is None else empty_caches(draft.spec, batch, self.room, kept)
             looks_up = speculation is not None and draft is None
-            self.state = _start(key, batch, vocab if self.filters.penalised else None, self.room if looks_up else None)
+            self.state = start(key, batch, vocab if self.filters.penalised else None, self.room if looks_up else None)
 
     def read(self, rows: Sequence[Sequence[int]], max_tokens: int) -> list[Drawn]:
         """Reads more tokens of every row, one at least, and draws the first of up to `max_tokens` new ones.
@@ -197,7 +197,7 @@ class Session:
         with self._flat.on_mesh():
             rest = self.state, self.filters, self.end_ids, jnp.int32(min(limit, STRIDE))
             if self.speculation is None:
-                self.caches, self.state, *out = _advance(
+                self.caches, self.state, *out = advance(
                     self._flat, self.caches, *rest, log_probs=self.log_probs, dtype=self.dtype
                 )
             else:
@@ -234,12 +234,13 @@ class Session:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _caches(spec: Decoder, batch: int, length: int, dtype: Any) -> Caches:
+def empty_caches(spec: Decoder, batch: int, length: int, dtype: Any) -> Caches:
+    """Of a batch of rows of up to a length."""
     return spec.cache(batch, length, dtype)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def _start(key: Key[Array, ""], batch: int, penalised: int | None, looked_up: int | None) -> State:
+def start(key: Key[Array, ""], batch: int, penalised: int | None, looked_up: int | None) -> State:
     """Rows without tokens, of a vocabulary whose tokens are `penalised`, and of a length that is `looked_up`."""
     zeros = jnp.zeros(batch, jnp.int32)
     return State(
@@ -293,7 +294,7 @@ def _first(
 
 
 @partial(jax.jit, static_argnames=("log_probs", "dtype"), donate_argnames="caches")
-def _advance(
+def advance(
     flat: Flat,
     caches: Caches,
     state: State,

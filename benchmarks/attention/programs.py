@@ -69,10 +69,10 @@ def ours(device: Any, case: Case, which: Pass, settings: Settings) -> Program:
     return gradients, (steering, *shapes, out, lse, out)
 
 
-def sizes(device: Any, operands: Operands) -> tpu.BlockSizes:
+def sizes(device: Any, operands: Operands, as_one: int = 1) -> tpu.BlockSizes:
     """The block sizes that ours take for a device; of operands only the shapes matter."""
     with jax.sharding.use_abstract_mesh(Mesh(np.array([device]), ("x",)).abstract_mesh):
-        return tpu.sizes(operands)
+        return tpu.sizes(operands, as_one)
 
 
 def shipped(device: Any, case: Case) -> Settings:

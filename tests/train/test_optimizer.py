@@ -52,6 +52,50 @@ def test_each_learns(tiny: Run, name: str) -> None:
     assert kinds <= {"float32", "int32"}
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "adafactor"])
+def test_the_momentum_may_be_kept_in_bfloat16(tiny: Run, name: str) -> None:
+    """That changes where a step leads by what bfloat16 rounds off; by default everything is as optax has it."""
+    known, params = describe(tiny.model.abstract()), parameters_of(tiny)
+    keys = jax.random.split(jax.random.key(7), len(params))
+    gradients = {name: jax.random.normal(key, x.shape) for key, (name, x) in zip(keys, params.items(), strict=True)}
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        settings = Optimizer(name=name, learning_rate=0.1, warmup_steps=0, momentum_dtype=dtype)  # pyright: ignore
+        transformation = optimizers.make(settings, 10, known)
+        update = jax.jit(lambda *arguments, made=transformation: optimizers.update(made, *arguments))
+        state, moved = transformation.init(params), params
+        for _ in range(2):
+            moved, state = update(gradients, state, moved)
+        sizes = dict.fromkeys(("float32", "bfloat16", "int32"), 0)
+        for leaf in jax.tree.leaves(state):
+            sizes[str(leaf.dtype)] += leaf.size
+        numbers = sum(what.size for what in known.values())
+        assert sizes["bfloat16"] == (numbers if dtype == "bfloat16" else 0)
+        found[dtype] = {key: x - params[key] for key, x in moved.items()}
+    for key, moved in found["float32"].items():
+        np.testing.assert_allclose(found["bfloat16"][key], moved, rtol=0.2, atol=0.05 * float(jnp.max(jnp.abs(moved))))
+    if name != "lion":  # whose steps are signs
+        assert any(jnp.any(found["bfloat16"][key] != moved) for key, moved in found["float32"].items())
+
+
+def test_the_default_is_optax_to_the_bit(tiny: Run) -> None:
+    known, params = describe(tiny.model.abstract()), parameters_of(tiny)
+    keys = jax.random.split(jax.random.key(7), len(params))
+    gradients = {name: jax.random.normal(key, x.shape) for key, (name, x) in zip(keys, params.items(), strict=True)}
+    ours = optimizers.make(Optimizer(), 10, known)
+    rate = optimizers.schedule(Optimizer(), 10)
+    plain = optax.adamw(rate, b2=0.95, weight_decay=0.1, mask={name: what.inputs > 0 for name, what in known.items()})
+
+    def twice(transformation: Any) -> Any:
+        state, moved = transformation.init(params), params
+        update = jax.jit(lambda *arguments: optimizers.update(transformation, *arguments))
+        for _ in range(2):
+            moved, state = update(gradients, state, moved)
+        return moved, state
+
+    jax.tree.map(np.testing.assert_array_equal, twice(ours), twice(plain))
+
+
 # Schedules.
 
 

@@ -10,7 +10,7 @@ from flaxzoo import configs
 from flaxzoo.configs import Run, models
 from flaxzoo.train import mesh as meshes
 from flaxzoo.train.chips import chips, compiler_options
-from flaxzoo.train.plan import _devices
+from flaxzoo.train.plan import devices_of
 from flaxzoo.train.step import abstract_batch, abstract_state, make_step
 from flaxzoo.zoo import MoE, Router
 
@@ -25,7 +25,7 @@ def small_run(**changes: Any) -> Run:
 
 def compiled(run: Run, topology: str) -> tuple[str, Any]:
     """The text of the step of a run, and its memory."""
-    mesh, _ = meshes.make(run, _devices(topology))
+    mesh, _ = meshes.make(run, devices_of(topology))
     with jax.set_mesh(mesh):
         step: Any = make_step(run)
         program = step.trace(abstract_state(run, mesh), abstract_batch(run, mesh)).lower().compile()
@@ -54,7 +54,7 @@ def test_options_are_for_several_devices_of_a_tpu() -> None:
         assert compiler_options() == {}
     if find_spec("libtpu"):
         for topology, options in (("v6e:1x1", {}), ("v6e:2x2", chips()["TPU v6 lite"].options), ("v5e:2x2", {})):
-            devices = _devices(topology)
+            devices = devices_of(topology)
             with jax.set_mesh(jax.make_mesh((len(devices),), ("fsdp",), devices=devices)):
                 assert compiler_options() == options
     assert chips()["TPU v6 lite"].options
