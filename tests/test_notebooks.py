@@ -18,7 +18,7 @@ from flaxzoo import configs, zoo
 from flaxzoo.configs import Run
 from flaxzoo.train import metrics
 from flaxzoo.train.chips import chip_of
-from flaxzoo.train.plan import _devices, plan
+from flaxzoo.train.plan import devices_of, plan
 from flaxzoo.zoo import Decoder, family, session
 from flaxzoo.zoo.parameters import Flat, describe
 from flaxzoo.zoo.source import TensorInfo
@@ -201,13 +201,14 @@ def test_training_fits_the_chip_and_takes_as_long_as_is_told(
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology", [V5E, pytest.param(V6E, marks=slow)])
+@slow
+@pytest.mark.parametrize("topology", [V5E, V6E])
 def test_reading_and_writing_compile_for_the_chip(topology: str) -> None:
     """The two programs of generation, with the caches of a chat, beside the weights."""
     names: dict[str, Any] = {}
     exec(tagged(read("generate"), "parameters").source, names)
     spec = model_of(names["MODEL"])
-    mesh = jax.make_mesh((1,), ("fsdp",), devices=_devices(topology), axis_types=(jax.sharding.AxisType.Explicit,))
+    mesh = jax.make_mesh((1,), ("fsdp",), devices=devices_of(topology), axis_types=(jax.sharding.AxisType.Explicit,))
     place = NamedSharding(mesh, PartitionSpec())
 
     def placed(tree: Any) -> Any:
@@ -217,13 +218,13 @@ def test_reading_and_writing_compile_for_the_chip(topology: str) -> None:
     model = Flat.of(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place), spec.abstract()))
     with jax.set_mesh(mesh):
         caches = placed(jax.eval_shape(lambda: spec.cache(1, length, dtype)))
-        state = placed(jax.eval_shape(lambda: session._start(jax.random.key(0), 1, None, None)))
+        state = placed(jax.eval_shape(lambda: session.start(jax.random.key(0), 1, None, None)))
         filters = placed(jax.eval_shape(lambda: zoo.Sampling(temperature=0.7, top_p=0.9).traced(spec.vocab)))
         numbers = [placed(jax.ShapeDtypeStruct(shape, jnp.int32)) for shape in ((1, 256), (1,), (1,), (2,), ())]
         tokens, counts, starts, ends, limit = numbers
         logits = placed(jax.ShapeDtypeStruct((1, spec.vocab), jnp.float32))
         reading = session._prefill.trace(model, caches, state, tokens, counts, starts, logits, dtype=dtype)
-        writing = session._advance.trace(model, caches, state, filters, ends, limit, log_probs=False, dtype=dtype)
+        writing = session.advance.trace(model, caches, state, filters, ends, limit, log_probs=False, dtype=dtype)
         for program in (reading, writing):
             memory = program.lower().compile().memory_analysis()
             weights = 2 * sum(known.size for known in describe(spec.abstract()).values())

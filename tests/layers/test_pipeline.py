@@ -77,7 +77,8 @@ def plain(outer: Any, stack: Any, micro_batches: Any, prices: Any) -> Any:
         x, before = enter(outer, micro["tokens"], micro)
         x, of_layers = jax.lax.scan(lambda x, weights: layer(weights, x, micro), x, stack)
         x, after = leave(outer, x, micro)
-        return pipeline.Sums(*finish(outer, x, micro), (before, of_layers, after))
+        loss, other = finish(outer, x, micro)
+        return pipeline.Sums(loss, other, (before, of_layers, after))
 
     sums = jax.tree.map(lambda each: jnp.sum(each, axis=0), jax.lax.map(one, micro_batches))
     priced = jax.tree.leaves(jax.tree.map(lambda report, price: jnp.sum(report * price), sums.reports, prices))

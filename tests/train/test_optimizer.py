@@ -66,7 +66,7 @@ def test_the_momentum_may_be_kept_in_bfloat16(tiny: Run, name: str) -> None:
         state, moved = transformation.init(params), params
         for _ in range(2):
             moved, state = update(gradients, state, moved)
-        sizes = dict.fromkeys(("float32", "bfloat16", "int32"), 0)
+        sizes: dict[str, int] = dict.fromkeys(("float32", "bfloat16", "int32"), 0)
         for leaf in jax.tree.leaves(state):
             sizes[str(leaf.dtype)] += leaf.size
         numbers = sum(what.size for what in known.values())

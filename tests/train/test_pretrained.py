@@ -13,7 +13,7 @@ import pytest
 from chat_checkpoint import TEMPLATE, checkpoint, tokenizer_of_bytes
 from flaxzoo import configs, zoo
 from flaxzoo.configs import Run, models
-from flaxzoo.train import cli, data, folder, loop, metrics, plan_report
+from flaxzoo.train import cli, data, folder, loop, metrics, plan_report, signals
 from flaxzoo.train import mesh as meshes
 from flaxzoo.train.data.tokenizer import ends
 from flaxzoo.train.pretrained import open_pretrained
@@ -124,7 +124,7 @@ def test_it_learns_and_goes_on_without_the_checkpoint_bit_by_bit(
     assert losses[12] < 0.8 * losses[1]
     moved = Path(shutil.copytree(source, tmp_path / "away"))
     there = run.replace(weights=str(moved))
-    with pytest.raises(loop.Interrupted):
+    with pytest.raises(signals.Interrupted):
         interrupted(there, tmp_path / "mine", at=6)
     shutil.rmtree(moved)  # what is needed of it is in the run's folder
     loop.train(there, tmp_path / "mine", console=QUIET)
@@ -141,7 +141,7 @@ def interrupted(run: Run, place: Path, at: int) -> None:
             if step == at:
                 job._save(step)
                 job.checkpoints.wait()
-                raise loop.Interrupted("SIGTERM", step, place)
+                raise signals.Interrupted("SIGTERM", step, place)
 
         patch.setattr(loop.Job, "_record", caught)
         loop.train(run, place, console=QUIET)

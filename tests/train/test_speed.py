@@ -12,7 +12,7 @@ from flaxzoo.train import mesh as meshes
 from flaxzoo.train.chips import chips, compiler_options
 from flaxzoo.train.plan import devices_of
 from flaxzoo.train.step import abstract_batch, abstract_state, make_step
-from flaxzoo.zoo import MoE, Router
+from flaxzoo.zoo import GatedMLP, MoE, Router
 
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is for Linux on x86-64 alone")
 
@@ -62,6 +62,6 @@ def test_options_are_for_several_devices_of_a_tpu() -> None:
 
 def test_experts_are_not_in_8_bits() -> None:
     model = models.small()
-    block = model.block[0].replace(ffn=MoE(experts=4, expert=model.block[0].ffn, router=Router(top_k=2)))
+    block = model.block[0].replace(ffn=MoE(experts=4, expert=GatedMLP(hidden=64), router=Router(top_k=2)))
     with pytest.raises(ValueError, match="experts have no products in 8 bits, got quantize='fp8'; leave it at 'none'"):
         small_run().replace(model=model.replace(block=(block,)), quantize="fp8")
