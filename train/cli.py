@@ -18,8 +18,10 @@ from rich.console import Console
 
 from .. import configs, zoo
 from ..configs.run import Run
+from ..layers.quantized import Kind
 from ..layers.spec import unknown
 from ..zoo import family
+from ..zoo.decoder import Remat
 from ..zoo.load import is_run
 from . import cluster, commands, hardware, loop, plan_decode, plan_report, processes, shard, show, signals
 from .chips import chip_of
@@ -118,11 +120,12 @@ def plan_(
     length: int = 0,
     batch: int = 0,
     mesh: str = "",
-    remat: Literal["", "none", "full", "dots", "dots_no_batch"] = "",
+    remat: Remat | Literal[""] = "",
     accumulate: int = 0,
     optimizer: Literal["", "adamw", "lion", "muon", "adafactor", "sgd"] = "",
     momentum_dtype: Literal["", "float32", "bfloat16"] = "",
     dtype: Literal["", "float32", "bfloat16"] = "",
+    quantize: Kind | Literal[""] = "",
     search: bool = False,
     any_momentum: bool = False,
     plot: Path | None = None,
@@ -149,6 +152,7 @@ def plan_(
         optimizer: by name; that of the run, or adamw, if not given.
         momentum_dtype: what the optimizer keeps its moving average of gradients in; that of the run if not given.
         dtype: what layers compute in; that of the run, or bfloat16, if not given.
+        quantize: 8 bits for products with weights; that of the run if not given.
         search: look for the fastest mesh, remat and accumulate: rank all by arithmetic, and compile the best ones.
         any_momentum: search also with momentum in bfloat16, where memory is short; such a run learns something else.
         plot: a file that the picture of a search goes to, e.g. plan.png.
@@ -163,7 +167,7 @@ def plan_(
     costs = {"usd_hour": usd_hour, "watts": watts}
     if decode:
         others = {"remat": remat, "accumulate": accumulate, "optimizer": optimizer, "momentum-dtype": momentum_dtype}
-        others |= {"search": search, "any-momentum": any_momentum, "plot": plot}
+        others |= {"quantize": quantize, "search": search, "any-momentum": any_momentum, "plot": plot}
         if unused := [f"--{key}" for key, value in others.items() if value]:
             raise ValueError(f"--decode plans generation, which has no use for {', '.join(unused)}; leave it out")
         model = found.model if isinstance(found, Run) else found
@@ -182,7 +186,7 @@ def plan_(
     else:
         run = configs.get_run(name)
     given = {"length": length, "batch": batch, "mesh": mesh, "remat": remat, "accumulate": accumulate, "dtype": dtype}
-    given |= {"optimizer.name": optimizer, "optimizer.momentum_dtype": momentum_dtype}
+    given |= {"quantize": quantize, "optimizer.name": optimizer, "optimizer.momentum_dtype": momentum_dtype}
     wanted = run.replace(**{key: value for key, value in given.items() if value})
     if search:
         plan_report.search_command(name, wanted, topology, momentum=any_momentum, plot=plot, as_json=json, **costs)

@@ -172,9 +172,11 @@ def _missing(message: str, chip: Chip) -> float:
 
 def remedies(run: Run) -> list[Run]:
     """The run in layouts that save memory and change no result, the mildest first."""
-    kinds = {"none": ("dots", "full"), "dots": ("full",), "dots_no_batch": ("full",), "full": ()}[run.remat]
+    more = {"none": ("dots", "full"), "dots": ("full",), "dots_no_batch": ("full",), "dots_offload": ("full_offload",)}
+    kinds = more.get(run.remat, ())
+    least = kinds[-1] if kinds else run.remat
     parts = [n for n in range(run.accumulate + 1, run.batch + 1) if run.batch % n == 0 and n & (n - 1) == 0]
-    return [run.replace(remat=kind) for kind in kinds] + [run.replace(remat="full", accumulate=n) for n in parts]
+    return [run.replace(remat=kind) for kind in kinds] + [run.replace(remat=least, accumulate=n) for n in parts]
 
 
 def first_that_fits(run: Run, topology: str, say: Callable[[Run], None]) -> Plan | None:

@@ -354,6 +354,12 @@ def test_what_the_compiler_says_is_missing() -> None:
 
 
 def test_remedies_are_in_order() -> None:
+    offloaded = remedies(run(remat="dots_offload"))
+    assert [(other.remat, other.accumulate) for other in offloaded[:3]] == [
+        ("full_offload", 1),
+        ("full_offload", 2),
+        ("full_offload", 4),
+    ]
     texts = [plan_report.change_text(run(), other) for other in remedies(run())]
     assert texts == [
         "--remat dots",
