@@ -47,6 +47,10 @@ class Chip:
     usd_hour: float | None = None
     watts: float | None = None
 
+    def costs(self, usd_hour: float | None, watts: float | None) -> tuple[float | None, float | None]:
+        """Price and power as given or, where they are not, as the table has them."""
+        return self.usd_hour if usd_hour is None else usd_hour, self.watts if watts is None else watts
+
     @property
     def hbm(self) -> float:
         """Bytes that a program may use."""

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+BYTES: dict[str, float] = {
+    **dict.fromkeys(("s2", "u2"), 0.25),
+    **dict.fromkeys(("s4", "u4", "f4e2m1fn"), 0.5),
+    **dict.fromkeys(("pred", "s8", "u8", "f8e3m4", "f8e4m3", "f8e4m3fn", "f8e5m2", "f8e8m0fnu"), 1),
+    **dict.fromkeys(("f8e4m3b11fnuz", "f8e4m3fnuz", "f8e5m2fnuz"), 1),
+    **dict.fromkeys(("s16", "u16", "bf16", "f16"), 2),
+    **dict.fromkeys(("s32", "u32", "f32"), 4),
+    **dict.fromkeys(("s64", "u64", "f64", "c64"), 8),
+    "c128": 16,
+}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
@@ -94,7 +103,7 @@ class Operation:
 
 def bytes_of(kind: str, dims: str) -> int:
     """Of an array: `bytes_of("bf16", "8,128")`."""
-    return BYTES.get(kind, 0) * math.prod(int(n) for n in dims.split(",") if n)
+    return math.ceil(BYTES.get(kind, 0) * math.prod(int(n) for n in dims.split(",") if n))
 
 
 class Program:

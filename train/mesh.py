@@ -99,6 +99,11 @@ def check(run: Run, mesh: Mesh | AbstractMesh) -> None:
             f"{', '.join(map(str, fits))} ways"
         )
     parts = mesh.shape.get(stages.AXIS, 1)
+    if parts > 1 and run.remat.endswith("_offload"):
+        raise ValueError(
+            f"stages keep on the chip what waits for its gradient, got remat={run.remat!r} with {stages.AXIS}={parts}; "
+            f"set remat to {run.remat.removesuffix('_offload')!r}"
+        )
     # The stages share the loss of what each of the other parts of T holds.
     time = (*names_of(stream_partition(mesh, 0)[1]), *([stages.AXIS] if parts > 1 else []))
     if run.length % ways(time, mesh):

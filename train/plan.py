@@ -162,11 +162,15 @@ def bytes_held(tree: Any) -> float:
     )
 
 
+class Refused(ValueError):
+    """The compiler does not take a program, and not for its memory."""
+
+
 def _missing(message: str, chip: Chip) -> float:
-    """How much a program needs beyond what there is, by the compiler's error. Raises ValueError where it is another."""
+    """How much a program needs beyond what there is, by the compiler's error. Raises `Refused` where it is another."""
     found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", message)
     if not found:
-        raise ValueError(f"the TPU compiler refuses the program: {message.strip().splitlines()[0]}")
+        raise Refused(f"the TPU compiler refuses the program: {message.strip().splitlines()[0]}")
     return float(found[1]) * 2.0 ** (10 * (1 + "KMGT".index(found[2]))) - chip.hbm
 
 
@@ -185,6 +189,8 @@ def first_that_fits(run: Run, topology: str, say: Callable[[Run], None]) -> Plan
         say(other)
         try:
             found = plan(other, topology)
+        except Refused:
+            raise
         except ValueError:  # the mesh splits more ways than a part of the batch has rows
             return None
         if found.fits:

@@ -82,10 +82,20 @@ class DecodePlan:
 
     @property
     def least(self) -> float:
-        """Seconds that it takes to read parameters and caches once, at the published speed of the HBM."""
-        spec = self.decoding.model
-        table = 0 if spec.tied else spec.vocab * spec.dim * jnp.dtype(self.decoding.dtype).itemsize
-        read = self.memory.parameters - table / self.mesh.get("tensor", 1) + self.memory.cache
+        """Seconds that it takes to read parameters and caches once, at the published speed of the HBM.
+
+        Not an embedding that is looked up alone, nor more experts than the rows choose if all choose others.
+        """
+        spec, rows = self.decoding.model, self.decoding.batch
+        mixtures = [block.ffn for block in spec.all_blocks if isinstance(block.ffn, MoE) and block.ffn.unused(1)]
+        sizes = {(mixture.experts, mixture.router.top_k) for mixture in mixtures}
+        shares = [max(0, experts - rows * chosen) / (experts - chosen) for experts, chosen in sizes]
+        idle = spec.unused() * max(shares, default=0)
+        table = 0 if spec.tied else spec.vocab * spec.dim
+        split = math.prod(size for axis, size in self.mesh.items() if axis in ("fsdp", "expert", "tensor"))
+        experts = self.mesh.get("expert", 1)
+        size = jnp.dtype(self.decoding.dtype).itemsize
+        read = self.memory.parameters - size * (idle + table * experts) / split + self.memory.cache
         return read / (self.chip.hbm_gbps * 1e9)
 
     @property

@@ -122,7 +122,8 @@ SEARCHED = ("accumulate", "memory", "tokens/s a chip", "MFU", "bound by", "")
 def train_line(name: str, run: Run) -> str:
     """The command that trains a run by this name in the layout of `run`."""
     usual = run if Path(name).exists() else configs.get_run(name)
-    names = ("batch", "length", "dtype", "mesh", "remat", "accumulate", "optimizer.name", "optimizer.momentum_dtype")
+    names = ("batch", "length", "dtype", "quantize", "mesh", "remat", "accumulate")
+    names += ("optimizer.name", "optimizer.momentum_dtype")
     given, default = run.flat(), usual.flat()
     flags = [text for key in names if given[key] != default[key] for text in (f"--{key}", str(given[key]))]
     return shlex.join(["zoo", "train", name, *flags])
@@ -133,7 +134,8 @@ def page(found: Plan, console: Console, *, usd_hour: float | None = None, watts:
     run, chips = found.run, math.prod(found.mesh.values())
     mesh = ",".join(f"{axis}={size}" for axis, size in found.mesh.items())
     size = f"{run.batch} x {run.length} tokens a step" + (f" in {run.accumulate} parts" if run.accumulate > 1 else "")
-    layout = f"mesh {mesh}, {size}, {run.dtype}, remat {run.remat}"
+    kinds = run.dtype if run.quantize == "none" else f"{run.dtype} and {run.quantize}"
+    layout = f"mesh {mesh}, {size}, {kinds}, remat {run.remat}"
     console.print(f"{found.topology}: {chips} x {found.chip.kind}, {layout}", highlight=False, soft_wrap=True)
     if found.bubble:
         console.print(
@@ -161,19 +163,20 @@ def page(found: Plan, console: Console, *, usd_hour: float | None = None, watts:
 def costs(chip: Chip, speed: float, console: Console, usd_hour: float | None, watts: float | None) -> None:
     """Prints what a million tokens cost at so many a second and chip, where a price or a power is known."""
     known = prices_of(chip, speed, usd_hour, watts)
+    usd_hour, watts = chip.costs(usd_hour, watts)
     if (usd := known["usd_per_million_tokens"]) is not None:
-        console.print(f"At ${usd_hour or chip.usd_hour:.2f} a chip and hour: ${usd:.3f} a million tokens.")
+        console.print(f"At ${usd_hour:.2f} a chip and hour: ${usd:.3f} a million tokens.")
     if (kwh := known["kwh_per_million_tokens"]) is not None:
-        console.print(f"At {watts or chip.watts:.0f} W a chip: {kwh:.3f} kWh a million tokens.")
+        console.print(f"At {watts:.0f} W a chip: {kwh:.3f} kWh a million tokens.")
 
 
 def prices_of(chip: Chip, speed: float, usd_hour: float | None, watts: float | None) -> dict[str, float | None]:
     """Dollars and energy of a million tokens, for JSON."""
-    usd_hour, watts = usd_hour or chip.usd_hour, watts or chip.watts
+    usd_hour, watts = chip.costs(usd_hour, watts)
     hours = 1e6 / speed / 3600
     return {
-        "usd_per_million_tokens": usd_hour * hours if usd_hour else None,
-        "kwh_per_million_tokens": watts * hours / 1e3 if watts else None,
+        "usd_per_million_tokens": None if usd_hour is None else usd_hour * hours,
+        "kwh_per_million_tokens": None if watts is None else watts * hours / 1e3,
     }
 
 
@@ -186,6 +189,8 @@ def json_of(found: Plan, *, usd_hour: float | None = None, watts: float | None =
         "batch": found.run.batch,
         "length": found.run.length,
         "accumulate": found.run.accumulate,
+        "dtype": found.run.dtype,
+        "quantize": found.run.quantize,
         "remat": found.run.remat,
         "bubble": found.bubble,
         "fits": found.fits,

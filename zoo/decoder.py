@@ -1,5 +1,6 @@
 """The decoder: a language model made of a repeating pattern of blocks."""
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -319,4 +320,6 @@ def _checkpointed(function: Any, remat: Remat, *, scanned: bool) -> Any:
     """Outside a scan, XLA would find what is computed twice, and store it after all, if it were not prevented."""
     if remat == "none" and jax.sharding.get_abstract_mesh().size <= 1:
         return function  # nothing is gathered
+    # JAX keeps what it traced of a function: a new one each time, for what is asked for around it may differ.
+    function = functools.partial(function)
     return jax.checkpoint(function, policy=POLICIES[remat], prevent_cse=not scanned)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flaxzoo.layers.einsum import einsum
 from flaxzoo.layers.quantized import current, quantized
+from jax.extend.core import jaxprs_in_params
 
 X = np.random.default_rng(0).normal(size=(2, 24, 64)).astype(np.float32) * np.geomspace(0.01, 10, 24)[None, :, None]
 WEIGHT = np.random.default_rng(1).normal(size=(64, 4, 16)).astype(np.float32)
@@ -24,13 +25,13 @@ def rounded(x, summed, dtype):
     return (np.clip(np.rint(ratio), -128, 127) if dtype == np.int8 else ratio.astype(dtype)).astype(np.float64) * scale
 
 
-def outcome(kind):
+def outcome(kind, dtype=jnp.float32):
     def product(x, weight):
         with quantized(kind):
             return einsum("B T D, D N H -> B T N H", x, weight)
 
-    y, pull = jax.vjp(product, jnp.asarray(X), jnp.asarray(WEIGHT))
-    return y, *pull(jnp.asarray(COTANGENT))
+    y, pull = jax.vjp(product, jnp.asarray(X, dtype), jnp.asarray(WEIGHT, dtype))
+    return y, *pull(jnp.asarray(COTANGENT, dtype))
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
@@ -54,12 +55,26 @@ def test_the_error_is_that_of_8_bits(kind, most):
         assert 1e-4 < error < most
 
 
-@pytest.mark.parametrize(("kind", "types"), [("int8", {"s8"}), ("fp8", {"f8e4m3fn", "f8e5m2"})])
-def test_the_products_are_in_8_bits(kind, types):
-    program = str(jax.jit(lambda: outcome(kind)).trace().jaxpr)
-    operands = {"s8": "i8[", "f8e4m3fn": "f8_e4m3fn[", "f8e5m2": "f8_e5m2["}
-    assert all(operands[name] in program for name in types)
-    assert "i8[" not in str(jax.jit(lambda: outcome("none")).trace().jaxpr)
+def products_of(jaxpr):
+    """The dtypes of both sides and of the result of every product in a program."""
+    for equation in jaxpr.eqns:
+        if equation.primitive is jax.lax.dot_general_p:
+            yield tuple(str(value.aval.dtype) for value in (*equation.invars, *equation.outvars))
+        for inside in jaxprs_in_params(equation.params):
+            yield from products_of(inside)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_the_products_are_in_8_bits(kind, dtype):
+    found = list(products_of(jax.jit(lambda: outcome(kind, dtype)).trace().jaxpr.jaxpr))
+    if kind == "int8":
+        assert found == [("int8", "int8", "int32")] * 3
+    else:
+        forward, *backward = (sorted(each[:2]) for each in found)
+        assert forward == ["float8_e4m3fn"] * 2
+        assert backward == [["float8_e4m3fn", "float8_e5m2"]] * 2
+        assert {each[2] for each in found} == {"float32"}
 
 
 def test_the_setting_ends_with_its_block():

@@ -118,6 +118,12 @@ def test_what_goes_to_the_host_has_no_model() -> None:
     assert timed(TEXT.replace("  ROOT %sum", line)).unknown == ["copies to and from the host"]
 
 
+def test_numbers_of_8_bits_have_bytes() -> None:
+    assert [hlo.bytes_of(kind, "8,128") for kind in ("f8e4m3fn", "f8e5m2", "s8", "s4")] == [1024, 1024, 1024, 512]
+    line = plan_report.train_line("bench_cpu", configs.get_run("bench_cpu").replace(quantize="int8", mesh="fsdp=4"))
+    assert line == "zoo train bench_cpu --quantize int8 --mesh fsdp=4"
+
+
 def test_what_has_no_model_gets_no_time() -> None:
     text = TEXT.replace("direction=LT", "direction=NE")
     found = timed(text.replace("attention_forward", "mystery"))

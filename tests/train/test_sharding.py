@@ -125,7 +125,7 @@ def test_keys_of_a_whole_sequence_may_be_gathered(kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["fsdp=4,tensor=2", "context=2,tensor=2,expert=2"])
-@pytest.mark.parametrize("remat", ["full", "dots", "dots_no_batch"])
+@pytest.mark.parametrize("remat", ["full", "dots", "dots_no_batch", "full_offload", "dots_offload"])
 def test_recomputed_on_a_mesh(mesh: str, remat: Any) -> None:
     assert_same(outcome(run_of("moe").replace(mesh=mesh, remat=remat))[0], alone("moe"))
 

@@ -11,7 +11,7 @@ from flaxzoo.configs import Run, models
 from flaxzoo.train import mesh as meshes
 from flaxzoo.train.chips import chips, compiler_options
 from flaxzoo.train.plan import devices_of
-from flaxzoo.train.step import abstract_batch, abstract_state, make_step
+from flaxzoo.train.step import abstract_batch, abstract_state, make_evaluation, make_step
 from flaxzoo.zoo import GatedMLP, MoE, Router
 
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is for Linux on x86-64 alone")
@@ -65,3 +65,31 @@ def test_experts_are_not_in_8_bits() -> None:
     block = model.block[0].replace(ffn=MoE(experts=4, expert=GatedMLP(hidden=64), router=Router(top_k=2)))
     with pytest.raises(ValueError, match="experts have no products in 8 bits, got quantize='fp8'; leave it at 'none'"):
         small_run().replace(model=model.replace(block=(block,)), quantize="fp8")
+
+
+@pytest.mark.parametrize("first", ["evaluation", "training"])
+def test_evaluation_is_not_in_8_bits_whichever_comes_first(first: str) -> None:
+    """JAX keeps what it traced of a function: blocks outside of the stack must not be taken for each other's."""
+    model = models.small(vocab=64, dim=16, layers=3, heads=2, kv_heads=2, hidden=32)
+    model = model.replace(block=model.block * 2)  # one whole repeat, and a block after it
+    run = small_run().replace(model=model, quantize="int8", remat="full", length=16, batch=2, dtype="float32")
+    mesh, _ = meshes.make(run)
+    with jax.set_mesh(mesh):
+        state, batch = abstract_state(run, mesh), abstract_batch(run, mesh)
+        step, evaluation = make_step(run), make_evaluation(run)
+
+        def count(program: Any, *arguments: Any) -> int:
+            return str(program.trace(*arguments).jaxpr).count("preferred_element_type=int32")
+
+        if first == "evaluation":
+            assert count(evaluation, state["params"], batch) == 0
+        # Seven weights of three blocks: forward, again (but for the last product of the repeat and of the block after
+        # it, which no gradient needs), and two gradients.
+        assert count(step, state, batch) == 3 * 7 * 4 - 2
+        assert count(evaluation, state["params"], batch) == 0
+
+
+def test_stages_keep_what_waits_on_the_chip() -> None:
+    run = small_run(mesh="pipeline=2", remat="dots_offload", batch=8)
+    with pytest.raises(ValueError, match=r"got remat='dots_offload' with pipeline=2; set remat to 'dots'"):
+        meshes.make(run)
