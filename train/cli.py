@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import tyro
 from rich.console import Console
 
@@ -248,11 +247,9 @@ def main() -> None:
     try:
         with _joined(arguments):
             dispatch(arguments)
-    except BrokenPipeError:
-        sys.exit(141)
     except (Exception, KeyboardInterrupt) as error:
         text, code = told(error)
-        if not isinstance(error, signals.Interrupted) or processes.writes():
+        if text and (not isinstance(error, signals.Interrupted) or processes.writes()):
             print(text, file=sys.stderr)
         sys.exit(code)
 
@@ -260,17 +257,19 @@ def main() -> None:
 @contextlib.contextmanager
 def _joined(arguments: list[str]) -> Iterator[None]:
     """One process of several where the command is for many; what it prints is printed by the first one."""
-    if not arguments or arguments[0] not in MANY:
+    if not arguments or arguments[0] not in MANY or {"-h", "--help"} & {*arguments}:
         yield
         return
     with cluster.joined(told), contextlib.ExitStack() as quiet:
-        if jax.distributed.is_initialized() and not processes.writes():
+        if processes.quiet():
             quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(Path(os.devnull).open("w"))))
         yield
 
 
 def told(error: BaseException) -> tuple[str, int]:
-    """What a user reads of an error, and the exit code."""
+    """What a user reads of an error, if there is anybody who reads, and the exit code."""
+    if isinstance(error, BrokenPipeError):
+        return "", 141
     if isinstance(error, signals.Interrupted):
         return f"{error}", 143 if error.signal_name == "SIGTERM" else 130
     if isinstance(error, KeyboardInterrupt):

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import threading
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +39,11 @@ def find(environment: Mapping[str, str] = os.environ) -> Group | None:
 
     Raises ValueError where what is told is incomplete or no number.
     """
-    given = _given(environment)
-    if given is not None:
-        return given if given.processes != 1 else None
-    return _slurm(environment) or _open_mpi(environment) or _tpu(environment)
+    for told in (_given, _open_mpi, _slurm, _tpu):  # mpirun in an allocation passes on variables of a step of SLURM
+        group = told(environment)
+        if group is not None:
+            return group if group.processes != 1 else None
+    return None
 
 
 @contextlib.contextmanager
@@ -49,20 +51,32 @@ def joined(told: Callable[[BaseException], tuple[str, int]] | None = None) -> It
     """Makes this process one of its job's, if there is a job; call it before anything of JAX is computed.
 
     Inside, `jax.devices()` are those of all processes. An error in one of them ends them all, with one message; `told`
-    gives the text and exit code of an error. What ends all of them at the same place (the end, `Interrupted`, a wrong
-    flag) may leave. Where the others are not there in time, the process ends with a message.
+    gives the text and exit code of an error, and no text if it is said already. What ends all of them at the same place
+    (the end, `Interrupted`, an exit without a code) may leave. Where the others are not there in time, the process ends
+    with a message.
 
-    Raises ValueError where what is told of the job is incomplete.
+    Raises ValueError where what is told of the job is incomplete or its processes have unequal numbers of devices;
+    ConnectionError where they cannot reach each other.
     """
     group = find()
     if group is None:
         yield
         return
     _connect(group)
-    roll = Roll()
+    try:
+        _check_devices()
+        roll = Roll()
+    except (ValueError, ConnectionError):  # in all of them
+        jax.distributed.shutdown()
+        raise
     try:
         yield
-    except (Interrupted, SystemExit):
+    except Interrupted:
+        _leave(roll)
+        raise
+    except SystemExit as end:
+        if end.code:  # of this one alone, for all we know
+            roll.fail(*(("", end.code) if isinstance(end.code, int) else (f"{end.code}", 1)))
         _leave(roll)
         raise
     except BaseException as error:
@@ -106,6 +120,16 @@ def _connect(group: Group) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
 
 
+def _check_devices() -> None:
+    """Every process sees those of all, so all raise."""
+    count = Counter(device.process_index for device in jax.devices())
+    if len(set(count.values())) > 1:
+        raise ValueError(
+            f"every process must have as many devices, got {[count[index] for index in sorted(count)]}; "
+            "JAX_LOCAL_DEVICE_IDS chooses those of a process"
+        )
+
+
 def _given(environment: Mapping[str, str]) -> Group | None:
     """What the three variables say."""
     address, count, index = (environment.get(name) for name in VARIABLES)
@@ -143,9 +167,9 @@ def _open_mpi(environment: Mapping[str, str]) -> Group | None:
     size, rank, of_machine = (
         environment.get(f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "LOCAL_RANK", "LOCAL_SIZE")
     )
-    if size is None or size == "1":
+    if size is None:
         return None
-    return Group("Open MPI", devices=_share(int(rank or 0), int(of_machine or 1), environment))
+    return Group("Open MPI", processes=int(size), devices=_share(int(rank or 0), int(of_machine or 1), environment))
 
 
 def _share(index: int, count: int, environment: Mapping[str, str]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from rich.text import Text
 from .. import zoo
 from ..layers.spec import unknown
 from ..zoo.chat import ChatTemplate, Conversation
-from . import evaluate, loop
+from . import evaluate, loop, processes
 from .chat import converse
 from .writer import DTYPES, Writer, open_writer
 
@@ -71,7 +71,7 @@ class Place:
 def bytes_shown(what: str = "") -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error, if that is a terminal; gives what to tell bytes done and bytes in all."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=processes.quiet())
     disable = not console.is_terminal
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=disable) as bar:
         task = bar.add_task(what, total=None)
@@ -124,7 +124,7 @@ def generate(
         for one in found:
             bold.print(Text(shown, style="bold") + Text(f"{one.text}\n", style="not bold"))
         speed = found[0].speed
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not processes.quiet():
         print(f"({speed})", file=sys.stderr)
 
 
@@ -204,7 +204,7 @@ def eval_(
     writer = place.open(source)
     console = Console(soft_wrap=True, highlight=False)
     if text:
-        shown = Console(stderr=True)
+        shown = Console(stderr=True, quiet=processes.quiet())
         sizes = {"length": length, "stride": stride, "batch": batch}
         scores = evaluate.score_files(writer, text, **sizes, field=text_field, console=shown)
         print(evaluate.as_json(scores)) if json else evaluate.show(scores, console)

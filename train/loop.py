@@ -192,7 +192,7 @@ class Job:
         def say(text: str) -> None:
             console.print(text, soft_wrap=True, highlight=False)
 
-        pretrained = open_pretrained(run) if run.weights and not processes.first(checkpoints.steps) else None
+        pretrained = open_pretrained(run) if run.weights and not checkpoints.steps() else None
         if pretrained is not None:
             processes.first(lambda: folder.write_pretrained(pretrained.tokenizer, pretrained.described))
         batches = _load_data(run, folder, mesh, console)
@@ -249,14 +249,14 @@ class Job:
         step_function = make_step(run)
         began, pending = time.perf_counter(), None
         for step, batch in self._profiled(start):
-            asked = processes.largest(signals.caught, self.mesh)  # all must stop after the same step
+            asked = processes.largest(lambda: signals.caught, self.mesh)  # all must stop after the same step
             self.state, metrics = step_function(self.state, self._placed(batch))
             if pending:
                 self._record(*pending, began)
                 began = time.perf_counter()
             pending = (step, metrics)
             due = [every and step % every == 0 for every in (run.eval_every, run.sample_every, run.save_every)]
-            end, caught = step == run.steps, int(asked)
+            end, caught = step == run.steps, asked()
             if any(due) or end or caught:
                 self._record(*pending, began)
                 pending = None

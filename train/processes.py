@@ -3,6 +3,7 @@
 With one process every function here is free. With several, each process must call it at the same place.
 """
 
+import contextvars
 import json
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+_alone = contextvars.ContextVar("alone", default=False)
+"""Whether only this process is where it is, and must not wait for the others."""
 
 
 class Elsewhere(OSError, ValueError):
@@ -23,8 +27,14 @@ def writes() -> bool:
     return jax.process_index() == 0
 
 
+def quiet() -> bool:
+    """Whether another process shows what this one would. JAX is not started to know it."""
+    return jax.distributed.is_initialized() and not writes()
+
+
 def gather[T](value: T) -> list[T]:
     """What every process has, in their order; plain JSON data."""
+    _assert_all_here()
     if jax.process_count() == 1:
         return [value]
     data = _encoded(value)
@@ -36,15 +46,16 @@ def gather[T](value: T) -> list[T]:
 def first[T](make: Callable[[], T]) -> T:
     """What `make()` returns in the first process, told to all; plain JSON data. The others wait for it meanwhile.
 
-    Raises what `make` raises; in the other processes, `Elsewhere` with its text.
+    Raises what `make` raises; in the other processes, `Elsewhere` with its text. `make` may not ask the others.
     """
+    _assert_all_here()
     if jax.process_count() == 1:
-        return make()
+        return _made(make)
     answer: dict[str, Any] = {}
     problem: Exception | None = None
     if writes():
         try:
-            answer = {"value": make()}
+            answer = {"value": _made(make)}
         except Exception as error:  # the others wait: whatever it is, they must hear of it
             problem, answer = error, {"error": f"{error}"}
     data = _encoded(answer)
@@ -71,18 +82,37 @@ def check_same(what: dict[str, str]) -> None:
             )
 
 
-def largest(number: int, mesh: Mesh) -> jax.Array | int:
-    """The largest of the processes' numbers, computed on the devices of the (ambient) mesh, in the background."""
+def largest(number: Callable[[], int], mesh: Mesh) -> Callable[[], int]:
+    """The largest of the processes' numbers, computed on the devices of the (ambient) mesh, in the background.
+
+    It is waited for where what is returned is called. One process alone reads its number there, and no earlier.
+    """
+    _assert_all_here()
     if jax.process_count() == 1:
         return number
+    own = np.full(1, number(), np.int32)
     places = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    numbers = jax.make_array_from_callback((mesh.size,), places, lambda index: np.full(1, number, np.int32))
-    return _max(numbers)
+    numbers = jax.make_array_from_callback((mesh.size,), places, lambda index: own)
+    found = _max(numbers)
+    return lambda: int(found)
 
 
 @jax.jit
 def _max(numbers: jax.Array) -> jax.Array:
     return jnp.max(numbers)
+
+
+def _made[T](make: Callable[[], T]) -> T:
+    token = _alone.set(True)
+    try:
+        return make()
+    finally:
+        _alone.reset(token)
+
+
+def _assert_all_here() -> None:
+    """Also with one process, where it would do no harm: the fault is found without several."""
+    assert not _alone.get(), "what the first process makes for all may not ask the others: they wait for it"
 
 
 def _encoded(value: Any) -> np.ndarray:

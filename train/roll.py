@@ -30,6 +30,8 @@ BEAT = 5.0
 """Seconds between two signs of life."""
 PATIENCE = 1.0
 """Seconds between the first report and the end: the cause may arrive after its consequences."""
+LONGEST = 1 << 20
+"""Bytes of a message at most."""
 
 _advice: list[Callable[[], str]] = []
 
@@ -57,7 +59,7 @@ class Report:
 
 
 class Line:
-    """A connection that carries JSON, a line each."""
+    """A connection that carries JSON, a line each. Anybody may be at its other end."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
@@ -79,17 +81,27 @@ class Line:
             return None
         *whole, self._rest = (self._rest + data).split(b"\n")
         try:
-            return [dict(json.loads(each)) for each in whole]
-        except (ValueError, TypeError):  # of no process of ours
+            return [dict(json.loads(each)) for each in whole] if len(self._rest) <= LONGEST else None
+        except (ValueError, TypeError, RecursionError):  # of no process of ours
             return None
+
+    def wait(self) -> None:
+        """Returns when the other end is closed, or after a second."""
+        with contextlib.suppress(OSError):
+            self.connection.settimeout(1.0)
+            while self.connection.recv(1 << 16):
+                pass
 
 
 class Roll:
-    """This process's part of it; every process makes one at the same place."""
+    """This process's part of it; every process makes one at the same place.
+
+    Raises ConnectionError, in all of them, where one cannot reach the first.
+    """
 
     def __init__(self) -> None:
         self.index, count = jax.process_index(), jax.process_count()
-        listener = socket.create_server(("", 0), backlog=count) if self.index == 0 else None
+        listener = _listener(count) if self.index == 0 else None
         card = {"host": socket.gethostname()}
         if listener is not None:
             card |= {"addresses": ",".join(_addresses()), "port": str(listener.getsockname()[1])}
@@ -104,14 +116,23 @@ class Roll:
         self._lines: dict[int, Line] = {}
         self._heard = dict.fromkeys(range(1, count), time.monotonic())
         self._over = threading.Event()
-        if listener is not None:
-            watch, arguments = self._watch_all, (listener,)
-        else:
-            self._line = _connected(cards[0], self.hosts[self.index])
-            self._line.send(process=self.index, secret=self._secret)
-            watch, arguments = self._watch_first, ()
-        self._thread = threading.Thread(target=watch, args=arguments, name="roll", daemon=True)
+        problem = ""
+        if listener is None:
+            try:
+                self._line = _connected(cards[0], self.hosts[self.index])
+                self._line.send(process=self.index, secret=self._secret)
+            except (OSError, ValueError) as error:  # all must hear of it
+                problem = f"{error}"
+        if problem := next(filter(None, processes.gather(problem)), ""):
+            raise ConnectionError(problem)
+        self._thread = threading.Thread(target=self._watch, args=(listener,), name="roll", daemon=True)
         self._thread.start()
+
+    def _watch(self, listener: socket.socket | None) -> None:
+        try:
+            self._watch_first() if listener is None else self._watch_all(listener)
+        except BaseException as error:  # nobody would hear of the others any more, and wait for them
+            stop(f"error: the processes of this job cannot watch each other: {error!r}")
 
     def end(self) -> None:
         """Leaves the roll, when every process has got to the end."""
@@ -123,7 +144,10 @@ class Roll:
             self._line.connection.close()
 
     def fail(self, text: str, code: int) -> None:
-        """Tells the others why this process can't go on; it is ended with them, and so never returns."""
+        """Tells the others why this process can't go on; it is ended with them, and so never returns.
+
+        Without a text, this process has said itself what there is to say.
+        """
         follows = re.match(r"(\w+: )*[A-Z_]+: ", text) is not None  # XLA's errors begin with a status
         report = Report(self.index, 2 if follows else 1, text, code)
         if self.index == 0:
@@ -136,43 +160,48 @@ class Roll:
     # In the first process.
 
     def _watch_all(self, listener: socket.socket) -> None:
-        selector = selectors.DefaultSelector()
-        selector.register(listener, selectors.EVENT_READ)
-        beat = time.monotonic()
-        while not (self._over.is_set() and len(self._ended) == len(self._heard)):
-            for key, _ in selector.select(timeout=0.2):
-                if key.fileobj is listener:
-                    connection = listener.accept()[0]
-                    connection.settimeout(BEAT)
-                    selector.register(connection, selectors.EVENT_READ, Line(connection))
-                elif not self._answer(key.data):
-                    selector.unregister(key.fileobj)
-            now = time.monotonic()
-            for process, last in self._heard.items():
-                if now - last > SILENT:
-                    self._lost(process, f"nothing was heard of it for {SILENT:.0f} seconds")
-            if now - beat > BEAT:
-                beat = now
-                for line in self._lines.values():
-                    line.send()
-            self._judge(now)
+        with listener, selectors.DefaultSelector() as selector:
+            selector.register(listener, selectors.EVENT_READ)
+            beat = time.monotonic()
+            while not (self._over.is_set() and len(self._ended) == len(self._heard)):
+                for key, _ in selector.select(timeout=0.2):
+                    if key.fileobj is listener:
+                        try:
+                            connection = listener.accept()[0]
+                        except OSError:  # whoever it was is gone, or there are too many of them
+                            time.sleep(0.1)
+                            continue
+                        connection.settimeout(BEAT)
+                        selector.register(connection, selectors.EVENT_READ, Line(connection))
+                    elif not self._answer(key.data):
+                        selector.unregister(key.fileobj)
+                        key.data.connection.close()
+                now = time.monotonic()
+                for process, last in self._heard.items():
+                    if now - last > SILENT:
+                        self._lost(process, f"nothing was heard of it for {SILENT:.0f} seconds")
+                if now - beat > BEAT:
+                    beat = now
+                    for line in self._lines.values():
+                        line.send()
+                self._judge(now)
         for line in self._lines.values():
             line.send(over=True)
             line.connection.close()
-        listener.close()
 
     def _answer(self, line: Line) -> bool:
-        """Hears what a process says; whether its connection is still there."""
+        """Hears what a process says; whether its connection is still there, and that of a process of ours."""
         messages = line.read()
         if messages is None and line.process > 0:
             self._lost(line.process, "it was killed, or its machine went down")
         for message in messages or ():
-            if message.get("secret") == self._secret:
+            if line.process < 0:
+                if message.get("secret") != self._secret:
+                    return False
                 line.process = message["process"]
                 self._lines[line.process] = line
-            if line.process > 0:
-                self._heard[line.process] = time.monotonic()
-                self._note(line.process, message)
+            self._heard[line.process] = time.monotonic()
+            self._note(line.process, message)
         return messages is not None
 
     def _note(self, process: int, message: dict[str, Any]) -> None:
@@ -200,8 +229,16 @@ class Roll:
             return
         for line in self._lines.values():
             line.send(stop=report.code)
-        where = f"{self._named(report.process)}: " if report.rank and report.process else ""
-        stop(where + report.text, report.code, advise=report.rank == 0)
+        text = report.text
+        if report.rank and report.process:
+            said = text or f"it ended with code {report.code}; its own output says more"
+            text = f"{self._named(report.process)}: {said}"
+        stop(text, report.code, advise=report.rank == 0, last=self._wait)
+
+    def _wait(self) -> None:
+        """Until the others are gone: the runtime of one that loses us first aborts it, with a stack trace."""
+        for line in self._lines.values():
+            line.wait()
 
     # In the others.
 
@@ -233,37 +270,58 @@ class Roll:
                 stop(f"error: {self._named(0)} was lost: {how}", advise=True)
 
 
-def stop(text: str, code: int = 1, *, advise: bool = False) -> None:
-    """Ends this process at once: its main thread may wait for others who never come."""
-    if text and sys.stderr.isatty():
-        text = "\x1b[?25h\r" + text  # a live display may have hidden the cursor
-    if text:  # at once: the runtime notices a lost process too, and ends us without a word on what to do
-        os.write(2, text.encode())
-    if advise:
+def stop(text: str, code: int = 1, *, advise: bool = False, last: Callable[[], None] | None = None) -> None:
+    """Ends this process at once: its main thread may wait for others who never come. `last` is done before.
+
+    Nothing keeps it: neither errors, nor a disk or a terminal that hangs.
+    """
+    try:
+        late = threading.Timer(5, os._exit, [code])
+        late.daemon = True
+        late.start()
+        if text and sys.stderr.isatty():
+            text = "\x1b[?25h\r" + text  # a live display may have hidden the cursor
+        with contextlib.suppress(OSError):
+            if text:  # at once: the runtime notices a lost process too, and ends us without a word on what to do
+                os.write(2, text.encode())
+            if advise:
+                with contextlib.suppress(Exception):
+                    os.write(2, "".join(f"; {advice()}" for advice in _advice).encode())
+            if text:
+                os.write(2, b"\n")
         with contextlib.suppress(Exception):
-            os.write(2, "".join(f"; {advice()}" for advice in _advice).encode())
-    if text:
-        os.write(2, b"\n")
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-    os._exit(code)
+            sys.stdout.flush()
+        if last is not None:
+            last()
+    finally:
+        os._exit(code)
+
+
+def _listener(backlog: int) -> socket.socket:
+    """At any port of all addresses, of IPv6 too where there is that."""
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=backlog)
 
 
 def _addresses() -> list[str]:
     """Addresses of this machine that others may reach it at, the likeliest first."""
     found: list[str] = []
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # of no machine, and nothing is sent: the address that leads out is chosen
-        found.append(probe.getsockname()[0])
+    for family, nowhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((nowhere, 9))  # nothing is sent: the address that leads out is chosen
+            found.append(probe.getsockname()[0])
     with contextlib.suppress(OSError):
-        found += [f"{info[4][0]}" for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
-    return list(dict.fromkeys(address for address in found if not address.startswith("127.")))
+        found += [f"{info[4][0]}" for info in socket.getaddrinfo(socket.gethostname(), None)]
+    return [each for each in dict.fromkeys(found) if not each.startswith(("127.", "::1", "fe80:"))]
 
 
 def _connected(card: dict[str, str], host: str) -> Line:
     """A connection to the first process. Raises ConnectionError where there is none to be had."""
-    here = ["127.0.0.1"] if card["host"] == host else []
-    tried = here + [address for address in card["addresses"].split(",") if address]
+    named = os.environ.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")[0].strip("[]")
+    here = "127.0.0.1" if card["host"] == host else ""
+    tried = [each for each in dict.fromkeys([named, here, *card["addresses"].split(",")]) if each]
     for address in tried:
         with contextlib.suppress(OSError):
             connection = socket.create_connection((address, int(card["port"])), timeout=10)

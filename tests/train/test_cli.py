@@ -419,6 +419,12 @@ def test_a_reader_that_leaves(zoo: Zoo) -> None:
     assert "Traceback" not in err
 
 
+def test_help_waits_for_no_other_process(say: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.cluster, "joined", lambda *_: pytest.fail("joined"))
+    for asked in (("train", "-h"), ("train", "shakespeare", "--help"), ("eval", "--help")):
+        assert say(*asked).code == 0
+
+
 def test_no_devices_are_touched_to_look(say: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "devices", lambda *_: pytest.fail("looked for devices"))
     assert say("show", "llama3_70b", "--mesh", "fsdp=64,tensor=8").code == 0

@@ -1,21 +1,26 @@
 """Several processes train one run: real ones, over loopback, killed, stopped, and resumed by another number."""
 
+import contextlib
 import json
+import os
 import re
+import selectors
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from flaxzoo.configs import Run
-from flaxzoo.train import cluster, loop, metrics
+from flaxzoo.train import cluster, loop, metrics, processes, roll
 from flaxzoo.train import mesh as meshes
 from flaxzoo.train.folder import Folder
 from rich.console import Console
@@ -317,9 +322,12 @@ def before(count):
 
 @pytest.mark.slow
 def test_an_error_of_one_ends_all(run: Run, workers: Workers, tmp_path: Path) -> None:
-    """Its text reaches the user through the first process, with the number of the one it comes from."""
+    """Its text reaches the user through the first process, which stays until the others are gone."""
     made(run, tmp_path / "run")
     failing = """
+from flaxzoo.train import roll
+stop = roll.stop
+roll.stop = lambda *rest, **options: time.sleep(0.5) or stop(*rest, **options)
 def before(count):
     if count == 6:
         raise OSError("the disk of this machine is full")
@@ -398,6 +406,115 @@ def test_nobody_there(workers: Workers) -> None:
     assert "did not find each other in 3 seconds; start all of them" in errors
 
 
+@pytest.mark.slow
+def test_from_weights(run: Run, whole: tuple[Path, list[Any]], workers: Workers, tmp_path: Path) -> None:
+    run = run.replace(weights=str(whole[0]), steps=4)
+    trained(run, tmp_path / "alone")
+    folder = made(run, tmp_path / "run")
+    assert [(code, errors) for code, _, errors in workers.run(2, "train", "run")] == [(0, "")] * 2
+    assert_close(folder, tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_wrong_flag_of_one_ends_all(run: Run, workers: Workers, tmp_path: Path, index: int) -> None:
+    """It says itself what is wrong; the first one says which it is, and none waits for it."""
+    made(run, tmp_path / "run")
+    began = time.monotonic()
+    found = workers.run(2, "train", "run", arguments_of={index: ["--stepz", "4"]})
+    assert time.monotonic() - began < 60
+    assert [code for code, *_ in found] == [2, 2]
+    assert "--stepz" in found[index][2]
+    of_another = f"process 1 of 2 (on {socket.gethostname()}): it ended with code 2; its own output says more\n"
+    assert found[1 - index][2] == (of_another if index else "")
+
+
+@pytest.mark.slow
+def test_nobody_reads(run: Run, workers: Workers, tmp_path: Path) -> None:
+    """What the first one shows: all end without a word, as one alone does."""
+    made(run, tmp_path / "run")
+    broken = """
+def before(count):
+    raise BrokenPipeError
+"""
+    found = workers.run(2, "train", "run", before={0: broken})
+    assert [(code, errors) for code, _, errors in found] == [(141, "")] * 2
+
+
+@pytest.mark.slow
+def test_one_cannot_reach_the_first(workers: Workers) -> None:
+    """All say so; so they do where one of them has fewer devices."""
+    far = """
+from flaxzoo.train import roll
+def refused(*_, **__):
+    raise OSError
+roll.socket.create_connection = refused
+"""
+    found = workers.run(2, "train", "shakespeare", before={1: far})
+    assert [code for code, *_ in found] == [1, 1]
+    assert all(errors.startswith("error: this process, on ") for _, _, errors in found)
+    fewer = "os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=1'"
+    found = workers.run(2, "train", "shakespeare", before={1: fewer})
+    assert [code for code, *_ in found] == [1, 1]
+    assert all(errors.startswith("error: every process must have as many devices, got [2, 1]") for *_, errors in found)
+
+
+# What one process can show.
+
+
+def test_the_first_asks_no_others() -> None:
+    for ask in (lambda: processes.first(str), lambda: processes.gather(1)):
+        with pytest.raises(AssertionError, match="may not ask the others"):
+            processes.first(ask)
+    assert processes.first(lambda: 1) == 1
+
+
+def test_one_process_reads_its_number_late() -> None:
+    """A signal counts for the step that it came in."""
+    caught = [0]
+    number = processes.largest(lambda: caught[-1], jax.make_mesh((1,), ("fsdp",)))
+    caught.append(15)
+    assert number() == 15
+
+
+def test_strangers_are_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what they send ends nothing."""
+    made, create = [], socket.create_server
+    monkeypatch.setattr(socket, "create_server", lambda *a, **k: made.append(create(*a, **k)) or made[-1])
+    monkeypatch.setattr(roll, "stop", lambda text: pytest.fail(text))
+    watch = roll.Roll()
+    for said in (b"GET / HTTP/1.1\n", b'{"process": 1}\n', b"[" * 100_000 + b"\n", b"x" * (roll.LONGEST + 1)):
+        with socket.create_connection(("127.0.0.1", made[0].getsockname()[1]), timeout=20) as stranger:
+            with contextlib.suppress(OSError):
+                stranger.sendall(said)
+            with contextlib.suppress(ConnectionResetError):  # closed with some of it unread
+                assert stranger.recv(1) == b""
+    watch.end()
+
+
+def test_no_watch_is_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong in the thread that watches, the process does not go on without it."""
+    told: list[str] = []
+    monkeypatch.setattr(roll, "stop", told.append)
+    monkeypatch.setattr(selectors, "DefaultSelector", lambda: {}["none left"])
+    roll.Roll().end()
+    assert told == ["error: the processes of this job cannot watch each other: KeyError('none left')"]
+
+
+def test_the_end_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nobody is there any more to read why."""
+
+    def broken(*_: object) -> None:
+        raise BrokenPipeError
+
+    ends: list[Any] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    monkeypatch.setattr(os, "write", broken)
+    monkeypatch.setattr(threading.Timer, "start", lambda timer: ends.append(timer.interval))
+    roll.stop("error", 3, last=lambda: ends.append("last"))
+    assert ends == [5, "last", 3]
+
+
 # What the environment says.
 
 SLURM = {
@@ -409,6 +526,7 @@ SLURM = {
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1",
 }
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
 GIVEN = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
 
 
@@ -421,9 +539,19 @@ GIVEN = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "
         (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, (2, 3)),
         (SLURM | {"CUDA_VISIBLE_DEVICES": "1"}, ()),
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x8)", "CUDA_VISIBLE_DEVICES": "0,1"}, ()),
-        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, ()),
+        (OPEN_MPI, ()),
+        (SLURM | OPEN_MPI | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, (2, 3)),
     ],
-    ids=["given", "given devices", "SLURM", "SLURM shares", "SLURM gave one", "SLURM one a node", "Open MPI"],
+    ids=[
+        "given",
+        "given devices",
+        "SLURM",
+        "SLURM shares",
+        "SLURM gave one",
+        "SLURM one a node",
+        "Open MPI",
+        "Open MPI in SLURM",
+    ],
 )
 def test_a_job_is_found(environment: dict[str, str], devices: tuple[int, ...]) -> None:
     """And a process gets its share of the machine's GPUs, never fewer than there are for it."""
@@ -441,9 +569,19 @@ def test_a_job_is_found(environment: dict[str, str], devices: tuple[int, ...]) -
         SLURM | {"SLURM_STEP_NUM_TASKS": "1"},
         {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NODELIST"},
         {"OMPI_COMM_WORLD_SIZE": "1"},
+        SLURM | {"OMPI_COMM_WORLD_SIZE": "1"},
         {"TPU_WORKER_HOSTNAMES": "localhost"},
     ],
-    ids=["none", "told so", "told so in SLURM", "a shell in SLURM", "a batch script", "Open MPI", "one TPU host"],
+    ids=[
+        "none",
+        "told so",
+        "told so in SLURM",
+        "a shell in SLURM",
+        "a batch script",
+        "Open MPI",
+        "Open MPI in SLURM",
+        "one TPU host",
+    ],
 )
 def test_alone(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster.hardware, "has_tpu", lambda: True)
