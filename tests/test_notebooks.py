@@ -175,15 +175,9 @@ def told(name: str, topology: str) -> list[float]:
 
 
 @needs_libtpu
-@pytest.mark.parametrize(
-    ("name", "topology"),
-    [
-        ("train", V5E),
-        pytest.param("train", V6E, marks=slow),
-        pytest.param("finetune", V5E, marks=slow),
-        pytest.param("finetune", V6E, marks=slow),
-    ],
-)
+@slow
+@pytest.mark.parametrize("topology", [V5E, V6E])
+@pytest.mark.parametrize("name", ["train", "finetune"])
 def test_training_fits_the_chip_and_takes_as_long_as_is_told(
     name: str, topology: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
+from ..layers.moe import MoE
 from ..zoo import session
 from ..zoo.decoder import Decoder
 from ..zoo.parameters import Flat, describe, merge, partitions, shardings
@@ -165,7 +166,7 @@ def _lowered(decoding: Decoding, mesh: Mesh) -> tuple[Flat, Any, Any]:
     def shapes(function: Any) -> Any:
         return jax.tree.map(placed, jax.eval_shape(function))
 
-    flat = Flat.of(merge(abstract, parameters))
+    flat = Flat.of(jax.tree.map(placed, jax.eval_shape(partial(merge, abstract), parameters)))
     room = session.rounded(decoding.length)
     caches = shapes(partial(session.empty_caches, spec, decoding.batch, room, jnp.dtype(decoding.cache_dtype)))
     rest = shapes(

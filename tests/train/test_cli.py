@@ -296,7 +296,7 @@ def test_chat(say: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.M
         ),
         ("show gtp2", "unknown model or run 'gtp2'; did you mean 'gpt2' or "),
         ("diff gpt2 gpt3", "unknown model or run 'gpt3'; did you mean 'gpt2' or "),
-        ("train shakespear", "unknown run 'shakespear'; did you mean 'shakespeare'? Known: bench_cpu, shakespeare"),
+        ("train shakespear", "unknown run 'shakespear'; did you mean 'shakespeare'? Known: bench_cpu, colab"),
         ("train shakespeare --mesh data=3", "the mesh splits the batch 3 ways (data), which does not divide "),
         (
             "train shakespeare --mesh tensor=4",

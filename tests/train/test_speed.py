@@ -33,6 +33,7 @@ def compiled(run: Run, topology: str) -> tuple[str, Any]:
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_products_in_8_bits_and_blocks_kept_by_the_host() -> None:
     text, memory = compiled(small_run(quantize="int8", remat="full_offload"), "v5e:1x1")
     assert text.count("= s8[") > 3 * 7  # both sides of three products with seven weights; some share a fusion
