@@ -18,7 +18,7 @@ def for_decoding(model: DecoderModel, dtype: Any) -> DecoderModel:
     """The same model with its layers apart, its matrices in `dtype`, and their outputs first.
 
     It is a copy, unless the model is in this form already. Whoever generates many times makes it once. Models that are
-    not on a single CPU device are returned as they are: there, what this avoids costs nothing.
+    not on a single CPU device are returned as they are: a copy may not fit an accelerator beside the model.
     """
     leaf = jax.tree.leaves(model)[0]
     devices = leaf.sharding.device_set
