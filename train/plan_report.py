@@ -92,10 +92,11 @@ def search_command(
         return
     console.print(f"{ranked} layouts of {topology} ranked by arithmetic, {len(plans)} compiled:\n", highlight=False)
     rows = Table(box=None, pad_edge=False, header_style="bold")
-    for heading, side in (("mesh", "left"), ("remat", "left"), *((h, "right") for h in SEARCHED)):
+    named = (("", "right"), ("mesh", "left"), ("remat", "left"))
+    for heading, side in (*named, *((h, "right") for h in SEARCHED)):
         rows.add_column(heading, justify=side, no_wrap=True)  # pyright: ignore[reportArgumentType]
     best = front(plans)
-    for one in plans:
+    for number, one in enumerate(plans, 1):
         memory = _gib(one.memory.used)
         told = one.time is not None and not one.time.unknown and one.fits
         told_as = (
@@ -104,9 +105,8 @@ def search_command(
         other = one.run.optimizer.momentum_dtype != run.optimizer.momentum_dtype
         marks = ["front"] * (one in best) + ["does not fit"] * (not one.fits)
         marks += [f"momentum in {one.run.optimizer.momentum_dtype}: another result"] * other
-        rows.add_row(
-            one.run.mesh, one.run.remat, str(one.run.accumulate), memory, *told_as, ", ".join(filter(None, marks))
-        )
+        layout = str(number), one.run.mesh, one.run.remat, str(one.run.accumulate)
+        rows.add_row(*layout, memory, *told_as, ", ".join(filter(None, marks)))
     print_whole(console, rows)
     if plot is not None:
         console.print(f"\ndrawn in {plot}", highlight=False)

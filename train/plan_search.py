@@ -143,29 +143,32 @@ def front(plans: Iterable[Plan]) -> list[Plan]:
 
 
 def picture(plans: list[Plan], file: Path) -> None:
-    """Draws speed against memory; what lies on the front is joined. Needs the extra viz."""
+    """Draws speed against memory, by the numbers of the table; the front is joined. Needs the extra viz."""
     from matplotlib.figure import Figure  # a second of import
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    timed = [one for one in plans if _timed(one)]
-    for remat in REMATS:
-        some = [one for one in timed if one.run.remat == remat]
-        if some:
-            places = [one.memory.used / 2**30 for one in some], [one.tokens_per_second for one in some]
-            axes.scatter(*places, label=f"remat {remat}")
-    for one in timed:
-        text = one.run.mesh + (f" /{one.run.accumulate}" if one.run.accumulate > 1 else "")
-        place = (one.memory.used / 2**30, one.tokens_per_second)
-        axes.annotate(text, place, textcoords="offset points", xytext=(4, 4), fontsize=7)
-    best = front(timed)
-    axes.plot([one.memory.used / 2**30 for one in best], [one.tokens_per_second for one in best], color="0.6", zorder=0)
-    axes.axvline(plans[0].chip.hbm_gib, color="tab:red", linestyle="--", label="memory of a chip")
+    best = front(plans)
+    for line, color in ((best, "tab:blue"), ([one for one in plans if _timed(one) and one not in best], "tab:gray")):
+        places = [_gib(one) for one in line], [one.tokens_per_second for one in line]
+        axes.plot(*places, "o", color=color, linestyle="-" if line is best else "")
+    for number, one in enumerate(plans, 1):
+        if _timed(one):
+            place = _gib(one), one.tokens_per_second
+            axes.annotate(str(number), place, textcoords="offset points", xytext=(4, 4))
+            parts = f", {one.run.accumulate} parts" if one.run.accumulate > 1 else ""
+            axes.plot([], [], " ", label=f"{number}  {one.run.mesh}, {one.run.remat}{parts}")
+    chip = plans[0].chip
+    axes.axvline(chip.hbm_gib, color="tab:red", linestyle="--", label="memory of a chip")
     axes.set(xlabel="GiB of a chip", ylabel="tokens/s a chip", title=f"{plans[0].topology}, predicted")
-    axes.set_ylim(0, 1.2 * max((one.tokens_per_second for one in timed), default=1.0))
-    axes.set_xlim(0, 1.1 * plans[0].chip.hbm_gib)
-    axes.legend(loc="lower left")
+    axes.set_xlim(0.95 * min(chip.hbm_gib, *map(_gib, plans)), 1.02 * chip.hbm_gib)
+    axes.set_ylim(0, 1.1 * max((one.tokens_per_second for one in best), default=1.0))
+    figure.legend(loc="outside right upper", handlelength=1, frameon=False)
     figure.savefig(file, dpi=150)
+
+
+def _gib(one: Plan) -> float:
+    return one.memory.used / 2**30
 
 
 def _timed(one: Plan) -> bool:
