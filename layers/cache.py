@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8
 
+from .kernels.slots import put
 from .masks import KeysAt, Mask
 from .mixer import Places
 from .sharding import as_split, locally, partition, zeros
@@ -168,33 +169,11 @@ def _zeros(axes: str, shape: tuple[int, ...], dtype: Any) -> Array:
 def _put(slots: Array, new: Array, index: Int[Array, "B T"]) -> Array:
     """`slots[b, :, index[b, t]] = new[b, :, t]`, but for an index past the end; the slots are split as `new` is."""
 
-    def put(new: Array, slots: Array, index: Array) -> Array:
+    def local(new: Array, slots: Array, index: Array) -> Array:
         if new.shape[2] == 1:
-            return jax.lax.platform_dependent(slots, new, index[:, 0], cpu=_put_in_turn, default=_put_at_once)
+            return put(slots, new, index[:, 0])
         row = jnp.arange(new.shape[0], dtype=jnp.int32)[:, None]
         return slots.at[row, :, index].set(jnp.swapaxes(new, 1, 2), mode="drop")
 
     new = new.astype(slots.dtype)
-    return locally(put, new, as_split(slots, new), index)
-
-
-def _put_at_once(slots: Array, new: Array, index: Int[Array, " B"]) -> Array:
-    """One token of every row."""
-    return jax.vmap(lambda slots, new, index: _put_one(slots[None], new[None], 0, index)[0])(slots, new, index)
-
-
-def _put_in_turn(slots: Array, new: Array, index: Int[Array, " B"]) -> Array:
-    """The same, row after row in a loop: an update outside one is fused into all that read it, each in its own copy."""
-
-    def put(row: Any, slots: Array) -> Array:
-        return _put_one(slots, jax.lax.dynamic_slice_in_dim(new, row, 1), row, index[row])
-
-    rows = jnp.where(jnp.any(index < slots.shape[2]), index.size, 0)  # a number that XLA does not know
-    return jax.lax.fori_loop(0, rows, put, slots)
-
-
-def _put_one(slots: Array, new: Array, row: Any, index: Int[Array, ""]) -> Array:
-    """`slots[row, :, index] = new[0, :, 0]`, in place; past the end, a slot is given what it has."""
-    place = (row, 0, jnp.minimum(index, slots.shape[2] - 1), *[0] * (slots.ndim - 3))
-    old = jax.lax.dynamic_slice(slots, place, new.shape)
-    return jax.lax.dynamic_update_slice(slots, jnp.where(index < slots.shape[2], new, old), place)
+    return locally(local, new, as_split(slots, new), index)

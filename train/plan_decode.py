@@ -151,7 +151,7 @@ def _divides(spec: Decoder, devices: list[Any]) -> int:
 
 def _lowered(decoding: Decoding, mesh: Mesh) -> tuple[Flat, Any, Any]:
     """Parameters, caches, and the program of `zoo.Session.advance` for them; nothing is computed."""
-    spec = decoding.model
+    spec = decoding.model.unstacked()  # as `zoo.for_decoding` makes it
     known, abstract = describe(spec.abstract()), spec.abstract()
     places, dtype = shardings(known, mesh), jnp.dtype(decoding.dtype)
     parameters: Any = {

@@ -1,4 +1,4 @@
-"""How long kernels take on TPU: attention of training and of decoding, and XLA's products of grouped rows."""
+"""How long kernels take on TPU: attention of training and of decoding, caches, and XLA's products of grouped rows."""
 
 import itertools
 import math
@@ -14,6 +14,8 @@ from .chips import Chip
 from .hlo import ARRAY, Operation, Program, bytes_of
 from .plan_time import Kernel
 
+PUT = 1.0e-6, 45e-9
+"""Seconds to write a token of every row into a cache, beside those of its bytes: of all, and of each row."""
 METADATA = 2e-6
 """Seconds in which the scalar core lists the tiles of grouped rows, at most, by its schedule."""
 TILING = re.compile(r'ragged_dot_tiling="(\d+),(\d+),(\d+)"')
@@ -61,7 +63,10 @@ class Kernels:
         return seconds
 
     def decoding(self, op: Operation, program: Program) -> float | None:
-        """Attention of one token to a cache that is full, by the bytes that it reads."""
+        """Attention of one token to a cache that is full, by the bytes that it reads; and that it is written there."""
+        if op.kernel == "attention_put":
+            ((kind, dims, _),) = ARRAY.findall(op.type)
+            return put_seconds(self.chip, _sizes(dims), bytes_of(kind, ""))
         if op.kernel != "attention_forward":
             return self.grouped(op)
         read = sum(program.named[name].size for name in op.operands if name in program.named)
@@ -85,6 +90,13 @@ class Kernels:
         if len(right[1]) == 2 and len(out) == 3 and rows >= out[0] * tiles[0]:
             return outer_seconds(self.chip, rows, out, tiles, each)
         return None
+
+
+def put_seconds(chip: Chip, slots: tuple[int, ...], each: int) -> float:
+    """Of one token of every row into slots (B K S H): the tiles that these lie in are read and written."""
+    batch, heads, _, size = slots
+    tiles = batch * heads * (32 // each) * size * each
+    return PUT[0] + batch * PUT[1] + 2 * tiles / chip.hbm_speed
 
 
 def grouped_seconds(chip: Chip, rows: int, weights: tuple[int, ...], tiles: list[int], each: int) -> float:

@@ -36,8 +36,8 @@ class Writer:
     """What the model computes in."""
 
     def for_decoding(self) -> "Writer":
-        """The same with the model in the form that decodes fastest."""
-        return dataclasses.replace(self, model=zoo.for_decoding(self.model, self.dtype))
+        """The same with the model in the form that decodes fastest; its own arrays are freed on the way."""
+        return dataclasses.replace(self, model=zoo.for_decoding(self.model, self.dtype, donate=True))
 
 
 def open_writer(

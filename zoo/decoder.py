@@ -105,6 +105,10 @@ class Decoder(Spec):
         """Every block in order of depth."""
         return (*self.first, *self.block * self.repeats, *self.rest)
 
+    def unstacked(self) -> "Decoder":
+        """The same decoder with none of its blocks stacked."""
+        return self.replace(first=self.all_blocks)
+
     def build(self, *, rngs: nnx.Rngs) -> "DecoderModel":
         """The model with fresh parameters, float32."""
         return DecoderModel(self, rngs=rngs)

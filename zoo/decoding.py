@@ -1,7 +1,8 @@
-"""A model in the form that decodes fastest on a CPU.
+"""A model in the form that decodes fastest.
 
-A decode step should take as long as reading the weights once. Stacked layers cost a copy of each layer's weights a step
-(a loop slices them out), and parameters in another dtype a cast. So layers are taken apart, and matrices are cast once.
+A decode step should take as long as reading weights and caches once. Stacked layers cost a copy of each layer's caches
+a step (a loop slices them out and writes them back), on CPUs also of its weights, and parameters in another dtype a
+cast. So layers are taken apart, and matrices are cast once; on a CPU, their outputs come first.
 """
 
 from typing import Any
@@ -11,39 +12,47 @@ from flax import nnx
 
 from ..layers.linear import Linear, OutputMajor
 from .decoder import Decoder, DecoderModel
-from .parameters import Parameters, describe, merge, split
+from .parameters import Flat, Parameters, describe, merge, split
 
 
-def for_decoding(model: DecoderModel, dtype: Any) -> DecoderModel:
-    """The same model with its layers apart, its matrices in `dtype`, and their outputs first.
+def for_decoding(model: DecoderModel, dtype: Any, *, donate: bool = False) -> DecoderModel:
+    """The same model with its layers apart and its matrices in `dtype`, on the devices it is on.
 
-    It is a copy, unless the model is in this form already. Whoever generates many times makes it once. Models that are
-    not on a single CPU device are returned as they are: a copy may not fit an accelerator beside the model.
+    It is a copy, unless the model is in this form already. Whoever generates many times makes it once. With `donate`
+    the arrays of `model` are freed as those of the copy are made, so that no more than one of them is there twice;
+    `model` can't be used any more.
     """
-    leaf = jax.tree.leaves(model)[0]
-    devices = leaf.sharding.device_set
-    if len(devices) > 1 or next(iter(devices)).platform != "cpu" or is_for_decoding(model, dtype):
+    if is_for_decoding(model, dtype):
         return model
-    spec = model.spec.replace(first=model.spec.all_blocks)
-    known = describe(model)
-    apart = {}
-    for name, value in split(model).items():
-        value = value.astype(dtype) if known[name].inputs and not known[name].exact else value
-        apart |= _apart(model.spec, name, value)
-    made = merge(spec.abstract(), apart)
+    known, on_cpu = describe(model), _on_cpu(model)
+    apart: Parameters = {}
+    with Flat.of(model).on_mesh():
+        for name, value in split(model).items():
+            kind = dtype if known[name].inputs and not known[name].exact else value.dtype
+            parts = _apart(model.spec, name, value if value.dtype == kind else value.astype(kind))
+            apart |= parts
+            if donate and not any(part is value for part in parts.values()):
+                jax.block_until_ready(parts)
+                value.delete()
+    made = merge(model.spec.unstacked().abstract(), apart)
     del apart  # so that each matrix goes when another has taken its place
-    for _, module in list(nnx.iter_modules(made)):
-        _output_major(module)
+    if on_cpu:
+        for _, module in list(nnx.iter_modules(made)):
+            _output_major(module)
     return made
 
 
 def is_for_decoding(model: DecoderModel, dtype: Any) -> bool:
     """Whether this is what `for_decoding` makes."""
-    return (
-        not model.spec.repeats
-        and not any(isinstance(module, Linear) for _, module in nnx.iter_modules(model))
-        and model.embedding.table[...].dtype == dtype
-    )
+    as_linear = any(isinstance(module, Linear) for _, module in nnx.iter_modules(model))
+    cast = model.embedding.table[...].dtype == dtype
+    return not model.spec.repeats and cast and not (as_linear and _on_cpu(model))
+
+
+def _on_cpu(model: DecoderModel) -> bool:
+    """Whether it is on a single device that is a CPU."""
+    devices = model.embedding.table[...].sharding.device_set
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
 def _apart(spec: Decoder, name: str, value: jax.Array) -> Parameters:

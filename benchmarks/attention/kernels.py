@@ -1,4 +1,4 @@
-"""Kernels that `zoo plan` has a model of, by the TPU compiler's schedule: attention that decodes, experts' products.
+"""Kernels that `zoo plan` has a model of, by the TPU compiler's schedule: decoding, and products of experts.
 
     .venv/bin/python benchmarks/attention/kernels.py          measure all, write benchmarks/results/kernels.{json,md}
     .venv/bin/python benchmarks/attention/kernels.py v6e      one chip; the others stay
@@ -26,6 +26,8 @@ from schedule import Compiler
 RESULTS = Path(__file__).parents[1] / "results"
 DECODE = ((8, 8192, 32, 8), (8, 8192, 4, 1), (32, 2048, 32, 8))
 """Documents, tokens in the cache of each, heads of queries and of keys; head dim 128."""
+PUT = ((8, 8192, 8), (8, 8192, 1), (64, 8192, 1))
+"""Rows that are given one more token, slots of each, and heads of keys; head dim 128."""
 GROUPED = (
     (8192, 8, 4096, 14336),
     (32768, 8, 4096, 14336),
@@ -104,6 +106,18 @@ def decode(compiler: Compiler, chip: str, case: tuple[int, ...]) -> dict[str, An
     return {"us": found["us"], "share": size / (found["us"] * 1e-6 * tpu_static.CHIPS[found["chip"]]["hbm"] * 1e9)}
 
 
+def put(compiler: Compiler, chip: str, case: tuple[int, ...]) -> dict[str, Any]:
+    """One token of every row, written into its cache."""
+    import jax
+    import jax.numpy as jnp
+    from flaxzoo.layers.kernels.slots import put_tiles
+
+    batch, length, heads = case
+    shapes = [jax.ShapeDtypeStruct((batch, heads, slots, 128), jnp.bfloat16) for slots in (length, 1)]
+    index = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return {"us": measure(compiler, chip, put_tiles, (*shapes, index))["us"]}
+
+
 def grouped(compiler: Compiler, chip: str, case: tuple[int, ...], outer: bool) -> dict[str, Any]:
     """XLA's product of grouped rows with matrices, or with other rows."""
     import jax
@@ -145,7 +159,7 @@ def measure(compiler: Compiler, chip: str, function: Any, arguments: Any) -> dic
 def page(facts: dict[str, str], rows: list[dict[str, Any]]) -> str:
     """All rows as Markdown."""
     from flaxzoo.train.chips import chip_of
-    from flaxzoo.train.plan_kernels import grouped_seconds, outer_seconds
+    from flaxzoo.train.plan_kernels import grouped_seconds, outer_seconds, put_seconds
 
     lines = [
         "# Kernels of which `zoo plan` has a model",
@@ -163,6 +177,20 @@ def page(facts: dict[str, str], rows: list[dict[str, Any]]) -> str:
             batch, length, heads, kv_heads = row["case"]
             name = f"{batch} x {length}, {heads}:{kv_heads}"
             lines.append(f"| {row['chip']} | {name} | {row['us']:.0f} | {row['share']:.0%} |")
+    lines += [
+        "",
+        "One token of every row, written into its cache; *model* is what `zoo plan` says by what the schedule says.",
+        "",
+        "| chip | rows x slots, heads | us | model |",
+        "|---|---|--:|--:|",
+    ]
+    for row in rows:
+        if row["kind"] == "put":
+            batch, length, heads = row["case"]
+            told = put_seconds(chip_of(f"{row['chip']}:1x1")[0], (batch, heads, length, 128), 2)
+            lines.append(
+                f"| {row['chip']} | {batch} x {length}, {heads} | {row['us']:.1f} | {told / row['us'] * 1e6:.2f} |"
+            )
     lines += [
         "",
         "XLA's products of grouped rows, bfloat16, loads drawn at random; *outer* is the sum over the rows of a group. "
@@ -197,6 +225,7 @@ def main() -> None:
     try:
         for chip in wanted:
             new = [{"kind": "decode", "case": case, **decode(compiler, chip, case)} for case in DECODE]
+            new += [{"kind": "put", "case": case, **put(compiler, chip, case)} for case in PUT]
             for kind in ("grouped", "outer"):
                 for case in GROUPED:
                     try:

@@ -13,7 +13,7 @@ from flaxzoo.train import cli, hlo, plan_report, plan_search
 from flaxzoo.train import mesh as meshes
 from flaxzoo.train.chips import TOPOLOGIES, chips, slice_of
 from flaxzoo.train.plan import Memory, Plan, _missing, first_that_fits, plan, remedies
-from flaxzoo.train.plan_kernels import Kernels, grouped_seconds, outer_seconds, visits
+from flaxzoo.train.plan_kernels import Kernels, grouped_seconds, outer_seconds, put_seconds, visits
 from flaxzoo.train.plan_time import Time, Traffic, time_of
 from flaxzoo.zoo.parameters import describe
 from jax.experimental import topologies
@@ -241,7 +241,10 @@ def test_the_models_of_kernels_are_as_their_schedules() -> None:
         first = {row["kind"]: row for row in reversed(mine)}
         assert chip.decode == pytest.approx(first["decode"]["share"], abs=0.006)
         assert chip.grouped == pytest.approx([first[kind]["over"] for kind in ("grouped", "outer")], abs=0.006)
-        for row in (row for row in mine if row["kind"] != "decode"):
+        for row in (row for row in mine if row["kind"] == "put"):
+            count, slots, heads = row["case"]
+            assert 1e6 * put_seconds(chip, (count, heads, slots, 128), 2) == pytest.approx(row["us"], rel=0.25)
+        for row in (row for row in mine if row["kind"] in ("grouped", "outer")):
             count, groups, *weights = row["case"]
             tiles = [int(size) for size in row["tiling"].split(",")]
             told = outer_seconds if row["kind"] == "outer" else grouped_seconds

@@ -12,7 +12,7 @@ from flaxzoo.train.chips import chips
 from flaxzoo.train.hlo import Operation, Program
 from flaxzoo.train.plan import Memory
 from flaxzoo.train.plan_decode import DecodePlan, Decoding, plan_decoding
-from flaxzoo.train.plan_kernels import Kernels
+from flaxzoo.train.plan_kernels import Kernels, put_seconds
 from flaxzoo.train.plan_time import Time
 from flaxzoo.zoo.parameters import describe
 from flaxzoo.zoo.state import STRIDE
@@ -42,9 +42,11 @@ def test_a_plan_of_decoding_adds_up(topology: str, mesh: str, dtype: Any) -> Non
     assert found.memory.used < found.memory.capacity
     assert found.time is not None
     assert found.time.unknown == []
-    # Attention of four layers reads the whole cache each round, in bfloat16.
+    # Attention of four layers reads the whole cache each round, in bfloat16, and writes a token of each row before.
     chip = found.chip
-    assert found.time.attention == pytest.approx(STRIDE * vectors * 128 / (chip.decode * chip.hbm_gbps * 1e9), rel=0.1)
+    put = 2 * 4 * put_seconds(chip, (8, 2 // split, 2048, 64), 1 if dtype == "int8" else 2)
+    read = vectors * 128 / (chip.decode * chip.hbm_gbps * 1e9)
+    assert found.time.attention == pytest.approx(STRIDE * (read + put), rel=0.1)
     assert found.seconds > found.least > 0
     assert ("all-reduce", "tensor") in found.time.traffic or split == 1
     assert found.largest_batch > 8
@@ -60,6 +62,21 @@ def test_a_plan_of_decoding_adds_up(topology: str, mesh: str, dtype: Any) -> Non
     saved = json.loads(plan_decode.json_of(found))
     assert saved["token_seconds"] == found.seconds
     assert saved["memory"]["cache"] == found.memory.cache
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_attention_alone_touches_the_caches() -> None:
+    """No layer's cache is cut out of those of all, and written back: what XLA computes does not grow with them."""
+    model = MODEL.replace(**{"block.0.mixer.head_dim": 128})
+    times = [
+        plan_decoding(Decoding(model=model, batch=8, length=length, mesh="tensor=2"), "v5e:2x2").time
+        for length in (4096, 8192)
+    ]
+    assert all(times)
+    short, long = [(time.attention, time.compute + time.untold) for time in times if time]
+    assert long[0] > 1.5 * short[0]
+    assert long[1] < 1.05 * short[1]
 
 
 def test_times_are_of_one_token() -> None:
@@ -89,6 +106,8 @@ def test_attention_of_decoding_takes_the_bytes_of_its_cache() -> None:
     size = 2 * 2 * 8 * 8 * 8192 * 128
     attention = Operation("attention_forward.1", "bf16[8,1,32,128]", "custom-call", line)
     assert kernels.decoding(attention, program) == pytest.approx(size / (chip.decode * 1640e9))
+    put = Operation("attention_put.2", "bf16[8,8,8192,128]{3,2,1,0:T(8,128)(2,1)}", "custom-call", line)
+    assert kernels.decoding(put, program) == put_seconds(chip, (8, 8, 8192, 128), 2) < 3e-6
     assert kernels.decoding(Operation("mystery", "bf16[8]", "custom-call", line), program) is None
 
 

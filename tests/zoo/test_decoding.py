@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flaxzoo.zoo import GREEDY, complete, for_decoding
-from flaxzoo.zoo.parameters import describe, split
+from flaxzoo.zoo.parameters import describe, merge, shardings, split
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -33,6 +33,33 @@ def test_it_generates_the_same(name, models):
     ):
         assert found.ids == wanted.ids
         np.testing.assert_allclose(found.log_probs, wanted.log_probs, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mixed", "routed"])
+def test_on_a_mesh_it_is_split_as_before(name, models):
+    """And with `donate`, nothing is there twice."""
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"))
+    places = shardings(describe(models[name]), mesh)
+    placed = {n: jax.device_put(np.asarray(x), places[n]) for n, x in split(models[name]).items()}
+    model = merge(models[name].spec.abstract(), placed)
+    made = for_decoding(model, jnp.float32, donate=True)
+    assert {n: x.sharding for n, x in split(made).items()} == shardings(describe(made), mesh)
+    stacked = {n for n in placed if n.startswith("stack.")}
+    assert {n for n, x in placed.items() if x.is_deleted()} == stacked
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda m, t: m(t)[0])(made, TOKENS)
+    np.testing.assert_allclose(found, jax.jit(lambda m, t: m(t)[0])(models[name], TOKENS), atol=2e-5)
+    assert for_decoding(made, jnp.float32) is made
+
+
+def test_a_copy_takes_the_place_of_what_is_donated(models):
+    model = jax.tree.map(jnp.copy, models["mixed"])
+    before = split(model)
+    made = for_decoding(model, jnp.bfloat16, donate=True)
+    known = describe(models["mixed"])
+    kept = {name for name, what in known.items() if not what.inputs and not name.startswith("stack.")}
+    assert {name for name, x in before.items() if not x.is_deleted()} == kept
+    assert all(not x.is_deleted() for x in split(made).values())
 
 
 def test_routers_stay_exact(models):

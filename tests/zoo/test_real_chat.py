@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flaxzoo.train.evaluate import start_token
 from flaxzoo.train.writer import Writer, open_writer
-from flaxzoo.zoo import GREEDY, Conversation, Scorer, Speculation, complete
+from flaxzoo.zoo import GREEDY, Conversation, Scorer, Speculation, complete, for_decoding
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parents[2]
@@ -37,11 +37,12 @@ def truth(name: str) -> Any:
 @pytest.mark.parametrize("guess", [0, 3])
 def test_conversation(guess: int, writers: dict[str, Writer]) -> None:
     """As `zoo chat` has it; and with guesses, by the model with its layers in one scan."""
-    writer, before = writers[CHATS] if guess else writers[CHATS].for_decoding(), 0
+    writer, before = writers[CHATS], 0
     assert writer.stop == ("<|im_end|>",)
     assert writer.template is not None
     options: dict[str, Any] = {"speculation": Speculation(tokens=guess) if guess else None, "sampling": GREEDY}
-    talk = Conversation(writer.model, writer.tokenizer, writer.template, stop=writer.stop, **options)
+    model = writer.model if guess else for_decoding(writer.model, writer.dtype)
+    talk = Conversation(model, writer.tokenizer, writer.template, stop=writer.stop, **options)
     for turn in truth(CHATS)["talk"]:
         prompt = writer.template.render([*talk.messages, {"role": "user", "content": turn["question"]}])
         assert writer.tokenizer.encode(prompt, add_special_tokens=False).ids == turn["ids"]
