@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from .sharding import gather_here, kept, names_of, spec, spec_of
 
 LOGITS_BYTES = 2**28
-"""Float32 logits that exist at a time unless told otherwise: 523 tokens of a vocabulary of 128,256."""
+"""Float32 logits that may exist at a time in any case: 523 tokens of a vocabulary of 128,256."""
 
 
 def cross_entropy(
@@ -37,9 +37,10 @@ def cross_entropy(
         weights: 0 masks a position out. They are given, not learned: they get no gradient.
         soft_cap: logits become cap tanh(logits / cap).
         z_loss: weight of the squared log-partition.
-        chunk: tokens whose logits exist at a time (one of each row at least); as many as fit 256 MiB if not given.
+        chunk: tokens whose logits exist at a time (one of each row at least). If not given, as many as fit 256 MiB, or
+            D / 2 if these are more: each chunk reads and writes the float32 gradient of the head, twice their logits.
     """
-    chunk = max(1, LOGITS_BYTES // (4 * head.shape[0])) if chunk is None else chunk
+    chunk = max(1, LOGITS_BYTES // (4 * head.shape[0]), head.shape[1] // 2) if chunk is None else chunk
     return _sums(hidden, head, targets, weights, soft_cap, z_loss, chunk)
 
 

@@ -3,12 +3,15 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from .kernels.linear import linear
+from .kernels.platform import by_platform
 from .spec import Spec
 
 Frequencies = Float[np.ndarray, "R"] | Float[Array, "R"]
@@ -286,8 +289,20 @@ class Rope(Spec):
 
         Raises ValueError where H or the rotated R is odd, or R is 0.
         """
-        cos, sin = (turn[:, :, None] for turn in self.rotation(positions, x.shape[-1]))
-        dim = 2 * cos.shape[-1]
+        cos, sin = self.rotation(positions, x.shape[-1])
+
+        def turn(rotation: tuple[Array, Array], x: Array) -> Array:
+            return by_platform({"tpu": self._by_product, "default": self._by_parts}, (*rotation, x), x)
+
+        def back(rotation: tuple[Array, Array], x: Array) -> Array:
+            return turn((rotation[0], -rotation[1]), x)
+
+        return linear(turn, back, (cos, sin), x, x)
+
+    def _by_parts(
+        self, cos: Float[Array, "B T R"], sin: Float[Array, "B T R"], x: Float[Array, "B T N H"]
+    ) -> Float[Array, "B T N H"]:
+        cos, sin, dim = cos[:, :, None], sin[:, :, None], 2 * cos.shape[-1]
         turned, passed = x[..., :dim].astype(jnp.float32), x[..., dim:]
         if self.interleaved:
             a, b = turned[..., 0::2], turned[..., 1::2]
@@ -297,6 +312,28 @@ class Rope(Spec):
             turned = jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1)
         turned = turned.astype(x.dtype)
         return jnp.concatenate((turned, passed), axis=-1) if passed.shape[-1] else turned
+
+    def _by_product(
+        self, cos: Float[Array, "B T R"], sin: Float[Array, "B T R"], x: Float[Array, "B T N H"]
+    ) -> Float[Array, "B T N H"]:
+        """The same where parts of a head are parts of registers, and cost more than a product: with the matrix of 0, 1
+        and -1 that puts -b in the place of a and a in that of b, which rounds nothing.
+        """
+        count, size = cos.shape[-1], x.shape[-1]
+        first = np.arange(count) * (2 if self.interleaved else 1)
+        second = first + (1 if self.interleaved else count)
+        swap = np.zeros((size, size), np.float32)
+        swap[second, first], swap[first, second] = -1, 1
+        exact = jax.lax.Precision.DEFAULT if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+        wide = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
+        kinds: Any = {"precision": exact, "preferred_element_type": jnp.float32}
+        other = jnp.einsum("BTNH,HJ->BTNJ", wide, jnp.asarray(swap, wide.dtype), **kinds)
+
+        def both(each: Array, rest: float) -> Array:
+            each = jnp.repeat(each, 2, axis=-1) if self.interleaved else jnp.concatenate((each, each), axis=-1)
+            return jnp.pad(each, ((0, 0), (0, 0), (0, size - 2 * count)), constant_values=rest)[:, :, None]
+
+        return (x.astype(jnp.float32) * both(cos, 1.0) + other * both(sin, 0.0)).astype(x.dtype)
 
     def rotation(
         self, positions: Int[Array, "B T"], head_dim: int

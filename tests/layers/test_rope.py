@@ -163,6 +163,18 @@ def test_low_precision_is_float32_rounded_once(name, dtype):
     np.testing.assert_array_equal(turned, ROPES[name](x.astype(jnp.float32), positions).astype(dtype))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ROPES)
+def test_tpus_turn_by_a_product(name, dtype):
+    """By which nothing is rounded: it is what others do."""
+    x, positions = normal(2, 5, 3, 8).astype(dtype), jnp.arange(10).reshape(2, 5) * 99
+    rotation = ROPES[name].rotation(positions, 8)
+    found, wanted = (way(*rotation, x) for way in (ROPES[name]._by_product, ROPES[name]._by_parts))
+    assert found.dtype == dtype
+    ulp = jnp.finfo(dtype).eps
+    np.testing.assert_allclose(found.astype(jnp.float32), wanted.astype(jnp.float32), rtol=ulp, atol=2e-7)
+
+
 @pytest.mark.parametrize("name", ROPES)
 def test_inside_jit_and_scan_with_its_gradient(name):
     rope, x = ROPES[name], normal(2, 4, 3, 8)
