@@ -3,10 +3,12 @@
     .venv/bin/python benchmarks/plan.py               plan all, write benchmarks/results/plan.{json,md}
     .venv/bin/python benchmarks/plan.py "8B v6e"      those whose name holds this text; the others stay
     .venv/bin/python benchmarks/plan.py decoding      those of generation
+    .venv/bin/python benchmarks/plan.py options       what options of the compiler change
 
 No TPU is needed. Each takes one to three minutes on two cores.
 """
 
+import dataclasses
 import datetime
 import functools
 import json
@@ -20,6 +22,7 @@ from typing import Any
 from flaxzoo import configs
 from flaxzoo.configs import Optimizer, Run
 from flaxzoo.train import plan_decode
+from flaxzoo.train.chips import chip_of, chips
 from flaxzoo.train.plan import plan
 from flaxzoo.train.plan_decode import Decoding, plan_decoding
 from flaxzoo.train.plan_report import json_of
@@ -77,6 +80,18 @@ DECODING = {
     "Mixtral 8x7B v5p:2x2x2": ("mixtral_8x7b", "v5p:2x2x2", {"batch": 8, "length": 4096}),
 }
 """Generation: a model, a slice, rows and their length."""
+GATHERS = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
+}
+SUMS = {"xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "all-gathers on SparseCores": GATHERS,
+    "reduce-scatters, too": GATHERS | SUMS,
+    "and weights gathered a layer ahead": GATHERS | SUMS | {"xla_tpu_enable_ici_ag_pipelining": True},
+}
+"""Options of the compiler, tried on Llama 3.1 8B on v6e:2x4: those of `train/chips.toml`, too (a test compares)."""
 
 
 def measured(job: Job) -> dict[str, Any]:
@@ -92,6 +107,37 @@ def measured(job: Job) -> dict[str, Any]:
     )
     found = json.loads(json_of(plan(run, job.topology)))
     return {"job": job.name, "published": job.published, "source": job.source, **found}
+
+
+def with_options(name: str) -> dict[str, Any]:
+    """The plan of Llama 3.1 8B on v6e:2x4 with some options of the compiler."""
+    chip, _ = chip_of("v6e:2x4")
+    usual = chips()[chip.kind]
+    chips()[chip.kind] = dataclasses.replace(usual, options=OPTIONS[name])
+    try:
+        row = measured(next(job for job in JOBS if job.name == "Llama 3.1 8B v6e:2x4"))
+    finally:
+        chips()[chip.kind] = usual
+    return row | {"job": name, "options": OPTIONS[name]}
+
+
+def options_table(rows: list[dict[str, Any]]) -> str:
+    """Those of the options as Markdown."""
+    lines = [
+        "| options | tokens/s a chip | memory, GiB | computation, s | all-gathers, waits | reduce-scatters, waits |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        traffic = {part["kind"]: part for part in row["time"]["traffic"]}
+        waits = [
+            f"{traffic[kind]['seconds']:.3f}, {traffic[kind]['exposed']:.3f}" if kind in traffic else ""
+            for kind in ("all-gather", "reduce-scatter")
+        ]
+        lines.append(
+            f"| {row['job']} | {row['tokens_per_second_per_chip']:,.0f} | {row['memory']['used'] / 2**30:.1f} "
+            f"| {row['time']['compute']:.3f} | {' | '.join(waits)} |"
+        )
+    return "\n".join(lines)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -150,29 +196,35 @@ def decoding_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+TABLES = {"rows": table, "decoding": decoding_table, "options": options_table}
+HEADINGS = {"rows": "Plans beside published speeds", "decoding": "Generation", "options": "Options of the compiler"}
+
+
 def main() -> None:
     """Plans, prints and writes."""
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     file = RESULTS / "plan.json"
     saved = json.loads(file.read_text()) if file.exists() else {}
-    known = {part: {row["job"]: row for row in saved.get(part, [])} for part in ("rows", "decoding")}
-    facts = {name: version(name) for name in ("jax", "libtpu")} | {"date": str(datetime.date.today())}
+    by = f"jax {version('jax')}, libtpu {version('libtpu')}, {datetime.date.today()}"
     todo: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
         "rows": {job.name: functools.partial(measured, job) for job in JOBS},
         "decoding": {name: functools.partial(decoded, name) for name in DECODING},
+        "options": {name: functools.partial(with_options, name) for name in OPTIONS},
     }
-    tables = {"rows": table, "decoding": decoding_table}
+    known = {part: {row["job"]: row for row in saved.get(part, [])} for part in todo}
     for part, jobs in todo.items():
         for name, job in jobs.items():
             if wanted in f"{part} {name}":
-                known[part][name] = job()
-                print(tables[part]([known[part][name]]), flush=True)
+                known[part][name] = {**job(), "by": by}
+                print(TABLES[part]([known[part][name]]), flush=True)
                 rows = {part: [known[part][name] for name in todo[part] if name in known[part]] for part in todo}
-                file.write_text(json.dumps({"facts": facts, **rows}, indent=1) + "\n")
-    pages = [tables[part]([known[part][name] for name in todo[part] if name in known[part]]) for part in todo]
-    note = f"jax {facts['jax']}, libtpu {facts['libtpu']}, {facts['date']}. Written by `benchmarks/plan.py`."
-    text = f"# Plans beside published speeds\n\n{note}\n\n{pages[0]}\n\n## Generation\n\n{pages[1]}\n"
-    (RESULTS / "plan.md").write_text(text)
+                file.write_text(json.dumps(rows, indent=1) + "\n")
+    text = []
+    for part, heading in HEADINGS.items():
+        rows = [known[part][name] for name in todo[part] if name in known[part]]
+        times = "; ".join(sorted({row["by"] for row in rows}))
+        text.append(f"{'##' if text else '#'} {heading}\n\n{times}. By `benchmarks/plan.py`.\n\n{TABLES[part](rows)}\n")
+    (RESULTS / "plan.md").write_text("\n".join(text))
 
 
 if __name__ == "__main__":

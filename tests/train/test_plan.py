@@ -3,8 +3,10 @@
 import io
 import json
 import math
+import runpy
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flaxzoo import configs
@@ -497,6 +499,37 @@ def test_a_search_is_no_slower_than_the_layout_by_hand() -> None:
     _, plans = plan_search.search(made, "v6e:2x4", lambda *_: None)
     assert plans[0].fits
     assert plans[0].tokens_per_second >= 0.999 * by_hand["tokens_per_second_per_chip"]
+
+
+BENCHMARK: dict[str, Any] = runpy.run_path("benchmarks/plan.py")
+RECORDED: dict[str, Any] = json.loads(Path("benchmarks/results/plan.json").read_text())
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["Llama 3.1 8B v6e:2x4", "Llama 3.1 8B v5p:2x2x2", "Llama 3 70B v6e:16x16", "Mixtral 8x7B v5p:4x4x4"],
+)
+def test_large_jobs_are_planned_as_recorded(name: str) -> None:
+    (job,) = (job for job in BENCHMARK["JOBS"] if job.name == name)
+    (recorded,) = (row for row in RECORDED["rows"] if row["job"] == name)
+    found = BENCHMARK["measured"](job)
+    assert found["fits"]
+    assert found["time"]["unknown"] == []
+    assert found["memory"]["used"] == pytest.approx(recorded["memory"]["used"], rel=0.02)
+    assert found["step_seconds"] == pytest.approx(recorded["step_seconds"], rel=0.02)
+
+
+def test_the_tables_of_the_docs_are_those_recorded() -> None:
+    text = "".join(Path(f"docs/{name}.md").read_text() for name in ("plan", "training"))
+    for part, table in BENCHMARK["TABLES"].items():
+        assert table(RECORDED[part]) in text
+
+
+def test_the_options_of_a_chip_are_the_best_of_those_tried() -> None:
+    best = max(RECORDED["options"], key=lambda row: row["tokens_per_second_per_chip"])
+    assert best["options"] == chips()["TPU v6 lite"].options
 
 
 def test_the_layout_by_hand_is_among_those_that_are_compiled() -> None:
