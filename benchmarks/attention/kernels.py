@@ -144,7 +144,7 @@ def measure(compiler: Compiler, chip: str, function: Any, arguments: Any) -> dic
 
 def page(facts: dict[str, str], rows: list[dict[str, Any]]) -> str:
     """All rows as Markdown."""
-    from flaxzoo.train.chips import chip_of
+    from flaxzoo.train.chips import tpus
     from flaxzoo.train.plan_kernels import grouped_seconds, outer_seconds
 
     lines = [
@@ -175,7 +175,8 @@ def page(facts: dict[str, str], rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if row["kind"] in ("grouped", "outer"):
             count, groups, inputs, outputs = row["case"]
-            chip, tiles = chip_of(f"{row['chip']}:1x1")[0], [int(size) for size in row["tiling"].split(",")]
+            (chip,) = (chip for chip in tpus().values() if chip.name == row["chip"])
+            tiles = [int(size) for size in row["tiling"].split(",")]
             told = (outer_seconds if row["kind"] == "outer" else grouped_seconds)(
                 chip, count, (groups, inputs, outputs), tiles, 2
             )
