@@ -202,6 +202,9 @@ class Program:
         end = self.done.get(start.name)
         if end is None:
             return 0
+        inside = self.computations.get(start.called("calls"), []) if start.code == "fusion-start" else []
+        if updates := [op for op in inside if op.code == "dynamic-update-slice"]:  # in place
+            return 2 * sum(self.written(op) for op in updates)
         source = self.named.get(start.operands[0]) if start.operands else None
         return end.in_hbm + (end.size if source is None or source.in_hbm else 0)
 

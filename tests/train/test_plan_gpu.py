@@ -103,6 +103,25 @@ def test_what_else_a_gpu_calls_has_no_model() -> None:
     assert timed(TEXT.replace("blockwise_attention", "other")).unknown == ["a loop of unknown length"]
 
 
+def test_what_is_put_into_its_place_beside_the_computation_takes_its_own_bytes() -> None:
+    text = """%put (stack: f32[24,8], row: f32[1,8], at: s32[]) -> f32[24,8] {
+  %stack = f32[24,8]{1,0} parameter(0)
+  %row = f32[1,8]{1,0} parameter(1)
+  ROOT %in = f32[24,8]{1,0} dynamic-update-slice(%stack, %row, %at), metadata={}
+}
+
+ENTRY %main (a: f32[24,8], b: f32[1,8]) -> f32[24,8] {
+  %a = f32[24,8]{1,0} parameter(0)
+  %start = ((f32[24,8]{1,0}, f32[1,8]{1,0}), f32[24,8]{1,0}, u32[]) fusion-start(%a, %b), kind=kLoop, calls=%put
+  %done = f32[24,8]{1,0} fusion-done(%start)
+}
+"""
+    found = time_of(Program(text), H100, {"fsdp": 1}, lambda op, program: None)
+    assert found.traffic["copies", "HBM"].bytes == 2 * 4 * 8
+    cut = time_of(Program(text.replace("dynamic-update-slice", "dynamic-slice")), H100, {"fsdp": 1}, lambda *_: None)
+    assert cut.traffic["copies", "HBM"].bytes == 2 * 4 * 24 * 8
+
+
 @pytest.mark.parametrize(
     ("kind", "code", "shapes", "sent"),
     [
