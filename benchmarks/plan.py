@@ -5,7 +5,7 @@
     .venv/bin/python benchmarks/plan.py decoding      those of generation
     .venv/bin/python benchmarks/plan.py options       what options of the compiler change
 
-No TPU is needed. Each takes one to three minutes on two cores.
+No TPU is needed, nor a GPU, but the compilers of both. Each takes one to three minutes on two cores.
 """
 
 import dataclasses
@@ -71,6 +71,8 @@ JOBS = (
         MAXTEXT,
     ),
     Job("Mixtral 8x7B v5p:4x4x4", "mixtral_8x7b", "v5p:4x4x4", 64, 4096, {"mesh": "fsdp=64", "remat": "full"}),
+    Job("0.5B h100:1", "qwen2_5_0_5b", "h100:1", 8, 2048, {"remat": "full"}),
+    Job("Llama 3.1 8B h100:8", "llama3_1_8b", "h100:8", 16, 8192, {"mesh": "fsdp=8", "remat": "full"}),
 )
 DECODING = {
     "0.5B colab-v5e": ("qwen2_5_0_5b", "colab-v5e", {"batch": 8, "length": 2048}),

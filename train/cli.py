@@ -134,15 +134,15 @@ def plan_(
     usd_hour: float | None = None,
     watts: float | None = None,
 ) -> None:
-    """Whether a training job fits a TPU slice, how long a step takes and what it costs; no TPU is needed.
+    """Whether a training job fits a TPU slice or GPUs, how long a step takes and what it costs; neither is needed.
 
-    The real TPU compiler compiles the real step, in a minute or so. With `--decode` it is the program that generates.
+    Their real compiler compiles the real step, in a minute or so. With `--decode` it is the program that generates.
 
     Example: `zoo plan qwen2_5_0_5b --topology colab-v5e --batch 4`
 
     Args:
         name: a model or run by name (see `zoo list`), the folder of a run, or weights as `zoo train` takes them.
-        topology: chip and sides of the slice, e.g. 'v6e:2x4'; or colab-v5e, colab-v6e, kaggle.
+        topology: chip and sides of the slice, e.g. 'v6e:2x4'; or 'h100:8'; or colab-v5e, colab-v6e, kaggle.
         length: tokens in a sequence; that of the run, or 2048 or what the model has positions for, if not given.
         batch: sequences in a step; that of the run, or one for each chip, if not given.
         mesh: axes and sizes, e.g. 'fsdp=4,tensor=2'; fsdp over all chips if not given.
@@ -314,7 +314,7 @@ Language models for JAX: look at them, train them, write with them.
   zoo diff gpt2 llama3_8b       the settings in which two models or runs differ
   zoo convert SOURCE NEW        a checkpoint as a Hugging Face folder or a .gguf file
   zoo plan qwen2_5_0_5b --topology colab-v5e --batch 4
-                                whether a job fits TPUs, its speed and its price, by the TPU compiler; no TPU needed
+                                whether a job fits TPUs or GPUs, its speed and its price, by their compiler
   zoo train shakespeare         train a run; every setting is a flag (zoo train shakespeare --help)
   zoo train SmolLM2-135M.gguf --data.source my_book.txt
                                 train on from pretrained weights: a Hugging Face folder or name, or a .gguf file

@@ -1,11 +1,14 @@
-"""What a compiled TPU program does, read off its text: operations, how often each runs, what goes over links."""
+"""What a compiled program does, read off its text: operations, how often each runs, what goes over links."""
 
+import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
+from ..layers.kernels import portable
 
 BYTES: dict[str, float] = {
     **dict.fromkeys(("s2", "u2"), 0.25),
@@ -23,6 +26,7 @@ OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{[^}]*?(S\(\d+\))?\})?")
 """Of a type: the kind, the sizes, and the memory, where that is not HBM."""
 UNKNOWN_CYCLES = 2**60
+DOT = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,14 @@ class Operation:
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest array of the result; of all, where it is several of a collective that were combined."""
-        sizes = [bytes_of(kind, dims) for kind, dims, _ in ARRAY.findall(self.type)]
-        return max(sizes, default=0) if self.code.endswith("-start") else sum(sizes)
+        """Bytes of the result; of a start, of what goes in or of what comes out, whichever is more.
+
+        Where collectives were combined, these are several arrays.
+        """
+        if not self.code.endswith("-start"):
+            return self.size
+        sides = re.findall(r"\([^()]*\)|\w+\[[\d,]*\]", re.sub(r"\{[^{}]*\}", "", self.type)[1:-1])
+        return max((sum(bytes_of(kind, dims) for kind, dims, _ in ARRAY.findall(side)) for side in sides), default=0)
 
     @property
     def size(self) -> int:
@@ -71,9 +80,26 @@ class Operation:
         return int(found[1]) if found and int(found[1]) < UNKNOWN_CYCLES else None
 
     @property
+    def models(self) -> list[dict[str, float]]:
+        """What the models of the GPU compiler say of a fusion: exec_time_us, compute_time_us, memory_access_time_us."""
+        found = re.search(r'"reification_cost":(\[.*?\])', self.rest)
+        return json.loads(found[1]) if found else []
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether it is of attention that is no kernel, but loops of XLA (layers/kernels/portable.py)."""
+        return re.search(rf'op_name="[^"]*\b{portable.SCOPE}\b', self.rest) is not None
+
+    @property
+    def target(self) -> str:
+        """What a custom call calls."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+    @property
     def kernel(self) -> str | None:
         """The name of a Pallas kernel."""
-        return re.sub(r"[.\d]+$", "", self.name) if 'custom_call_target="tpu_custom_call"' in self.rest else None
+        return re.sub(r"[.\d]+$", "", self.name) if self.target == "tpu_custom_call" else None
 
     def called(self, *roles: str) -> str:
         """The computation in one of these roles: calls, body, condition, to_apply."""
@@ -99,6 +125,11 @@ class Operation:
             ids = np.arange(math.prod(groups or ())).reshape(*shape or ()).transpose(order)
             return ids.reshape(*groups or ())[0].ravel().tolist()
         return []
+
+
+Told = Callable[[Operation], float | None]
+"""What is not in a program: how often a loop runs, or the number of the branch that a conditional takes; None for
+others."""
 
 
 def bytes_of(kind: str, dims: str) -> int:
@@ -128,7 +159,11 @@ class Program:
                     self.done[self.start(op)] = op
 
     def trips(self, loop: Operation) -> int | None:
-        """How often a loop's body runs, where its condition compares with a number; loops of JAX begin at 0."""
+        """How often a loop's body runs, where the compiler says it or its condition compares with a number; loops of
+        JAX begin at 0.
+        """
+        if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+            return int(found[1])
         condition = self.computations.get(loop.called("condition"), [])
         numbers = [
             int(op.rest.split(")")[0]) for op in condition if op.code == "constant" and op.type.startswith("s32[]")
@@ -136,15 +171,16 @@ class Program:
         compares = [op for op in condition if op.code == "compare" and "direction=LT" in op.rest]
         return numbers[0] if len(numbers) == 1 and len(compares) == 1 else None
 
-    def branch(self, op: Operation) -> str | None:
-        """The computation that a conditional takes, where the program says which; None where it does not."""
+    def branch(self, op: Operation, told: Told | None = None) -> str | None:
+        """The computation that a conditional takes, where the program says which, or else `told`; None if neither."""
         found = re.search(r"branch_computations=\{(.*?)\}", op.rest)
         branches = re.findall(r"[\w.\-]+", found[1]) if found else []
         index = self.named.get(op.operands[0])
         number = re.match(r"\d+", index.rest) if index is not None and index.code == "constant" else None
-        if len(branches) == 1 or number is None:
-            return branches[0] if len(branches) == 1 else None
-        return branches[min(int(number[0]), len(branches) - 1)] if branches else None
+        if len(branches) <= 1:
+            return branches[0] if branches else None
+        place = int(number[0]) if number is not None else told(op) if told is not None else None
+        return None if place is None else branches[min(int(place), len(branches) - 1)]
 
     def start(self, op: Operation) -> str:
         """The name of what began an operation that goes on or ends; its own where it is none of these."""
@@ -166,6 +202,9 @@ class Program:
         end = self.done.get(start.name)
         if end is None:
             return 0
+        inside = self.computations.get(start.called("calls"), []) if start.code == "fusion-start" else []
+        if updates := [op for op in inside if op.code == "dynamic-update-slice"]:  # in place
+            return 2 * sum(self.written(op) for op in updates)
         source = self.named.get(start.operands[0]) if start.operands else None
         return end.in_hbm + (end.size if source is None or source.in_hbm else 0)
 
@@ -176,22 +215,37 @@ class Program:
         into = self.named.get(op.operands[1]) if op.code == "dynamic-update-slice" else None
         return min(op.in_hbm, op.in_hbm if into is None else into.in_hbm)
 
-    def walk(self, rounds: int | None = None) -> Iterator[tuple[Operation, int | None]]:
+    def flops(self, op: Operation) -> float:
+        """Of the products in an operation, in those of 16 bits: in a time, matrix units do twice as many of 8 bits and
+        half as many of 32.
+        """
+        if op.code == "dot":
+            factors = [self.named[name] for name in op.operands]
+            (_, left, _), (_, result, _) = ARRAY.findall(factors[0].type)[0], ARRAY.findall(op.type)[0]
+            found = DOT.search(op.rest)
+            assert found is not None
+            summed = [int(left.split(",")[int(dim)]) for dim in found[1].split(",") if dim]
+            width = max(bytes_of(ARRAY.findall(factor.type)[0][0], "") for factor in factors)
+            return 2 * bytes_of("s8", result) * math.prod(summed) * width / 2
+        inside = self.computations.get(op.called("calls"), []) if op.code == "fusion" else []
+        return sum(self.flops(one) for one in inside)
+
+    def walk(self, told: Told | None = None) -> Iterator[tuple[Operation, float | None]]:
         """Every operation in the order of the program, and how often it runs; None where that is not known.
 
-        A loop of the entry whose length is not in the program runs `rounds` times, where that is given.
+        `told` says what is not in the program.
         """
-        yield from self._walk(self.entry, 1, rounds)
+        yield from self._walk(self.entry, 1, told)
 
-    def _walk(self, name: str, times: int | None, rounds: int | None) -> Iterator[tuple[Operation, int | None]]:
+    def _walk(self, name: str, times: float | None, told: Told | None) -> Iterator[tuple[Operation, float | None]]:
         for op in self.computations.get(name, []):
             yield op, times
             if op.code == "while":
                 trips = self.trips(op)
-                trips = rounds if trips is None else trips
+                trips = told(op) if trips is None and told is not None else trips
                 inside = None if trips is None or times is None else times * trips
-                yield from self._walk(op.called("body"), inside, None)
+                yield from self._walk(op.called("body"), inside, told)
             elif op.code == "call":
-                yield from self._walk(op.called("to_apply"), times, rounds)
+                yield from self._walk(op.called("to_apply"), times, told)
             elif op.code == "conditional":
-                yield from self._walk(self.branch(op) or "", times, None)
+                yield from self._walk(self.branch(op, told) or "", times, told)

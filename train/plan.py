@@ -1,9 +1,11 @@
-"""What a training job needs and takes on a TPU, from the program that the TPU compiler makes of it."""
+"""What a training job needs and takes on TPUs or GPUs, from the program that their compiler makes of it."""
 
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -11,8 +13,9 @@ from jax.experimental import topologies
 
 from ..configs.run import Run
 from ..layers import stages
+from ..layers.spec import missing_package
 from . import mesh as meshes
-from .chips import Chip, chips, slice_of
+from .chips import Chip, Gpu, chip_of, slice_of
 from .hlo import Program
 from .plan_kernels import Kernels
 from .plan_time import Time, time_of
@@ -85,14 +88,13 @@ class Plan:
 
 
 def plan(run: Run, topology: str) -> Plan:
-    """Compiles the training step of a run for a slice, e.g. "v6e:2x4", and reads what it needs and takes.
+    """Compiles the training step of a run for a slice, e.g. "v6e:2x4" or "h100:8", and reads what it needs and takes.
 
     Raises:
         ValueError: on a topology that does not exist, or a mesh that does not fit it or the run.
     """
     topology = slice_of(topology)
-    devices = devices_of(topology)
-    chip = chips()[devices[0].device_kind]
+    chip, devices = chip_of(topology)[0], devices_of(topology)
     mesh, _ = meshes.make(run, devices)
     sizes = dict(mesh.shape)
     with jax.set_mesh(mesh):
@@ -113,7 +115,7 @@ def plan(run: Run, topology: str) -> Plan:
     memory.gradients = min(memory.parameters, memory.temporary)
     memory.temporary -= memory.gradients
     kernels = Kernels(run.model, chip, sizes, run.batch // run.accumulate * run.length)
-    time = time_of(program, chip, sizes, kernels.training(run.length))
+    time = time_of(program, chip, sizes, kernels.training(run.length), kernels.loops(run.length))
     return Plan(run, topology, chip, sizes, memory, time)
 
 
@@ -123,7 +125,7 @@ def compiled(lowered: Any, memory: Memory, chip: Chip) -> Program | None:
     None where it does not fit. Raises ValueError where it is refused for another reason.
     """
     try:
-        program = lowered.compile()
+        program = lowered.compile(chip.plan_options)
     except jax.errors.JaxRuntimeError as error:
         memory.missing = _missing(str(error), chip)
         memory.temporary = memory.capacity + memory.missing - memory.used
@@ -136,18 +138,35 @@ def compiled(lowered: Any, memory: Memory, chip: Chip) -> Program | None:
     memory.temporary = max(0, found.peak_memory_in_bytes - found.argument_size_in_bytes)
     memory.code = found.generated_code_size_in_bytes
     memory.tiles = max(0.0, found.argument_size_in_bytes - known)
-    return Program(text)
+    if isinstance(chip, Gpu):  # whose compiler does not refuse what is too large
+        memory.missing = max(0.0, memory.used - memory.capacity)
+    return None if memory.missing else Program(text)
 
 
 def devices_of(topology: str) -> list[Any]:
-    """The devices of a slice. Raises ValueError where the compiler has none of this name."""
-    one = all(side == "1" for side in topology.partition(":")[2].split("x"))
-    sides = {"chips_per_host_bounds": (1, 1, 1)} if one else {}
+    """The devices of a slice. Raises ValueError where the compiler has none of this name, or is not installed."""
+    chip, count = chip_of(topology)
+    if isinstance(chip, Gpu) and not any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        raise missing_package("plans for GPUs take", "'jax[cuda13]'")
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **sides).devices)
+        found = _gpus(chip, count) if isinstance(chip, Gpu) else _tpus(topology)
     except Exception as error:  # whatever libtpu raises
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"the TPU compiler has no topology {topology!r}: {first}") from error
+        raise ValueError(f"the {chip.compiler} has no topology {topology!r}: {first}") from error
+    return list(found.devices)
+
+
+def _tpus(topology: str) -> topologies.TopologyDescription:
+    one = all(side == "1" for side in topology.partition(":")[2].split("x"))
+    sides = {"chips_per_host_bounds": (1, 1, 1)} if one else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **sides)
+
+
+def _gpus(chip: Gpu, count: int) -> topologies.TopologyDescription:
+    # The plugin looks for a driver and for libraries that run programs when JAX loads it, but for this.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    shape = f"1x{count}x1"  # one group, so many hosts, a GPU each
+    return topologies.get_topology_desc(platform="cuda", topology=shape, target_config=chip.description())
 
 
 def bytes_held(tree: Any) -> float:
@@ -170,7 +189,7 @@ def _missing(message: str, chip: Chip) -> float:
     """How much a program needs beyond what there is, by the compiler's error. Raises `Refused` where it is another."""
     found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", message)
     if not found:
-        raise Refused(f"the TPU compiler refuses the program: {message.strip().splitlines()[0]}")
+        raise Refused(f"the {chip.compiler} refuses the program: {message.strip().splitlines()[0]}")
     return float(found[1]) * 2.0 ** (10 * (1 + "KMGT".index(found[2]))) - chip.hbm
 
 

@@ -1,4 +1,4 @@
-"""What generation needs and takes on a TPU: the program that draws tokens, as the TPU compiler makes it."""
+"""What generation needs and takes on TPUs or GPUs: the program that draws tokens, as their compiler makes it."""
 
 import json
 import math
@@ -19,8 +19,8 @@ from ..zoo.parameters import Flat, describe, merge, partitions, shardings
 from ..zoo.sampling import Sampling
 from ..zoo.state import STRIDE
 from . import mesh as meshes
-from .chips import Chip, chips, slice_of
-from .hlo import Program
+from .chips import Chip, chip_of, slice_of
+from .hlo import Operation, Program
 from .plan import Memory, bytes_held, compiled, devices_of
 from .plan_kernels import Kernels
 from .plan_report import costs, memory_table, prices_of, time_table
@@ -114,8 +114,7 @@ def plan_decoding(decoding: Decoding, topology: str) -> DecodePlan:
         ValueError: on a topology that does not exist, or a mesh that does not fit it or the model.
     """
     topology = slice_of(topology)
-    devices = devices_of(topology)
-    chip = chips()[devices[0].device_kind]
+    chip, devices = chip_of(topology)[0], devices_of(topology)
     spec = decoding.model
     mesh = meshes.for_parameters(spec, decoding.mesh or f"tensor={_divides(spec, devices)}", devices)
     sizes = dict(mesh.shape)
@@ -132,7 +131,12 @@ def decoding_time(program: Program, decoding: Decoding, chip: Chip, mesh: dict[s
     # Rows are not split: every device computes them all, with its part of the parameters.
     split = math.prod(mesh.values()) // mesh.get("tensor", 1) // mesh.get("expert", 1)
     kernels = Kernels(decoding.model, chip, mesh, decoding.batch * split)
-    return time_of(program, chip, mesh, kernels.decoding, STRIDE)
+    rounds = [op for op in program.computations.get(program.entry, []) if op.code == "while"]
+
+    def told(op: Operation) -> float | None:
+        return STRIDE if op in rounds else None
+
+    return time_of(program, chip, mesh, kernels.decoding, told)
 
 
 def _divides(spec: Decoder, devices: list[Any]) -> int:
@@ -209,13 +213,13 @@ def page(found: DecodePlan, console: Console, *, usd_hour: float | None = None, 
         console.print(f"\nNo time is told: there is no model of {', '.join(found.time.unknown)}.")
         return
     console.print(
-        f"\nA token of every row is predicted to take {found.seconds * 1e3:.3g} ms: {1 / found.seconds:,.1f} tokens/s "
+        f"\nA token of every row {found.chip.verb} {found.seconds * 1e3:.3g} ms: {1 / found.seconds:,.1f} tokens/s "
         f"a row, {found.tokens_per_second:,.1f} tokens/s a chip; bound by {found.time.bound}. To read parameters and "
         f"caches once takes {found.least * 1e3:.3g} ms ({found.least / found.seconds:.0%}).",
         soft_wrap=True,
     )
     console.print(f"Of the {STRIDE} tokens that are drawn at a time:", highlight=False)
-    time_table(found.time, console)
+    time_table(found.time, found.chip, console)
     costs(found.chip, found.tokens_per_second, console, usd_hour, watts)
     console.print(f"How far to trust it: {found.chip.trust}.", highlight=False, soft_wrap=True)
 

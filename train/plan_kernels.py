@@ -1,4 +1,7 @@
-"""How long kernels take on TPU: attention of training and of decoding, caches, and XLA's products of grouped rows."""
+"""How long kernels take on TPU: attention of training and of decoding, caches and XLA's products of grouped rows.
+
+Where attention is no kernel but loops of XLA, how often they run.
+"""
 
 import itertools
 import math
@@ -8,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..layers import stages
+from ..layers.kernels import blocks, portable
 from ..layers.moe import MoE
 from ..zoo.decoder import Decoder
-from .chips import Chip
-from .hlo import ARRAY, Operation, Program, bytes_of
+from .chips import Chip, Tpu
+from .hlo import ARRAY, Operation, Program, Told, bytes_of
 from .plan_time import Kernel
 
 PUT = 1.0e-6, 45e-9
@@ -36,6 +40,12 @@ class Kernels:
     """Of all devices."""
 
     @property
+    def tpu(self) -> Tpu:
+        """The chip: there are no such kernels on others."""
+        assert isinstance(self.chip, Tpu)
+        return self.chip
+
+    @property
     def devices(self) -> int:
         """That share a layer."""
         return math.prod(size for axis, size in self.mesh.items() if axis != stages.AXIS)
@@ -58,9 +68,25 @@ class Kernels:
             model = self.model
             ends = [sum(block.mixer.flops(model.dim, size) for block in model.all_blocks) for size in (1, length)]
             flops = (ends[1] - ends[0]) / len(model.all_blocks) * self.tokens / self.devices * (2.5 if backward else 1)
-            return flops / (self.chip.attention[backward] * self.chip.derate * self.chip.tflops * 1e12)
+            return flops / (self.tpu.attention[backward] * self.tpu.derate * self.chip.tflops * 1e12)
 
         return seconds
+
+    def loops(self, length: int) -> Told:
+        """Attention by blocks over documents of a length: a block of queries goes over those of keys that it sees on
+        average, and in each takes the branch that looks at no mask, the shortest one that computes.
+        """
+        size, dim = blocks.block_size(length, portable.BLOCK, 8), self.model.dim
+        flops = [[block.mixer.flops(dim, count) for count in (1, 2, length)] for block in self.model.all_blocks]
+        # What a second token adds is half a key. The blocks at the ends are seen in part and computed whole.
+        seen = [1 + (all_ - one) / (2 * (two - one)) for one, two, all_ in flops if two > one]
+
+        def told(op: Operation) -> float | None:
+            if not op.blockwise or not seen:
+                return None
+            return blocks.FULL if op.code == "conditional" else sum(seen) / len(seen) / size + 0.5
+
+        return told
 
     def decoding(self, op: Operation, program: Program) -> float | None:
         """Attention of one token to a cache that is full, by the bytes that it reads; and that it is written there."""
@@ -70,7 +96,7 @@ class Kernels:
         if op.kernel != "attention_forward":
             return self.grouped(op)
         read = sum(program.named[name].size for name in op.operands if name in program.named)
-        return read / (self.chip.decode * self.chip.derate * self.chip.hbm_gbps * 1e9)
+        return read / (self.tpu.decode * self.tpu.derate * self.chip.hbm_gbps * 1e9)
 
     def grouped(self, op: Operation) -> float | None:
         """XLA's products of rows with the matrix of their group, or of groups of rows with each other."""
@@ -85,10 +111,10 @@ class Kernels:
         tiles = [int(size) for size in tiling.groups()]
         rows = min(left[1][0], self.rows)
         if len(right[1]) == 3 and len(out) == 2:
-            return grouped_seconds(self.chip, rows, right[1], tiles, each)
+            return grouped_seconds(self.tpu, rows, right[1], tiles, each)
         # One of the cores may be left without work where groups are smaller than tiles: there is no model of that.
         if len(right[1]) == 2 and len(out) == 3 and rows >= out[0] * tiles[0]:
-            return outer_seconds(self.chip, rows, out, tiles, each)
+            return outer_seconds(self.tpu, rows, out, tiles, each)
         return None
 
 
@@ -99,7 +125,7 @@ def put_seconds(chip: Chip, slots: tuple[int, ...], each: int) -> float:
     return PUT[0] + batch * PUT[1] + 2 * tiles / chip.hbm_speed
 
 
-def grouped_seconds(chip: Chip, rows: int, weights: tuple[int, ...], tiles: list[int], each: int) -> float:
+def grouped_seconds(chip: Tpu, rows: int, weights: tuple[int, ...], tiles: list[int], each: int) -> float:
     """Of rows, each with the matrix (inputs x outputs) of its group: the kernel goes over the columns of the outputs,
     in each over the tiles of rows that groups have a part in, and in each over the inputs.
 
@@ -124,7 +150,7 @@ def grouped_seconds(chip: Chip, rows: int, weights: tuple[int, ...], tiles: list
     return columns * total
 
 
-def outer_seconds(chip: Chip, rows: int, sums: tuple[int, ...], tiles: list[int], each: int) -> float:
+def outer_seconds(chip: Tpu, rows: int, sums: tuple[int, ...], tiles: list[int], each: int) -> float:
     """Of the sums (inputs x outputs) over the rows of each group, tile by tile of a sum and of rows."""
     groups, inputs, outputs = sums
     tile, deep, wide = tiles

@@ -151,11 +151,11 @@ def page(found: Plan, console: Console, *, usd_hour: float | None = None, watts:
         return
     time = found.time
     console.print(
-        f"\nA step is predicted to take {time.seconds:.3g} s: {found.tokens_per_second:,.0f} tokens/s a chip, "
+        f"\nA step {found.chip.verb} {time.seconds:.3g} s: {found.tokens_per_second:,.0f} tokens/s a chip, "
         f"{found.mfu:.1%} MFU; bound by {time.bound}.",
         soft_wrap=True,
     )
-    time_table(time, console)
+    time_table(time, found.chip, console)
     costs(found.chip, found.tokens_per_second, console, usd_hour, watts)
     console.print(f"How far to trust it: {found.chip.trust}.", highlight=False, soft_wrap=True)
 
@@ -235,7 +235,7 @@ def memory_table(memory: Memory, console: Console) -> None:
     print_whole(console, rows)
 
 
-def time_table(time: Time, console: Console) -> None:
+def time_table(time: Time, chip: Chip, console: Console) -> None:
     """The parts of a time, and how each is told."""
     rows = Table(box=None, pad_edge=False, header_style="bold")
     for name, side in (
@@ -246,9 +246,9 @@ def time_table(time: Time, console: Console) -> None:
         ("how it is told", "left"),
     ):
         rows.add_column(name, justify=side)  # pyright: ignore[reportArgumentType]
-    for name, (shown, what) in TIMES.items():
+    for name, shown in TIMES.items():
         if seconds := getattr(time, name):
-            rows.add_row(shown, f"{seconds:.4f}", "", "", what)
+            rows.add_row(shown, f"{seconds:.4f}", "", "", chip.told[name])
     for (kind, axis), part in sorted(time.traffic.items(), key=lambda item: -item[1].seconds):
         speed = "HBM" if axis == "HBM" else "links"
         how = f"{part.count} over {axis}: bytes by the speed of {speed}, a lower bound"

@@ -84,7 +84,7 @@ def guess(run: Run, chip: Chip, known: dict[str, Description]) -> Guess:
     weights = 2 * sum(what.size / into["tensor"] for what in known.values())
     over = (into["fsdp"] > 1) * 3 * run.accumulate + (into["data"] > 1) * 2 / into["fsdp"]
     activations = (into["tensor"] > 1) * 4 * layers * run.accumulate * 2 * tokens * model.dim * 2
-    moved = (weights * over + activations) / (2 * chip.ici_gbps * 1e9)
+    moved = (weights * over + activations) / chip.sending(mesh.size, whole=True)
     return Guess(run, memory, compute + moved)
 
 

@@ -1,4 +1,4 @@
-"""How long a compiled TPU program takes, told from its operations."""
+"""How long a compiled program takes, told from its operations."""
 
 import math
 from collections import Counter
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .chips import Chip
-from .hlo import Operation, Program
+from .hlo import Operation, Program, Told
 
 HOP = 1e-6
 """Seconds that a step of a ring takes beside its bytes."""
@@ -23,18 +23,14 @@ FREE = (
     "call",
     "conditional",
     "partition-id",
+    "replica-id",
     "after-all",
 )
 """Operations that take no time of their own."""
-PARTS = {
-    "compute": ("computation", "cycles of the schedules that the compiler chose"),
-    "untold": ("others", "no cycles by the compiler: results, read and written at the speed of the HBM"),
-    "attention": ("attention", "by the shares of the peak, or of the HBM's speed, in benchmarks/results"),
-    "experts": ("experts", "grouped rows by their tiles, as in the schedules in benchmarks/results, at even loads"),
-}
-"""What a chip is busy with: how it is called, and how it is told."""
+PARTS = {"compute": "computation", "untold": "others", "attention": "attention", "experts": "experts"}
+"""What a chip is busy with, and how it is called."""
 Kernel = Callable[[Operation, Program], float | None]
-"""Seconds of a Pallas kernel; None where there is no model of it."""
+"""Seconds of a kernel that is not XLA's; None where there is no model of it."""
 
 
 @dataclass
@@ -48,11 +44,11 @@ class Traffic:
     """Seconds in which nothing is computed."""
     count: int = 0
 
-    def add(self, times: int, sent: float, seconds: float) -> None:
+    def add(self, times: float, sent: float, seconds: float) -> None:
         """Counts one that runs so often."""
         self.bytes += times * sent
         self.seconds += times * seconds
-        self.count += times
+        self.count += round(times)
 
 
 @dataclass
@@ -60,11 +56,11 @@ class Time:
     """A program, predicted."""
 
     compute: float = 0.0
-    """Seconds of what XLA makes itself, by the cycles of the schedules that its compiler chose."""
+    """Seconds of what XLA makes itself, by its compiler's estimates."""
     untold: float = 0.0
-    """Seconds of what XLA makes and the compiler gives no cycles for: results, read and written once in HBM."""
+    """Seconds of what XLA makes and the compiler gives no estimate of: results, read and written once in HBM."""
     attention: float = 0.0
-    """Seconds of attention kernels, by the share of the peak, or of the HBM's speed, that they reach in benchmarks/."""
+    """Seconds of attention: of kernels, or of what XLA makes under its name."""
     experts: float = 0.0
     """Seconds of XLA's products of grouped rows, by their tiles."""
     traffic: dict[tuple[str, str], Traffic] = field(default_factory=dict)
@@ -95,7 +91,7 @@ class Time:
     @property
     def bound(self) -> str:
         """What most of the time goes to."""
-        parts = {shown: getattr(self, name) for name, (shown, _) in PARTS.items()}
+        parts = {shown: getattr(self, name) for name, shown in PARTS.items()}
         parts |= {"communication": self.communication, "copies": self.copies}
         name = max(parts, key=lambda part: parts[part])
         return f"{name} ({parts[name] / self.seconds:.0%})"
@@ -107,15 +103,15 @@ class Time:
         return {**parts, "traffic": traffic, "unknown": self.unknown}
 
 
-def time_of(program: Program, chip: Chip, mesh: dict[str, int], kernel: Kernel, rounds: int | None = None) -> Time:
+def time_of(program: Program, chip: Chip, mesh: dict[str, int], kernel: Kernel, told: Told | None = None) -> Time:
     """The time of a compiled program.
 
     Args:
         program: as compiled.
         chip: what it runs on.
         mesh: axes and sizes.
-        kernel: tells the time of Pallas kernels.
-        rounds: how often a loop of the entry runs whose length is not in the program; None: there is no model of it.
+        kernel: tells the time of kernels.
+        told: how often loops run, and which branches are taken, where that is not in the program.
     """
     time, unknown = Time(), Counter[str]()
     under_way: dict[Any, list[tuple[float, Traffic]]] = {}
@@ -123,11 +119,11 @@ def time_of(program: Program, chip: Chip, mesh: dict[str, int], kernel: Kernel, 
     copies = Traffic()
     free = 0.0
     """When the last of the copies ends, which go one after the other."""
-    for op, times in program.walk(rounds):
+    for op, times in program.walk(told):
         if times is None:
             unknown["a loop of unknown length"] += 1
             continue
-        if op.code == "conditional" and program.branch(op) is None:
+        if op.code == "conditional" and program.branch(op, told) is None:
             unknown["a conditional"] += 1
         first = program.named.get(program.start(op), op)
         moved = program.collective(first)
@@ -151,18 +147,21 @@ def time_of(program: Program, chip: Chip, mesh: dict[str, int], kernel: Kernel, 
             copies.add(times, size, size / chip.hbm_speed)
             free = max(free, time.busy + copies.exposed) + times * size / chip.hbm_speed
             under_way.setdefault(key, []).append((free, copies))
-        if op.kernel:
+        if called := chip.kernel(op):
             known = kernel(op, program)
             if known is None:
-                unknown[op.kernel] += 1
-            elif op.kernel.startswith("attention_"):
+                unknown[called] += 1
+            elif called.startswith("attention_"):
                 time.attention += times * known
             else:
                 time.experts += times * known
-        elif op.cycles is not None and op.code not in FREE:
-            time.compute += times * op.cycles / chip.clock_ghz / 1e9
-        elif moved is None and at_once and op.code not in FREE:
-            time.untold += times * 2 * program.written(op) / chip.hbm_speed
+        elif op.code not in FREE:
+            known = chip.seconds(op, program)
+            part = "untold" if known is None else "compute"
+            if known is None and moved is None and at_once:
+                known = 2 * program.written(op) / chip.hbm_speed
+            part = "attention" if op.blockwise else part
+            setattr(time, part, getattr(time, part) + times * (known or 0.0))
         if under_way.get(key) and (op.phase == "done" or (begins and at_once)):
             end, traffic = under_way[key].pop(0)
             traffic.exposed += max(0.0, end - time.busy - (copies.exposed if traffic is copies else 0.0))
@@ -175,7 +174,7 @@ def _cost(
 ) -> tuple[str, str, float, float]:
     """Of a collective: its kind, its axis, the bytes that a chip sends, and its seconds.
 
-    It goes round a ring in both directions where the devices lie on one, else along a line: a lower bound.
+    It goes round a ring where the devices lie on one, else along a line: a lower bound.
     """
     kind = op.code.removesuffix("-start")
     axis, count = op.group(mesh)
@@ -185,13 +184,13 @@ def _cost(
         kind = "reduce-scatter"  # each device cuts its part out of the sum
     elif kind == "all-reduce":
         sent *= 2
-    elif kind == "reduce-scatter":
+    elif kind == "reduce-scatter" and not op.phase:  # a start has what goes in in its type
         sent *= count
     elif kind == "collective-permute":
         sent = op.largest
     elif kind == "ragged-all-to-all":
         # One side has room for the worst case; what is sent at an even load is what the other one holds.
         sent = min(op.largest, program.named[op.operands[0]].size) * others
-    ring = count >= 4 and (count == math.prod(mesh.values()) or count % chip.wrap == 0)
-    links = 2 if ring and kind != "collective-permute" else 1
-    return kind, axis, sent, sent / (links * chip.ici_gbps * 1e9) + max(count - 1, 1) * HOP
+    around = kind != "collective-permute"
+    speed = chip.sending(count, whole=count == math.prod(mesh.values())) if around else chip.link_gbps * 1e9
+    return kind, axis, sent, sent / speed + max(count - 1, 1) * HOP

@@ -158,8 +158,10 @@ def measure(compiler: Compiler, chip: str, function: Any, arguments: Any) -> dic
 
 def page(facts: dict[str, str], rows: list[dict[str, Any]]) -> str:
     """All rows as Markdown."""
-    from flaxzoo.train.chips import chip_of
+    from flaxzoo.train.chips import tpus
     from flaxzoo.train.plan_kernels import grouped_seconds, outer_seconds, put_seconds
+
+    named = {chip.name: chip for chip in tpus().values()}
 
     lines = [
         "# Kernels of which `zoo plan` has a model",
@@ -187,7 +189,7 @@ def page(facts: dict[str, str], rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if row["kind"] == "put":
             batch, length, heads = row["case"]
-            told = put_seconds(chip_of(f"{row['chip']}:1x1")[0], (batch, heads, length, 128), 2)
+            told = put_seconds(named[row["chip"]], (batch, heads, length, 128), 2)
             lines.append(
                 f"| {row['chip']} | {batch} x {length}, {heads} | {row['us']:.1f} | {told / row['us'] * 1e6:.2f} |"
             )
@@ -203,9 +205,9 @@ def page(facts: dict[str, str], rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if row["kind"] in ("grouped", "outer"):
             count, groups, inputs, outputs = row["case"]
-            chip, tiles = chip_of(f"{row['chip']}:1x1")[0], [int(size) for size in row["tiling"].split(",")]
+            tiles = [int(size) for size in row["tiling"].split(",")]
             told = (outer_seconds if row["kind"] == "outer" else grouped_seconds)(
-                chip, count, (groups, inputs, outputs), tiles, 2
+                named[row["chip"]], count, (groups, inputs, outputs), tiles, 2
             )
             name = f"{count}, {groups}, {inputs} x {outputs}"
             kind = "outer" if row["kind"] == "outer" else ""

@@ -19,6 +19,8 @@ from .blocks import EMPTY, FULL, PARTIAL, Blocks, block_size, padded
 from .pairs import Value, positions
 from .problem import Gradients, Operands, Problem, differentiable, gradients_like
 
+SCOPE = "blockwise_attention"
+"""What its operations are named by in a compiled program."""
 BLOCK = 512
 """Queries and keys of a block."""
 TILE_BYTES = 2**26
@@ -43,6 +45,7 @@ class Part:
     """None: there is a single one."""
 
 
+@jax.named_scope(SCOPE)
 def forward(problem: Problem, operands: Operands) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
     """Attention and the logarithm of the sum of exponentials of each row, -inf where a query sees no key."""
     work = _Work(problem, operands)
@@ -54,6 +57,7 @@ def forward(problem: Problem, operands: Operands) -> tuple[Float[Array, "B T N H
     return _ungrouped(out, operands.q.shape[1], problem.out_dtype), _rows_of(lse, operands.q.shape[1])
 
 
+@jax.named_scope(SCOPE)
 def backward(problem: Problem, operands: Operands, lse: Array, delta: Array, g_out: Array) -> Gradients:
     """Gradients; `delta` is the sum over Hv of out * g_out, less the cotangent of lse (B N T)."""
     work = _Work(problem, operands)

@@ -13,7 +13,7 @@ from flaxzoo import configs
 from flaxzoo.configs import Optimizer, Run, models
 from flaxzoo.train import cli, hlo, plan_report, plan_search
 from flaxzoo.train import mesh as meshes
-from flaxzoo.train.chips import TOPOLOGIES, chips, slice_of
+from flaxzoo.train.chips import TOPOLOGIES, slice_of, tpus
 from flaxzoo.train.plan import Memory, Plan, _missing, first_that_fits, plan, remedies
 from flaxzoo.train.plan_kernels import Kernels, grouped_seconds, outer_seconds, put_seconds, visits
 from flaxzoo.train.plan_time import Time, Traffic, time_of
@@ -61,9 +61,11 @@ def run(**changes: object) -> Run:
 
 
 def timed(text: str, rounds: int | None = None, mesh: dict[str, int] | None = None) -> Time:
-    chip, mesh = chips()["TPU v5 lite"], mesh or {"data": 4, "fsdp": 2}
+    chip, mesh = tpus()["TPU v5 lite"], mesh or {"data": 4, "fsdp": 2}
     kernels = Kernels(MODEL, chip, mesh, 8 * 256)
-    return time_of(hlo.Program(text), chip, mesh, kernels.training(256), rounds)
+    return time_of(
+        hlo.Program(text), chip, mesh, kernels.training(256), lambda op: rounds if op.code == "while" else None
+    )
 
 
 def test_a_program_is_walked_with_the_counts_of_its_loops() -> None:
@@ -76,7 +78,7 @@ def test_a_program_is_walked_with_the_counts_of_its_loops() -> None:
 
 
 def test_the_time_of_a_program_is_that_of_its_parts() -> None:
-    chip = chips()["TPU v5 lite"]
+    chip = tpus()["TPU v5 lite"]
     found = timed(TEXT)
     assert found.compute == pytest.approx(12 * 4500 / 1.5e9)
     assert set(found.traffic) == {("all-gather", "data"), ("reduce-scatter", "data+fsdp"), ("all-reduce", "data")}
@@ -130,7 +132,7 @@ def test_what_has_no_model_gets_no_time() -> None:
     text = TEXT.replace("direction=LT", "direction=NE")
     found = timed(text.replace("attention_forward", "mystery"))
     assert found.unknown == ["mystery", "a loop of unknown length"]
-    made = Plan(run(), "v5e:2x4", chips()["TPU v5 lite"], {"data": 4, "fsdp": 2}, Memory(1e9), found)
+    made = Plan(run(), "v5e:2x4", tpus()["TPU v5 lite"], {"data": 4, "fsdp": 2}, Memory(1e9), found)
     with pytest.raises(ValueError, match="no model of the time of mystery, a loop of unknown length"):
         _ = made.tokens_per_second
     shown = io.StringIO()
@@ -193,7 +195,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_what_has_no_cycles_takes_its_bytes() -> None:
-    chip = chips()["TPU v5 lite"]
+    chip = tpus()["TPU v5 lite"]
     found = time_of(hlo.Program(COPIES), chip, {"fsdp": 8}, lambda op, program: None)
     speed = 0.9 * 819e9
     copies = found.traffic["copies", "HBM"]
@@ -215,7 +217,7 @@ def test_the_products_of_experts_are_those_of_their_tiles() -> None:
     assert [place for _, place in found] == sorted(place for _, place in found)
     assert {group for group, _ in found} == set(range(8))
     assert 64 < len(found) <= 64 + 7  # each group but the first may begin within a tile
-    chip = chips()["TPU v5 lite"]
+    chip = tpus()["TPU v5 lite"]
     model = configs.get_model("mixtral_8x7b")
     kernels = Kernels(model, chip, {"expert": 2, "tensor": 2}, 8192)
     line = (
@@ -237,8 +239,8 @@ def test_the_products_of_experts_are_those_of_their_tiles() -> None:
 def test_the_models_of_kernels_are_as_their_schedules() -> None:
     """Constants are measured on the first case; the others are within a quarter."""
     rows = json.loads(Path("benchmarks/results/kernels.json").read_text())["rows"]
-    assert {row["chip"] for row in rows} == {chip.name for chip in chips().values()}
-    for chip in chips().values():
+    assert {row["chip"] for row in rows} == {chip.name for chip in tpus().values()}
+    for chip in tpus().values():
         mine = [row for row in rows if row["chip"] == chip.name]
         first = {row["kind"]: row for row in reversed(mine)}
         assert chip.decode == pytest.approx(first["decode"]["share"], abs=0.006)
@@ -344,7 +346,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(monkeypatch: pytest.M
 def test_the_mildest_remedy_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(made: Run, topology: str) -> Plan:
         missing = 0.0 if made.accumulate >= 4 else 1e9
-        return Plan(made, topology, chips()["TPU v5 lite"], {"fsdp": 1}, Memory(2**34, missing=missing), None)
+        return Plan(made, topology, tpus()["TPU v5 lite"], {"fsdp": 1}, Memory(2**34, missing=missing), None)
 
     monkeypatch.setattr("flaxzoo.train.plan.plan", fake)
     tried: list[Run] = []
@@ -359,9 +361,9 @@ def test_what_the_compiler_says_is_missing() -> None:
     text = (
         "RESOURCE_EXHAUSTED: E1000: total memory required for HLO temporaries (40.39G) exceeds available HBM (15.75G)."
     )
-    assert _missing(text, chips()["TPU v5 lite"]) == pytest.approx((40.39 - 15.75) * 2**30)
+    assert _missing(text, tpus()["TPU v5 lite"]) == pytest.approx((40.39 - 15.75) * 2**30)
     with pytest.raises(ValueError, match="the TPU compiler refuses the program: INTERNAL: no"):
-        _missing("INTERNAL: no\nmore", chips()["TPU v5 lite"])
+        _missing("INTERNAL: no\nmore", tpus()["TPU v5 lite"])
 
 
 def test_remedies_are_in_order() -> None:
@@ -405,7 +407,7 @@ def test_a_slice_that_does_not_exist_is_an_error() -> None:
 
 @needs_libtpu
 def test_the_table_of_chips_is_what_the_compiler_says() -> None:
-    for chip in chips().values():
+    for chip in tpus().values():
         device = topologies.get_topology_desc(
             platform="tpu", topology_name=f"{chip.name}:2x2" + ("x1" if chip.wrap == 4 else "")
         ).devices[0]
@@ -417,7 +419,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
     def fake(made: Run, topology: str) -> Plan:
         asked.append((made, topology))
-        return Plan(made, topology, chips()["TPU v5 lite"], {"fsdp": 1}, Memory(2**34), Time(compute=0.5))
+        return Plan(made, topology, tpus()["TPU v5 lite"], {"fsdp": 1}, Memory(2**34), Time(compute=0.5))
 
     monkeypatch.setattr(plan_report, "plan", fake)
     cli.dispatch(["plan", "qwen2_5_0_5b", "--topology", "v5e:2x2", "--remat", "dots", "--optimizer", "lion", "--json"])
@@ -440,7 +442,7 @@ def test_layouts_divide_and_are_ranked() -> None:
         assert made.batch // one.accumulate % (sizes.get("data", 1) * sizes.get("fsdp", 1)) == 0
         assert sizes.get("tensor", 1) in (1, 2)  # two heads of keys and values
         assert one.replace(mesh="", remat="none", accumulate=1) == made
-    chip, known = chips()["TPU v6 lite"], describe(MODEL.abstract())
+    chip, known = tpus()["TPU v6 lite"], describe(MODEL.abstract())
     guesses = {(one.mesh, one.remat, one.accumulate): plan_search.guess(one, chip, known) for one in found}
     assert guesses["fsdp=8", "full", 1].bytes < guesses["fsdp=8", "dots", 1].bytes < guesses["fsdp=8", "none", 1].bytes
     assert guesses["fsdp=8", "full", 1].bytes < guesses["data=8", "full", 1].bytes
@@ -453,7 +455,7 @@ def test_momentum_in_bfloat16_is_tried_where_it_is_asked_for() -> None:
     narrow = [one for one in both if one.optimizer.momentum_dtype == "bfloat16"]
     assert {one.optimizer.momentum_dtype for one in wide} == {"float32"}
     assert len(both) == 2 * len(wide) == 2 * len(narrow)
-    chip, known = chips()["TPU v6 lite"], describe(MODEL.abstract())
+    chip, known = tpus()["TPU v6 lite"], describe(MODEL.abstract())
     size = sum(what.size for what in known.values())
     less = plan_search.guess(wide[0], chip, known).bytes - plan_search.guess(narrow[0], chip, known).bytes
     assert less == pytest.approx(2 * size / 4, rel=0.01)
@@ -465,7 +467,7 @@ def test_momentum_in_bfloat16_is_tried_where_it_is_asked_for() -> None:
 
 def test_the_front_is_what_nothing_beats() -> None:
     def made(speed: float, gib: float, missing: float = 0.0) -> Plan:
-        chip = chips()["TPU v5 lite"]
+        chip = tpus()["TPU v5 lite"]
         memory = Memory(chip.hbm, parameters=gib * 2**30, missing=missing)
         return Plan(run(), "v5e:2x2", chip, {"fsdp": 4}, memory, Time(compute=1 / speed))
 
@@ -535,7 +537,7 @@ def test_the_options_of_a_chip_are_the_best_of_those_tried() -> None:
 def test_the_layout_by_hand_is_among_those_that_are_compiled() -> None:
     """For Llama 3.1 8B on v6e:2x4, by arithmetic alone: what a search finds can't be slower than it."""
     made = Run(model=configs.MODELS["llama3_1_8b"](), batch=16, length=8192, dtype="bfloat16")
-    chip, known = chips()["TPU v6 lite"], describe(made.model.abstract())
+    chip, known = tpus()["TPU v6 lite"], describe(made.model.abstract())
     guesses = [plan_search.guess(one, chip, known) for one in plan_search.layouts(made, 8)]
     best = sorted((one for one in guesses if one.bytes < chip.hbm), key=lambda one: one.seconds)[:8]
     assert made.replace(mesh="fsdp=8", remat="full") in [one.run for one in best]
@@ -554,7 +556,7 @@ def test_the_command_that_trains() -> None:
 
 def test_the_shares_of_attention_are_those_measured() -> None:
     rows = json.loads(Path("benchmarks/results/attention.json").read_text())["found"]["chips"]
-    for chip in chips().values():
+    for chip in tpus().values():
         for which, share in zip(("forward", "backward"), chip.attention, strict=True):
             (row,) = (
                 row

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from flaxzoo.configs import models
 from flaxzoo.train import cli, plan_decode
-from flaxzoo.train.chips import chips
+from flaxzoo.train.chips import tpus
 from flaxzoo.train.hlo import Operation, Program
 from flaxzoo.train.plan import Memory
 from flaxzoo.train.plan_decode import DecodePlan, Decoding, plan_decoding
@@ -26,7 +26,7 @@ SIZE = sum(known.size for known in describe(MODEL.abstract()).values())
 def made(decoding: Decoding, **changes: Any) -> DecodePlan:
     memory = Memory(2**34, parameters=2 * SIZE, cache=2**20, temporary=2**20)
     given: dict[str, Any] = {"memory": memory, "time": Time(compute=3.2, attention=STRIDE * 0.1), **changes}
-    return DecodePlan(decoding, "v5e:2x2", chips()["TPU v5 lite"], {"tensor": 4}, **given)
+    return DecodePlan(decoding, "v5e:2x2", tpus()["TPU v5 lite"], {"tensor": 4}, **given)
 
 
 @needs_libtpu
@@ -43,7 +43,7 @@ def test_a_plan_of_decoding_adds_up(topology: str, mesh: str, dtype: Any) -> Non
     assert found.time is not None
     assert found.time.unknown == []
     # Attention of four layers reads the whole cache each round, in bfloat16, and writes a token of each row before.
-    chip = found.chip
+    chip = tpus()[found.chip.kind]
     put = 2 * 4 * put_seconds(chip, (8, 2 // split, 2048, 64), 1 if dtype == "int8" else 2)
     read = vectors * 128 / (chip.decode * chip.hbm_gbps * 1e9)
     assert found.time.attention == pytest.approx(STRIDE * (read + put), rel=0.1)
@@ -98,7 +98,7 @@ def test_times_are_of_one_token() -> None:
 
 
 def test_attention_of_decoding_takes_the_bytes_of_its_cache() -> None:
-    chip = chips()["TPU v6 lite"]
+    chip = tpus()["TPU v6 lite"]
     program = Program("")
     program.named["k"] = Operation("k", "bf16[8,8,8192,128]{3,2,1,0:T(8,128)(2,1)S(1)}", "fusion", "")
     line = '%k, %k), custom_call_target="tpu_custom_call"'
