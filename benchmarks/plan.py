@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/plan.py               plan all, write benchmarks/results/plan.{json,md}
     .venv/bin/python benchmarks/plan.py "8B v6e"      those whose name holds this text; the others stay
-    .venv/bin/python benchmarks/plan.py decoding      those of generation
+    .venv/bin/python benchmarks/plan.py rows          those of training on TPUs; "gpus", "decoding", or
     .venv/bin/python benchmarks/plan.py options       what options of the compiler change
 
 No TPU is needed, nor a GPU, but the compilers of both. Each takes one to three minutes on two cores.
@@ -70,10 +70,13 @@ JOBS = (
         3645,
         MAXTEXT,
     ),
-    Job("Mixtral 8x7B v5p:4x4x4", "mixtral_8x7b", "v5p:4x4x4", 64, 4096, {"mesh": "fsdp=64", "remat": "full"}),
+    Job("Mixtral 8x7B v5p:4x4x4", "mixtral_8x7b", "v5p:4x4x4", 256, 4096, {"mesh": "fsdp=64", "remat": "full"}),
+)
+GPUS = (
     Job("0.5B h100:1", "qwen2_5_0_5b", "h100:1", 8, 2048, {"remat": "full"}),
     Job("Llama 3.1 8B h100:8", "llama3_1_8b", "h100:8", 16, 8192, {"mesh": "fsdp=8", "remat": "full"}),
 )
+"""On GPUs, which takes `pip install 'jax[cuda13]'`."""
 DECODING = {
     "0.5B colab-v5e": ("qwen2_5_0_5b", "colab-v5e", {"batch": 8, "length": 2048}),
     "Llama 3.1 8B v5e:2x4": ("llama3_1_8b", "v5e:2x4", {"batch": 8, "length": 8192}),
@@ -168,6 +171,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def gpu_table(rows: list[dict[str, Any]]) -> str:
+    """Jobs on GPUs as Markdown: their times are the least that arithmetic allows."""
+    lines = [
+        "| job | mesh | batch x length | remat | memory, GiB | step, s, at least | tokens/s a chip, at most "
+        "| MFU, at most | bound by |",
+        "|---|---|---|---|--:|--:|--:|--:|---|",
+    ]
+    for line in table(rows).splitlines()[2:]:
+        cells = line.split(" | ")
+        lines.append(" | ".join([*cells[:8], cells[-1]]))
+    return "\n".join(lines)
+
+
 def decoded(name: str) -> dict[str, Any]:
     """The plan of a job of generation as JSON."""
     model, topology, given = DECODING[name]
@@ -198,8 +214,13 @@ def decoding_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"rows": table, "decoding": decoding_table, "options": options_table}
-HEADINGS = {"rows": "Plans beside published speeds", "decoding": "Generation", "options": "Options of the compiler"}
+TABLES = {"rows": table, "gpus": gpu_table, "decoding": decoding_table, "options": options_table}
+HEADINGS = {
+    "rows": "Plans beside published speeds",
+    "gpus": "GPUs",
+    "decoding": "Generation",
+    "options": "Options of the compiler",
+}
 
 
 def main() -> None:
@@ -210,6 +231,7 @@ def main() -> None:
     by = f"jax {version('jax')}, libtpu {version('libtpu')}, {datetime.date.today()}"
     todo: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
         "rows": {job.name: functools.partial(measured, job) for job in JOBS},
+        "gpus": {job.name: functools.partial(measured, job) for job in GPUS},
         "decoding": {name: functools.partial(decoded, name) for name in DECODING},
         "options": {name: functools.partial(with_options, name) for name in OPTIONS},
     }

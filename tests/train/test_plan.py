@@ -531,7 +531,7 @@ def test_the_tables_of_the_docs_are_those_recorded() -> None:
 
 def test_the_options_of_a_chip_are_the_best_of_those_tried() -> None:
     best = max(RECORDED["options"], key=lambda row: row["tokens_per_second_per_chip"])
-    assert best["options"] == chips()["TPU v6 lite"].options
+    assert best["options"] == tpus()["TPU v6 lite"].options
 
 
 def test_the_layout_by_hand_is_among_those_that_are_compiled() -> None:
