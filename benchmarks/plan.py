@@ -1,6 +1,6 @@
 """What `zoo plan` predicts beside what others published, for jobs of well-known size.
 
-    .venv/bin/python benchmarks/plan.py               plan all, write benchmarks/results/plan.{json,md}
+    .venv/bin/python benchmarks/plan.py               plan all, write benchmarks/results/plan.{json,md} and docs' tables
     .venv/bin/python benchmarks/plan.py "8B v6e"      those whose name holds this text; the others stay
     .venv/bin/python benchmarks/plan.py rows          those of training on TPUs; "gpus", "decoding", or
     .venv/bin/python benchmarks/plan.py options       what options of the compiler change
@@ -28,6 +28,7 @@ from flaxzoo.train.plan_decode import Decoding, plan_decoding
 from flaxzoo.train.plan_report import json_of
 
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,20 @@ def main() -> None:
         rows = [known[part][name] for name in todo[part] if name in known[part]]
         times = "; ".join(sorted({row["by"] for row in rows}))
         text.append(f"{'##' if text else '#'} {heading}\n\n{times}. By `benchmarks/plan.py`.\n\n{TABLES[part](rows)}\n")
+        put_into_docs(TABLES[part](rows))
     (RESULTS / "plan.md").write_text("\n".join(text))
+
+
+def put_into_docs(table: str) -> None:
+    """Puts a table in the place of the one with its heading, in whatever page has it."""
+    heading = table.splitlines()[0]
+    for page in DOCS.glob("*.md"):
+        text = page.read_text()
+        if heading + "\n" in text:
+            before, after = text.split(heading + "\n", 1)
+            rest = after.splitlines(keepends=True)
+            end = next((i for i, line in enumerate(rest) if not line.startswith("|")), len(rest))
+            page.write_text(before + table + "\n" + "".join(rest[end:]))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,11 @@ class Chip(abc.ABC):
     usd_hour: float | None = None
     watts: float | None = None
 
+    @property
+    @abc.abstractmethod
+    def example(self) -> str:
+        """The sides of a slice."""
+
     compiler: ClassVar[str]
     """What it is called."""
     reached: ClassVar[float] = 1.0
@@ -93,6 +98,11 @@ class Tpu(Chip):
     derate: float = 1.0
     """The share of its predicted speed that attention reaches."""
 
+    @property
+    def example(self) -> str:
+        """The sides of a slice, of which large ones have three if they close to rings at four already."""
+        return "2x2x1" if self.wrap == 4 else "2x4"
+
     compiler = "TPU compiler"
     reached = 0.9  # what XLA's own estimates take on v5e
     told: ClassVar[dict[str, str]] = {
@@ -127,6 +137,7 @@ class Gpu(Chip):
         "stays in the L2 cache may take less"
     )
 
+    example: ClassVar[str] = f"{GPUS}"  # pyright: ignore[reportIncompatibleMethodOverride]
     compiler = "GPU compiler"
     verb = "takes at least"
     told: ClassVar[dict[str, str]] = {
@@ -212,8 +223,7 @@ def slice_of(text: str) -> str:
     name, colon, shape = topology.partition(":")
     named = {chip.name: chip for chip in chips().values()}
     if name not in named or not colon:
-        whole = [f"{name}:{'8' if isinstance(chip, Gpu) else '2x4'}" for name, chip in named.items()]
-        raise unknown("topology", text, [*TOPOLOGIES, *whole])
+        raise unknown("topology", text, [*TOPOLOGIES, *(f"{name}:{chip.example}" for name, chip in named.items())])
     if not all(side.isdecimal() and int(side) for side in shape.split("x")):
         raise ValueError(f"a topology is written 'v6e:2x4': a chip and the sides of a slice, got {text!r}")
     if isinstance(named[name], Gpu) and not (shape.isdecimal() and int(shape) <= GPUS):

@@ -189,18 +189,22 @@ def place(
 
 
 def _mesh(sizes: dict[str, int], devices: list[Device]) -> Mesh:
-    count = math.prod(sizes.values())
+    count, text = math.prod(sizes.values()), ",".join(f"{name}={size}" for name, size in sizes.items())
     if count > len(devices):
-        text = ",".join(f"{name}={size}" for name, size in sizes.items())
-        raise ValueError(f"mesh {text} needs {count} devices, there are {len(devices)}; lower a size, e.g. to 1")
+        more = f", or set JAX_NUM_CPU_DEVICES={count}" if devices[0].platform == "cpu" else ""
+        raise ValueError(f"mesh {text} needs {count} devices, there are {len(devices)}; lower a size{more}")
     explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
     if sizes.get("dcn", 1) > 1:
         mesh = Mesh(_over_slices(sizes, devices), tuple(sizes), axis_types=explicit)
     else:
-        mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:count], axis_types=explicit)
+        try:
+            mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:count], axis_types=explicit)
+        except AssertionError as error:  # of a TPU's devices
+            raise ValueError(
+                f"mesh {text} takes {count} of {len(devices)} chips, which are no block of a slice; take all of them"
+            ) from error
     idle = {device.process_index for device in devices} - {device.process_index for device in mesh.devices.flat}
     if idle:
-        text = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
             f"every process must have a device in the mesh, but {text} takes {count} of {len(devices)} devices, and "
             f"none of process {', '.join(map(str, sorted(idle)))}; choose a mesh of more devices, or start fewer "

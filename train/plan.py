@@ -110,10 +110,10 @@ def plan(run: Run, topology: str) -> Plan:
             batch=bytes_held(batch),
         )
         program = compiled(lowered, memory, chip)
-    if program is None:
-        return Plan(run, topology, chip, sizes, memory, None)
     memory.gradients = min(memory.parameters, memory.temporary)
     memory.temporary -= memory.gradients
+    if program is None:
+        return Plan(run, topology, chip, sizes, memory, None)
     kernels = Kernels(run.model, chip, sizes, run.batch // run.accumulate * run.length)
     time = time_of(program, chip, sizes, kernels.training(run.length), kernels.loops(run.length))
     return Plan(run, topology, chip, sizes, memory, time)
@@ -148,6 +148,8 @@ def devices_of(topology: str) -> list[Any]:
     chip, count = chip_of(topology)
     if isinstance(chip, Gpu) and not any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         raise missing_package("plans for GPUs take", "'jax[cuda13]'")
+    if not isinstance(chip, Gpu) and find_spec("libtpu") is None:
+        raise missing_package("plans for TPUs take", "'jax[tpu]'")
     try:
         found = _gpus(chip, count) if isinstance(chip, Gpu) else _tpus(topology)
     except Exception as error:  # whatever libtpu raises

@@ -202,7 +202,8 @@ def page(found: DecodePlan, console: Console, *, usd_hour: float | None = None, 
     """Prints a plan."""
     decoding, chips_ = found.decoding, math.prod(found.mesh.values())
     mesh = ",".join(f"{axis}={size}" for axis, size in found.mesh.items())
-    what = f"{decoding.batch} rows of {decoding.length} tokens, {decoding.dtype}, caches {decoding.cache_dtype}"
+    rows = f"{decoding.batch} row{'s' * (decoding.batch > 1)}"
+    what = f"{rows} of {decoding.length} tokens, {decoding.dtype}, caches {decoding.cache_dtype}"
     console.print(f"{found.topology}: {chips_} x {found.chip.kind}, mesh {mesh}, {what}", highlight=False)
     memory_table(found.memory, console)
     if found.time is None:

@@ -55,7 +55,9 @@ def command(run: Run, topology: str, *, as_json: bool, usd_hour: float | None, w
         )
     if better is None:
         console.print(
-            "\nNeither recomputing more nor smaller parts make it fit: it needs more chips or a shorter length."
+            "\nNeither recomputing more nor smaller parts make it fit: it needs more chips, an optimizer of less state "
+            "(--optimizer adafactor, --momentum-dtype bfloat16), a shorter length or a smaller model.",
+            soft_wrap=True,
         )
         return
     console.print(f"\nIt fits with [bold]{change_text(run, better.run)}[/]:\n")

@@ -38,12 +38,13 @@ _advice: list[Callable[[], str]] = []
 
 @contextlib.contextmanager
 def advised(advice: Callable[[], str]) -> Iterator[None]:
-    """Meanwhile, the message about a lost process ends with what `advice` says."""
-    _advice.append(advice)
-    try:
-        yield
-    finally:
-        _advice.remove(advice)
+    """Meanwhile, the message about a lost process ends with what `advice` says.
+
+    After an error, too: it may be what became of a collective with the lost process, and be here first.
+    """
+    _advice[:] = [advice]
+    yield
+    _advice.clear()
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def refused(run: Run, **changes: Any) -> str:
 
 def test_meshes_that_do_not_fit(tiny: Run) -> None:
     assert refused(tiny, mesh="data=4,fsdp=4") == (
-        "mesh data=4,fsdp=4 needs 16 devices, there are 8; lower a size, e.g. to 1"
+        "mesh data=4,fsdp=4 needs 16 devices, there are 8; lower a size, or set JAX_NUM_CPU_DEVICES=16"
     )
     assert refused(tiny, mesh="data=2,fsdp=2", batch=6) == (
         "the mesh splits the batch 4 ways (data x fsdp), which does not divide 6 sequences (batch 6 / accumulate 1); "
