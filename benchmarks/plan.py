@@ -79,7 +79,9 @@ GPUS = (
 )
 """On GPUs, which takes `pip install 'jax[cuda13]'`."""
 DECODING = {
+    "0.5B colab-v5e, one row": ("qwen2_5_0_5b", "colab-v5e", {"batch": 1, "length": 2048}),
     "0.5B colab-v5e": ("qwen2_5_0_5b", "colab-v5e", {"batch": 8, "length": 2048}),
+    "Llama 3.1 8B v5e:2x4, one row": ("llama3_1_8b", "v5e:2x4", {"batch": 1, "length": 8192}),
     "Llama 3.1 8B v5e:2x4": ("llama3_1_8b", "v5e:2x4", {"batch": 8, "length": 8192}),
     "Llama 3.1 8B v5e:2x4, int8": ("llama3_1_8b", "v5e:2x4", {"batch": 8, "length": 8192, "cache_dtype": "int8"}),
     "Llama 3.1 8B v6e:2x4": ("llama3_1_8b", "v6e:2x4", {"batch": 8, "length": 8192}),

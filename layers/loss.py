@@ -14,6 +14,13 @@ LOGITS_BYTES = 2**28
 """Float32 logits that may exist at a time in any case: 523 tokens of a vocabulary of 128,256."""
 
 
+def tokens_at_a_time(vocab: int, dim: int) -> int:
+    """As many as fit 256 MiB, or D / 2 if these are more: each chunk reads and writes the float32 gradient of the head,
+    which is twice their logits then.
+    """
+    return max(1, LOGITS_BYTES // (4 * vocab), dim // 2)
+
+
 def cross_entropy(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "V D"],
@@ -37,10 +44,9 @@ def cross_entropy(
         weights: 0 masks a position out. They are given, not learned: they get no gradient.
         soft_cap: logits become cap tanh(logits / cap).
         z_loss: weight of the squared log-partition.
-        chunk: tokens whose logits exist at a time (one of each row at least). If not given, as many as fit 256 MiB, or
-            D / 2 if these are more: each chunk reads and writes the float32 gradient of the head, twice their logits.
+        chunk: tokens whose logits exist at a time (one of each row at least); `tokens_at_a_time` if not given.
     """
-    chunk = max(1, LOGITS_BYTES // (4 * head.shape[0]), head.shape[1] // 2) if chunk is None else chunk
+    chunk = tokens_at_a_time(*head.shape) if chunk is None else chunk
     return _sums(hidden, head, targets, weights, soft_cap, z_loss, chunk)
 
 

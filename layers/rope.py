@@ -316,8 +316,8 @@ class Rope(Spec):
     def _by_product(
         self, cos: Float[Array, "B T R"], sin: Float[Array, "B T R"], x: Float[Array, "B T N H"]
     ) -> Float[Array, "B T N H"]:
-        """The same where parts of a head are parts of registers, and cost more than a product: with the matrix of 0, 1
-        and -1 that puts -b in the place of a and a in that of b, which rounds nothing.
+        """The same (of finite numbers) where parts of a head are parts of registers, and cost more than a product: with
+        the matrix of 0, 1 and -1 that puts -b in the place of a and a in that of b, which rounds nothing.
         """
         count, size = cos.shape[-1], x.shape[-1]
         first = np.arange(count) * (2 if self.interleaved else 1)

@@ -189,10 +189,15 @@ def as_split(array: Array, like: Array) -> Array:
 
 
 def locally(function: Callable[..., Array], *arrays: Array) -> Array:
-    """Calls `function` on each device's own part of the arrays; the result is split like the first of them."""
-    specs = tuple(PartitionSpec(*spec_of(array)) for array in arrays)
-    if all(axis is None for spec in specs for axis in spec):
+    """Calls `function` on each device's own part of the arrays; the result is split like the first of them.
+
+    Arrays that every device has whole are no exception: a kernel may be among what it calls, of which XLA does not know
+    that all devices do the same (nor over which axes results differ: hence `check_vma`).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if all(mesh.shape[name] == 1 for name in mesh.explicit_axes):
         return function(*arrays)
+    specs = tuple(PartitionSpec(*spec_of(array)) for array in arrays)
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 

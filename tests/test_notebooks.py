@@ -218,7 +218,7 @@ def test_reading_and_writing_compile_for_the_chip(topology: str) -> None:
         tokens, counts, starts, ends, limit = numbers
         logits = placed(jax.ShapeDtypeStruct((1, spec.vocab), jnp.float32))
         reading = session._prefill.trace(model, caches, state, tokens, counts, starts, logits, dtype=dtype)
-        writing = session.advance.trace(model, caches, state, filters, ends, limit, log_probs=False, dtype=dtype)
+        writing = session.advance("tpu").trace(model, caches, state, filters, ends, limit, log_probs=False, dtype=dtype)
         for program in (reading, writing):
             memory = program.lower().compile().memory_analysis()
             weights = 2 * sum(known.size for known in describe(spec.abstract()).values())

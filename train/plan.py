@@ -115,7 +115,8 @@ def plan(run: Run, topology: str) -> Plan:
     if program is None:
         return Plan(run, topology, chip, sizes, memory, None)
     kernels = Kernels(run.model, chip, sizes, run.batch // run.accumulate * run.length)
-    time = time_of(program, chip, sizes, kernels.training(run.length), kernels.loops(run.length))
+    loops = kernels.loops(run.length) if isinstance(chip, Gpu) else None  # a TPU has kernels for what is known of
+    time = time_of(program, chip, sizes, kernels.training(run.length), loops)
     return Plan(run, topology, chip, sizes, memory, time)
 
 

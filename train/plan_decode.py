@@ -181,7 +181,7 @@ def _lowered(decoding: Decoding, mesh: Mesh) -> tuple[Flat, Any, Any]:
             jnp.int32(STRIDE),
         )
     )
-    advance: Any = session.advance
+    advance = session.advance(mesh.devices.flat[0].platform)
     return flat, caches, advance.trace(flat, caches, *rest, log_probs=False, dtype=dtype).lower()
 
 

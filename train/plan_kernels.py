@@ -121,7 +121,7 @@ class Kernels:
 def put_seconds(chip: Chip, slots: tuple[int, ...], each: int) -> float:
     """Of one token of every row into slots (B K S H): the tiles that these lie in are read and written."""
     batch, heads, _, size = slots
-    tiles = batch * heads * (32 // each) * size * each
+    tiles = batch * heads * (32 // each) * -(-size // 128) * 128 * each
     return PUT[0] + batch * PUT[1] + 2 * tiles / chip.hbm_speed
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from jax.sharding import AbstractMesh
 
 from ..configs.run import Run
+from ..layers.loss import tokens_at_a_time
 from ..layers.moe import MoE
 from ..layers.sharding import MESH_AXES, batch_partition, ways
 from ..zoo.parameters import Description, describe, partitions
@@ -22,8 +23,6 @@ REMATS = ("none", "dots", "full")
 AXES = ("data", "fsdp", "tensor")
 SHARE = 0.6
 """Of the peak that computation reaches, for the ranking alone."""
-LOGITS = 2**29
-"""Bytes of logits and their gradient, which are there for some tokens at a time."""
 ROOMY = 0.7
 """The share of the memory up to which a layout fits surely: momentum in bfloat16 would gain it nothing."""
 WORKERS = 2
@@ -77,7 +76,9 @@ def guess(run: Run, chip: Chip, known: dict[str, Description]) -> Guess:
     states = {"adamw": 2, "lion": 1, "muon": 1.5, "adafactor": 0.1, "sgd": 1}[run.optimizer.name]
     states -= 0.5 * (run.optimizer.momentum_dtype == "bfloat16")
     copies = 2 + states + bool(run.ema) + (run.accumulate > 1)  # parameters, gradients of a part, and of all parts
-    memory = (4 * copies + 2) * held + 2 * tokens * kept * layers + LOGITS
+    memory = (4 * copies + 2) * held + 2 * tokens * kept * layers
+    # Logits in float32, and their gradient in bfloat16, of the tokens that have them at a time.
+    memory += 6 * min(tokens, tokens_at_a_time(model.vocab, model.dim)) * model.vocab / into["tensor"]
     forward = model.flops(run.length) * run.batch * run.length / mesh.size
     compute = forward * {"none": 3, "dots": 3.2, "full": 4}[run.remat] / (SHARE * chip.tflops * 1e12)
     # Weights are gathered twice and their gradients scattered in each part; over data, gradients are summed once.
@@ -113,7 +114,7 @@ def search(
     if not fitting:
         least = min(one.bytes for one in guesses) / 2**30
         raise ValueError(
-            f"no layout fits {topology}: the smallest of {len(guesses)} needs {least:.1f} GiB of {chip.hbm_gib} a "
+            f"no layout fits {topology}: the smallest of {len(guesses)} needs {least:.1f} GiB of {chip.hbm / 2**30:.2f} a "
             f"chip; take more chips, a smaller batch or length, or an optimizer with less state"
         )
     found: list[Plan] = []
@@ -149,19 +150,23 @@ def picture(plans: list[Plan], file: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     best = front(plans)
-    for line, color in ((best, "tab:blue"), ([one for one in plans if _timed(one) and one not in best], "tab:gray")):
+    others = [one for one in plans if _timed(one) and one not in best]
+    for line, style, name in (
+        (best, {"color": "tab:blue", "linestyle": "-"}, "front"),
+        (others, {"color": "tab:gray"}, ""),
+    ):
         places = [_gib(one) for one in line], [one.tokens_per_second for one in line]
-        axes.plot(*places, "o", color=color, linestyle="-" if line is best else "")
+        axes.plot(*places, "o", **style, label=name or None)
     for number, one in enumerate(plans, 1):
         if _timed(one):
             place = _gib(one), one.tokens_per_second
             axes.annotate(str(number), place, textcoords="offset points", xytext=(4, 4))
             parts = f", {one.run.accumulate} parts" if one.run.accumulate > 1 else ""
             axes.plot([], [], " ", label=f"{number}  {one.run.mesh}, {one.run.remat}{parts}")
-    chip = plans[0].chip
-    axes.axvline(chip.hbm_gib, color="tab:red", linestyle="--", label="memory of a chip")
+    most = plans[0].chip.hbm / 2**30
+    axes.axvline(most, color="tab:red", linestyle="--", label="memory of a chip")
     axes.set(xlabel="GiB of a chip", ylabel="tokens/s a chip", title=f"{plans[0].topology}, predicted")
-    axes.set_xlim(0.95 * min(chip.hbm_gib, *map(_gib, plans)), 1.02 * chip.hbm_gib)
+    axes.set_xlim(0.95 * min(most, *map(_gib, plans)), 1.02 * most)
     axes.set_ylim(0, 1.1 * max((one.tokens_per_second for one in best), default=1.0))
     figure.legend(loc="outside right upper", handlelength=1, frameon=False)
     figure.savefig(file, dpi=150)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ..layers import stages
 from ..layers.linear import Linear, OutputMajor
 from .decoder import Decoder, DecoderModel
 from .parameters import Flat, Parameters, describe, merge, split
@@ -20,13 +21,18 @@ def for_decoding(model: DecoderModel, dtype: Any, *, donate: bool = False) -> De
 
     It is a copy, unless the model is in this form already. Whoever generates many times makes it once. With `donate`
     the arrays of `model` are freed as those of the copy are made, so that no more than one of them is there twice;
-    `model` can't be used any more.
+    `model` can't be used any more. Raises ValueError where layers are on the stages of a pipeline.
     """
     if is_for_decoding(model, dtype):
         return model
     known, on_cpu = describe(model), _on_cpu(model)
     apart: Parameters = {}
     with Flat.of(model).on_mesh():
+        if stages.count() > 1:
+            raise ValueError(
+                f"layers on the stages of a mesh with {stages.AXIS}={stages.count()} can be trained, and not called: "
+                f"place the model on a mesh without this axis"
+            )
         for name, value in split(model).items():
             kind = dtype if known[name].inputs and not known[name].exact else value.dtype
             parts = _apart(model.spec, name, value if value.dtype == kind else value.astype(kind))

@@ -35,6 +35,11 @@ class Flat:
         """The model."""
         return jax.tree.unflatten(self.structure, self.arrays)
 
+    @property
+    def platform(self) -> str:
+        """What the arrays are on, e.g. "tpu"."""
+        return next(iter(self.arrays[0].sharding.device_set)).platform
+
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """To compute on the mesh the arrays live on, if they live on one."""
         mesh = getattr(self.arrays[0].sharding, "mesh", None)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ..layers.cache import KeyValueCache
 from ..layers.sharding import whole
+from .compiling import compiled_for
 from .decoder import Caches, Decoder, DecoderModel
 from .parameters import Flat
 from .sampling import Filters, Sampling, row_keys
@@ -197,11 +198,11 @@ class Session:
         with self._flat.on_mesh():
             rest = self.state, self.filters, self.end_ids, jnp.int32(min(limit, STRIDE))
             if self.speculation is None:
-                self.caches, self.state, *out = advance(
+                self.caches, self.state, *out = advance(self._flat.platform)(
                     self._flat, self.caches, *rest, log_probs=self.log_probs, dtype=self.dtype
                 )
             else:
-                self.caches, self.draft_caches, self.state, *out = _advance_by_guesses(
+                self.caches, self.draft_caches, self.state, *out = _advance_by_guesses(self._flat.platform)(
                     self._flat,
                     self._flat_draft,
                     self.caches,
@@ -293,7 +294,7 @@ def _first(
     return state.push(token, ends, state.left > 0), token, log_prob_of(logits, token)
 
 
-@partial(jax.jit, static_argnames=("log_probs", "dtype"), donate_argnames="caches")
+@compiled_for(static_argnames=("log_probs", "dtype"), donate_argnames="caches")
 def advance(
     flat: Flat,
     caches: Caches,

@@ -6,7 +6,6 @@ that is not, a token is drawn by max(p - q, 0); after as many as were guessed, o
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ..layers.cache import AHEAD
 from ..layers.sharding import whole
 from ..layers.spec import Spec
+from .compiling import compiled_for
 from .decoder import Caches, DecoderModel
 from .parameters import Flat
 from .sampling import Filters, row_keys
@@ -42,7 +42,7 @@ class Speculation(Spec):
             raise ValueError(f"ngram must be at least 1, got {self.ngram}")
 
 
-@partial(jax.jit, static_argnames=("speculation", "dtype"), donate_argnames=("caches", "draft_caches"))
+@compiled_for(static_argnames=("speculation", "dtype"), donate_argnames=("caches", "draft_caches"))
 def advance(
     flat: Flat,
     flat_draft: Flat | None,

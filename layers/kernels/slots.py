@@ -5,6 +5,8 @@ more than its attention. The kernel copies the tiles that the slots lie in to VM
 the new vectors in them.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,8 +18,10 @@ from jaxtyping import Array, Int
 
 from .platform import by_platform
 
+TOGETHER = 32
+"""Rows at a time, at most: each has a semaphore, and operations of its own in the kernel."""
 ROOM = 8 * 2**20
-"""Bytes of VMEM for tiles of several rows."""
+"""Bytes of VMEM for their tiles."""
 
 
 def put(slots: Array, new: Array, index: Int[Array, " B"]) -> Array:
@@ -39,10 +43,10 @@ def put_tiles(slots: Array, new: Array, index: Array, interpret: Any = False) ->
     if length % rows or slots.dtype == jnp.float16:
         return put_each(slots, new, index)
     tile = heads * rows * -(-size // 128) * 128 * slots.dtype.itemsize
-    together = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * tile <= ROOM))
+    together = max(1, min(batch, TOGETHER, ROOM // tile))
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
-        grid=(batch // together,),
+        grid=(pl.cdiv(batch, together),),
         in_specs=[
             pl.BlockSpec((together, heads, 1, size), lambda i, _: (i, 0, 0, 0)),
             pl.BlockSpec(memory_space=pl.ANY),
@@ -65,7 +69,12 @@ def put_tiles(slots: Array, new: Array, index: Array, interpret: Any = False) ->
 
 def _kernel(index: Any, new: Any, _: Any, slots: Any, tiles: Any, done: Any) -> None:
     together, _, rows, _ = tiles.shape
-    first = pl.program_id(0) * together
+    batch, first = slots.shape[0], pl.program_id(0) * together
+
+    def each(what: Callable[[int], None]) -> None:
+        """Of the rows that there are: the last ones may be fewer."""
+        for row in range(together):
+            pl.when(first + row < batch)(partial(what, row)) if batch % together else what(row)
 
     def where(row: int) -> tuple[Any, Any]:
         """Of a row: its tile in HBM, and the place of its slot in it, past the end where it writes nothing."""
@@ -73,21 +82,24 @@ def _kernel(index: Any, new: Any, _: Any, slots: Any, tiles: Any, done: Any) -> 
         start = pl.multiple_of(jnp.minimum(slot, slots.shape[2] - 1) // rows * rows, rows)
         return slots.at[first + row, :, pl.ds(start, rows), :], slot - start
 
-    def each(back: bool, then: str) -> None:
-        for row in range(together):
-            here, there = where(row)[0], tiles.at[row]
-            ends = (there, here) if back else (here, there)
-            getattr(pltpu.make_async_copy(*ends, done.at[row]), then)()
+    def read(row: int) -> Any:
+        return pltpu.make_async_copy(where(row)[0], tiles.at[row], done.at[row])
 
-    each(back=False, then="start")
-    each(back=False, then="wait")
+    def write(row: int) -> Any:
+        return pltpu.make_async_copy(tiles.at[row], where(row)[0], done.at[row])
+
     kind = jnp.float32 if jnp.issubdtype(tiles.dtype, jnp.floating) else jnp.int32
     line = lax.broadcasted_iota(jnp.int32, tiles.shape[1:], 1)
-    for row in range(together):
+
+    def change(row: int) -> None:
         old, fresh = tiles[row].astype(kind), new[row].astype(kind)
         tiles[row] = jnp.where(line == where(row)[1], fresh, old).astype(tiles.dtype)
-    each(back=True, then="start")
-    each(back=True, then="wait")
+
+    each(lambda row: read(row).start())
+    each(lambda row: read(row).wait())
+    each(change)
+    each(lambda row: write(row).start())
+    each(lambda row: write(row).wait())
 
 
 def put_all(slots: Array, new: Array, index: Array) -> Array:

@@ -14,6 +14,7 @@ from flaxzoo.train.plan import Memory
 from flaxzoo.train.plan_decode import DecodePlan, Decoding, plan_decoding
 from flaxzoo.train.plan_kernels import Kernels, put_seconds
 from flaxzoo.train.plan_time import Time
+from flaxzoo.zoo import MLA
 from flaxzoo.zoo.parameters import describe
 from flaxzoo.zoo.state import STRIDE
 from rich.console import Console
@@ -62,6 +63,17 @@ def test_a_plan_of_decoding_adds_up(topology: str, mesh: str, dtype: Any) -> Non
     saved = json.loads(plan_decode.json_of(found))
     assert saved["token_seconds"] == found.seconds
     assert saved["memory"]["cache"] == found.memory.cache
+
+
+@needs_libtpu
+def test_caches_that_are_whole_on_every_device() -> None:
+    """Those of latent attention, whose heads share one key."""
+    mixer = MLA(heads=4, kv_rank=128, nope_dim=64, rope_dim=64, value_dim=64)
+    model = MODEL.replace(layers=1, **{"block.0.mixer": mixer})
+    found = plan_decoding(Decoding(model=model, batch=8, length=2048, mesh="tensor=4"), "v5e:2x2")
+    assert found.fits
+    assert found.time is not None
+    assert found.time.attention > 0
 
 
 @needs_libtpu

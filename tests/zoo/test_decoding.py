@@ -52,6 +52,18 @@ def test_on_a_mesh_it_is_split_as_before(name, models):
     assert for_decoding(made, jnp.float32) is made
 
 
+def test_stages_are_not_called(models):
+    mesh = jax.make_mesh((2,), ("pipeline",))
+    places = shardings(describe(models["routed"]), mesh)
+    placed = {n: jax.device_put(np.asarray(x), places[n]) for n, x in split(models["routed"]).items()}
+    model = merge(models["routed"].spec.abstract(), placed)
+    with pytest.raises(
+        ValueError, match="layers on the stages of a mesh with pipeline=2 can be trained, and not called"
+    ):
+        for_decoding(model, jnp.float32, donate=True)
+    assert not any(x.is_deleted() for x in placed.values())
+
+
 def test_a_copy_takes_the_place_of_what_is_donated(models):
     model = jax.tree.map(jnp.copy, models["mixed"])
     before = split(model)

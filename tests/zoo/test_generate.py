@@ -204,7 +204,7 @@ def test_a_stream_is_the_text_in_pieces(models, tokenizer):
 
 def test_similar_lengths_and_other_settings_share_programs(models, tokenizer):
     def made():
-        programs: list[Any] = [session._prefill, session.advance, session._first]
+        programs: list[Any] = [session._prefill, session.advance("cpu"), session._first]
         return sum(program._cache_size() for program in programs)
 
     run(models["plain"], tokenizer, ["hello"], sampling=Sampling(temperature=1.0, top_k=30))

@@ -153,7 +153,7 @@ def test_texts_of_five_tokens_follow_the_model(sampling, guesser):
     model, draft = (Flat(*jax.tree.flatten(Bigrams(table))) for table in tables)
     draft = draft if guesser == "draft" else None
     options: Any = {"speculation": Speculation(tokens=3), "dtype": jnp.float32}
-    raw: Any = inspect.unwrap(advance)  # whose annotations ask for caches
+    raw: Any = inspect.unwrap(advance("cpu"))  # whose annotations ask for caches
     ends, limit = jnp.asarray([-1]), jnp.int32(32)
     _, _, _, tokens, _, counts = raw(model, draft, zeros, zeros, state, filters, ends, limit, **options)
     assert np.all(np.asarray(counts) == count)
