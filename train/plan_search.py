@@ -114,8 +114,8 @@ def search(
     if not fitting:
         least = min(one.bytes for one in guesses) / 2**30
         raise ValueError(
-            f"no layout fits {topology}: the smallest of {len(guesses)} needs {least:.1f} GiB of {chip.hbm / 2**30:.2f} a "
-            f"chip; take more chips, a smaller batch or length, or an optimizer with less state"
+            f"no layout fits {topology}: the smallest of {len(guesses)} needs {least:.1f} GiB of "
+            f"{chip.hbm / 2**30:.2f} a chip; take more chips, a smaller batch or length, or an optimizer of less state"
         )
     found: list[Plan] = []
     context = multiprocessing.get_context("spawn")
@@ -151,12 +151,9 @@ def picture(plans: list[Plan], file: Path) -> None:
     axes = figure.subplots()
     best = front(plans)
     others = [one for one in plans if _timed(one) and one not in best]
-    for line, style, name in (
-        (best, {"color": "tab:blue", "linestyle": "-"}, "front"),
-        (others, {"color": "tab:gray"}, ""),
-    ):
+    for line, style, color, name in ((best, "o-", "tab:blue", "front"), (others, "o", "tab:gray", None)):
         places = [_gib(one) for one in line], [one.tokens_per_second for one in line]
-        axes.plot(*places, "o", **style, label=name or None)
+        axes.plot(*places, style, color=color, label=name)
     for number, one in enumerate(plans, 1):
         if _timed(one):
             place = _gib(one), one.tokens_per_second

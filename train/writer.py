@@ -36,7 +36,7 @@ class Writer:
     """What the model computes in."""
 
     def for_decoding(self) -> "Writer":
-        """The same with the model in the form that decodes fastest; this one's arrays are freed, and it can't be used."""
+        """The same with the model in the form that decodes fastest, which takes the place of this one's model."""
         return dataclasses.replace(self, model=zoo.for_decoding(self.model, self.dtype, donate=True))
 
 

@@ -54,8 +54,8 @@ def _apply(*leaves: Array, forward: Flat, **_: Any) -> list[Array]:
 def _jvp(primals: Sequence[Array], tangents: Sequence[Any], count: int, **rest: Any) -> Any:
     if not all(isinstance(tangent, ad.Zero) for tangent in tangents[:count]):
         raise NotImplementedError(
-            "a linear function has no derivatives in its residuals; of attention, the reference implementation alone has "
-            "second derivatives"
+            "a linear function has no derivatives in its residuals; of attention, the reference implementation alone "
+            "has second derivatives"
         )
     moved = [ad.instantiate_zeros(tangent) for tangent in tangents[count:]]
     return tuple(linear_p.bind(*values, count=count, **rest) for values in (primals, (*primals[:count], *moved)))

@@ -53,13 +53,12 @@ def test_on_a_mesh_it_is_split_as_before(name, models):
 
 
 def test_stages_are_not_called(models):
+    whole = next(model for model in models.values() if model.spec.repeats and model.spec.repeats % 2 == 0)
     mesh = jax.make_mesh((2,), ("pipeline",))
-    places = shardings(describe(models["routed"]), mesh)
-    placed = {n: jax.device_put(np.asarray(x), places[n]) for n, x in split(models["routed"]).items()}
-    model = merge(models["routed"].spec.abstract(), placed)
-    with pytest.raises(
-        ValueError, match="layers on the stages of a mesh with pipeline=2 can be trained, and not called"
-    ):
+    places = shardings(describe(whole), mesh)
+    placed = {n: jax.device_put(np.asarray(x), places[n]) for n, x in split(whole).items()}
+    model = merge(whole.spec.abstract(), placed)
+    with pytest.raises(ValueError, match="layers on the stages of a mesh with pipeline=2 can be trained, and not"):
         for_decoding(model, jnp.float32, donate=True)
     assert not any(x.is_deleted() for x in placed.values())
 
