@@ -175,9 +175,8 @@ def told(name: str, topology: str) -> list[float]:
 
 
 @needs_libtpu
-@slow
 @pytest.mark.parametrize("topology", [V5E, V6E])
-@pytest.mark.parametrize("name", ["train", "finetune"])
+@pytest.mark.parametrize("name", ["train", pytest.param("finetune", marks=slow)])
 def test_training_fits_the_chip_and_takes_as_long_as_is_told(
     name: str, topology: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +200,7 @@ def test_reading_and_writing_compile_for_the_chip(topology: str) -> None:
     """The two programs of generation, with the caches of a chat, beside the weights."""
     names: dict[str, Any] = {}
     exec(tagged(read("generate"), "parameters").source, names)
-    spec = model_of(names["MODEL"])
+    spec = model_of(names["MODEL"]).unstacked()  # as `for_decoding` makes it
     mesh = jax.make_mesh((1,), ("fsdp",), devices=devices_of(topology), axis_types=(jax.sharding.AxisType.Explicit,))
     place = NamedSharding(mesh, PartitionSpec())
 
