@@ -258,7 +258,9 @@ def test_the_models_of_kernels_are_as_their_schedules() -> None:
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology", ["colab-v5e", "colab-v6e", "v5e:2x2"])
+@pytest.mark.parametrize(
+    "topology", ["v5e:2x2", *(pytest.param(f"colab-{c}", marks=pytest.mark.slow) for c in ("v5e", "v6e"))]
+)
 def test_a_plan_adds_up(topology: str) -> None:
     found = plan(run(remat="full"), topology)
     count = math.prod(found.mesh.values())
