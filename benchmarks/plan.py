@@ -156,22 +156,26 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in rows:
-        mesh = ",".join(f"{axis}={size}" for axis, size in row["mesh"].items())
-        memory = f"{row['memory']['used'] / 2**30:.1f} of {row['memory']['capacity'] / 2**30:.1f}"
-        told = "step_seconds" in row
-        speed = f"{row['tokens_per_second_per_chip']:,.0f}" if told else "-"
-        ratio = f"{row['tokens_per_second_per_chip'] / row['published']:.2f}" if told and row["published"] else ""
-        why = (
-            row["bound"] if told else "no model of " + ", ".join(row.get("time", {}).get("unknown", ["it: too large"]))
-        )
-        lines.append(
-            f"| {row['job']} | {mesh} | {row['batch']} x {row['length']} | {row['remat']} | {memory} "
-            f"| {row['step_seconds']:.3g} | {speed} | {row['mfu']:.1%} | {row['published'] or ''} | {ratio} | {why} |"
-            if told
-            else f"| {row['job']} | {mesh} | {row['batch']} x {row['length']} | {row['remat']} | {memory} "
-            f"| - | - | - | {row['published'] or ''} | | {why} |"
-        )
+        told = "step_seconds" in row and row["published"]
+        ratio = f"{row['tokens_per_second_per_chip'] / row['published']:.2f}" if told else ""
+        lines.append(f"| {' | '.join(cells(row))} | {row['published'] or ''} | {ratio} | {bound(row)} |")
     return "\n".join(lines)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """What tables of training have of a job: its layout, memory and, where it is known, its speed."""
+    mesh = ",".join(f"{axis}={size}" for axis, size in row["mesh"].items())
+    memory = f"{row['memory']['used'] / 2**30:.1f} of {row['memory']['capacity'] / 2**30:.1f}"
+    speed = ["-"] * 3
+    if "step_seconds" in row:
+        speed = [f"{row['step_seconds']:.3g}", f"{row['tokens_per_second_per_chip']:,.0f}", f"{row['mfu']:.1%}"]
+    return [row["job"], mesh, f"{row['batch']} x {row['length']}", row["remat"], memory, *speed]
+
+
+def bound(row: dict[str, Any]) -> str:
+    """What bounds a job, or why its time is not known."""
+    unknown = row.get("time", {}).get("unknown", ["it: too large"])
+    return row["bound"] if "bound" in row else f"no model of {', '.join(unknown)}"
 
 
 def gpu_table(rows: list[dict[str, Any]]) -> str:
@@ -181,10 +185,7 @@ def gpu_table(rows: list[dict[str, Any]]) -> str:
         "| MFU, at most | bound by |",
         "|---|---|---|---|--:|--:|--:|--:|---|",
     ]
-    for line in table(rows).splitlines()[2:]:
-        cells = line.split(" | ")
-        lines.append(" | ".join([*cells[:8], cells[-1]]))
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"| {' | '.join(cells(row))} | {bound(row)} |" for row in rows)])
 
 
 def decoded(name: str) -> dict[str, Any]:
@@ -217,12 +218,22 @@ def decoding_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"rows": table, "gpus": gpu_table, "decoding": decoding_table, "options": options_table}
-HEADINGS = {
-    "rows": "Plans beside published speeds",
-    "gpus": "GPUs",
-    "decoding": "Generation",
-    "options": "Options of the compiler",
+@dataclass(frozen=True)
+class Part:
+    """Jobs by name that stand in one table."""
+
+    heading: str
+    jobs: dict[str, Callable[[], dict[str, Any]]]
+    table: Callable[[list[dict[str, Any]]], str]
+
+
+PARTS = {
+    "rows": Part("Plans beside published speeds", {job.name: functools.partial(measured, job) for job in JOBS}, table),
+    "gpus": Part("GPUs", {job.name: functools.partial(measured, job) for job in GPUS}, gpu_table),
+    "decoding": Part("Generation", {name: functools.partial(decoded, name) for name in DECODING}, decoding_table),
+    "options": Part(
+        "Options of the compiler", {name: functools.partial(with_options, name) for name in OPTIONS}, options_table
+    ),
 }
 
 
@@ -232,26 +243,23 @@ def main() -> None:
     file = RESULTS / "plan.json"
     saved = json.loads(file.read_text()) if file.exists() else {}
     by = f"jax {version('jax')}, libtpu {version('libtpu')}, {datetime.date.today()}"
-    todo: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
-        "rows": {job.name: functools.partial(measured, job) for job in JOBS},
-        "gpus": {job.name: functools.partial(measured, job) for job in GPUS},
-        "decoding": {name: functools.partial(decoded, name) for name in DECODING},
-        "options": {name: functools.partial(with_options, name) for name in OPTIONS},
-    }
-    known = {part: {row["job"]: row for row in saved.get(part, [])} for part in todo}
-    for part, jobs in todo.items():
-        for name, job in jobs.items():
-            if wanted in f"{part} {name}":
-                known[part][name] = {**job(), "by": by}
-                print(TABLES[part]([known[part][name]]), flush=True)
-                rows = {part: [known[part][name] for name in todo[part] if name in known[part]] for part in todo}
-                file.write_text(json.dumps(rows, indent=1) + "\n")
+    known = {name: {row["job"]: row for row in saved.get(name, [])} for name in PARTS}
+
+    def rows(name: str) -> list[dict[str, Any]]:
+        return [known[name][job] for job in PARTS[name].jobs if job in known[name]]
+
+    for name, part in PARTS.items():
+        for job, measure in part.jobs.items():
+            if wanted in f"{name} {job}":
+                known[name][job] = {**measure(), "by": by}
+                print(part.table([known[name][job]]), flush=True)
+                file.write_text(json.dumps({name: rows(name) for name in PARTS}, indent=1) + "\n")
     text = []
-    for part, heading in HEADINGS.items():
-        rows = [known[part][name] for name in todo[part] if name in known[part]]
-        times = "; ".join(sorted({row["by"] for row in rows}))
-        text.append(f"{'##' if text else '#'} {heading}\n\n{times}. By `benchmarks/plan.py`.\n\n{TABLES[part](rows)}\n")
-        put_into_docs(TABLES[part](rows))
+    for name, part in PARTS.items():
+        times = "; ".join(sorted({row["by"] for row in rows(name)}))
+        made = part.table(rows(name))
+        text.append(f"{'##' if text else '#'} {part.heading}\n\n{times}. By `benchmarks/plan.py`.\n\n{made}\n")
+        put_into_docs(made)
     (RESULTS / "plan.md").write_text("\n".join(text))
 
 

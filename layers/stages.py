@@ -18,6 +18,15 @@ def count() -> int:
     return jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
 
 
+def check_none() -> None:
+    """Raises ValueError where there are several: what is on them can be trained alone."""
+    if count() > 1:
+        raise ValueError(
+            f"layers on the stages of a mesh with {AXIS}={count()} can be trained, and not called: place the model on "
+            f"a mesh without this axis, e.g. with fsdp={count()}"
+        )
+
+
 def place() -> Int[Array, ""]:
     """Which of them this one is, inside `run`."""
     return jax.lax.axis_index(AXIS)

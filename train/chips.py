@@ -42,11 +42,6 @@ class Chip(abc.ABC):
     usd_hour: float | None = None
     watts: float | None = None
 
-    @property
-    @abc.abstractmethod
-    def example(self) -> str:
-        """The sides of a slice."""
-
     compiler: ClassVar[str]
     """What it is called."""
     reached: ClassVar[float] = 1.0
@@ -69,6 +64,11 @@ class Chip(abc.ABC):
     def hbm_speed(self) -> float:
         """Bytes a second that copies reach."""
         return self.reached * self.hbm_gbps * 1e9
+
+    @property
+    @abc.abstractmethod
+    def example(self) -> str:
+        """The sides of a slice."""
 
     @abc.abstractmethod
     def seconds(self, op: Operation, program: Program) -> float | None:
@@ -98,11 +98,6 @@ class Tpu(Chip):
     derate: float = 1.0
     """The share of its predicted speed that attention reaches."""
 
-    @property
-    def example(self) -> str:
-        """The sides of a slice, of which large ones have three if they close to rings at four already."""
-        return "2x2x1" if self.wrap == 4 else "2x4"
-
     compiler = "TPU compiler"
     reached = 0.9  # what XLA's own estimates take on v5e
     told: ClassVar[dict[str, str]] = {
@@ -111,6 +106,11 @@ class Tpu(Chip):
         "attention": "by the shares of the peak, or of the HBM's speed, in benchmarks/results",
         "experts": "grouped rows by their tiles, as in the schedules in benchmarks/results, at even loads",
     }
+
+    @property
+    def example(self) -> str:
+        """The sides of a slice, of which large ones have three if they close to rings at four already."""
+        return "2x2x1" if self.wrap == 4 else "2x4"
 
     def seconds(self, op: Operation, program: Program) -> float | None:
         """Of an operation of XLA, by the compiler's cycles."""
@@ -137,7 +137,6 @@ class Gpu(Chip):
         "stays in the L2 cache may take less"
     )
 
-    example: ClassVar[str] = f"{GPUS}"  # pyright: ignore[reportIncompatibleMethodOverride]
     compiler = "GPU compiler"
     verb = "takes at least"
     told: ClassVar[dict[str, str]] = {
@@ -152,6 +151,11 @@ class Gpu(Chip):
         """Bytes that a program may use: what JAX takes of the memory, three quarters if it is told nothing else."""
         share = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75
         return float(share) * self.hbm_gib * 2**30
+
+    @property
+    def example(self) -> str:
+        """How many there may be."""
+        return f"{GPUS}"
 
     def seconds(self, op: Operation, program: Program) -> float | None:
         """The least that any of the compiler's models says of a fusion's bytes and, but for products, its arithmetic.

@@ -48,7 +48,8 @@ class Operation:
         if not self.code.endswith("-start"):
             return self.size
         sides = re.findall(r"\([^()]*\)|\w+\[[\d,]*\]", re.sub(r"\{[^{}]*\}", "", self.type)[1:-1])
-        return max((sum(bytes_of(kind, dims) for kind, dims, _ in ARRAY.findall(side)) for side in sides), default=0)
+        sizes = [sum(bytes_of(kind, dims) for kind, dims, _ in ARRAY.findall(side)) for side in sides]
+        return max(sizes, default=self.size)
 
     @property
     def size(self) -> int:

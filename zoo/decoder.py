@@ -199,11 +199,7 @@ class DecoderModel(nnx.Module):
 
         That of a stack has a leading axis L.
         """
-        if stages.count() > 1:
-            raise ValueError(
-                f"layers on the stages of a mesh with {stages.AXIS}={stages.count()} can be trained, and not "
-                f"called: place the model on a mesh without this axis, e.g. with fsdp={stages.count()}"
-            )
+        stages.check_none()
         if self.positions is not None and places is None and caches is None:
             _check_positions(tokens.shape[1], self.spec.max_positions)
         places = plain_places(tokens) if places is None else places

@@ -28,11 +28,7 @@ def for_decoding(model: DecoderModel, dtype: Any, *, donate: bool = False) -> De
     known, on_cpu = describe(model), _on_cpu(model)
     apart: Parameters = {}
     with Flat.of(model).on_mesh():
-        if stages.count() > 1:
-            raise ValueError(
-                f"layers on the stages of a mesh with {stages.AXIS}={stages.count()} can be trained, and not called: "
-                f"place the model on a mesh without this axis"
-            )
+        stages.check_none()
         for name, value in split(model).items():
             kind = dtype if known[name].inputs and not known[name].exact else value.dtype
             parts = _apart(model.spec, name, value if value.dtype == kind else value.astype(kind))

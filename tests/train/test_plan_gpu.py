@@ -130,6 +130,7 @@ ENTRY %main (a: f32[24,8], b: f32[1,8]) -> f32[24,8] {
         ("reduce-scatter", "-start", "((bf16[64,4]{0,1}, f32[16]{0}), (bf16[8,4]{0,1}, f32[2]{0}))", 7 / 8 * 576),
         ("reduce-scatter", "", "(bf16[8,4]{1,0}, f32[2]{0})", 7 / 8 * 576),
         ("all-reduce", "-start", "((f32[16]{0}), f32[16]{0})", 2 * 7 / 8 * 64),
+        ("all-reduce", "-start", "f32[16]{0}", 2 * 7 / 8 * 64),
     ],
 )
 def test_bytes_of_collectives(kind: str, code: str, shapes: str, sent: float) -> None:

@@ -24,13 +24,17 @@ def numbers(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return (50 * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
 
 
-@pytest.mark.parametrize("way", WAYS)
+VECTORS, SCALES = [(5, 2, 64, 64), (4, 2, 64, 64), (4, 1, 96, 128), (3, 2, 20, 8)], (4, 3, 64)
+CASES = [
+    *((way, shape) for way in ("tiles", "each", "in turn") for shape in VECTORS),
+    *((way, SCALES) for way in ("all", "each", "in turn")),
+]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
-@pytest.mark.parametrize("shape", [(5, 2, 64, 64), (4, 2, 64, 64), (4, 1, 96, 128), (3, 2, 20, 8), (4, 3, 64)])
+@pytest.mark.parametrize(("way", "shape"), CASES)
 def test_a_token_of_every_row(shape: tuple[int, ...], dtype: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also past the end, where nothing is written, and where not all rows are taken at once."""
-    if (len(shape) == 3 and way == "tiles") or (len(shape) == 4 and way == "all"):
-        pytest.skip("of other arrays")
     monkeypatch.setattr(slots, "TOGETHER", 2)
     old, new = numbers(0, shape, dtype), numbers(1, (*shape[:2], 1, *shape[3:]), dtype)
     index = np.array([shape[2] - 1, 0, shape[2], 17, 16][: shape[0]], np.int32)
