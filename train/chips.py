@@ -75,6 +75,10 @@ class Chip(abc.ABC):
         """Of an operation of XLA, by the compiler's estimate; None where there is none."""
 
     @abc.abstractmethod
+    def attention_share(self, *, backward: bool) -> float:
+        """The share of the peak that kernels of attention reach."""
+
+    @abc.abstractmethod
     def kernel(self, op: Operation) -> str | None:
         """The name of what an operation calls that XLA did not make, and has no estimate of."""
 
@@ -120,6 +124,10 @@ class Tpu(Chip):
         """The name of a Pallas kernel, or of XLA's for grouped rows."""
         return op.kernel
 
+    def attention_share(self, *, backward: bool) -> float:
+        """Measured on schedules."""
+        return self.attention[backward] * self.derate
+
     def sending(self, count: int, *, whole: bool) -> float:
         """Bytes a second that each of so many devices sends: two ways on a ring, one way on a line."""
         ring = count >= 4 and (whole or count % self.wrap == 0)
@@ -142,7 +150,7 @@ class Gpu(Chip):
     told: ClassVar[dict[str, str]] = {
         "compute": "products by the published peak, or bytes by the HBM's speed, as the compiler counts them",
         "untold": "no estimate by the compiler: results, read and written at the speed of the HBM",
-        "attention": "XLA's loops over blocks, as computation; how many blocks by arithmetic",
+        "attention": "kernels' FLOPs by the published peak; XLA's loops over blocks, as computation, and how many",
         "experts": "",
     }
 
@@ -170,8 +178,12 @@ class Gpu(Chip):
         return max(flops / (self.tflops * 1e12), 1e-6 * min(told, default=0.0))
 
     def kernel(self, op: Operation) -> str | None:
-        """What a custom call calls: cuBLAS, cuDNN, a Triton kernel."""
-        return op.target if op.code.startswith("custom-call") else None
+        """The name of a Pallas kernel, or of what else a custom call calls: cuBLAS, cuDNN, Triton."""
+        return op.kernel or (op.target if op.code.startswith("custom-call") else None)
+
+    def attention_share(self, *, backward: bool) -> float:
+        """All of the peak: times are the least."""
+        return 1.0
 
     def sending(self, count: int, *, whole: bool) -> float:
         """Bytes a second that each of so many devices sends: over all its links, through the switch."""

@@ -100,6 +100,9 @@ class Operation:
     @property
     def kernel(self) -> str | None:
         """The name of a Pallas kernel."""
+        if self.target.startswith("mosaic_gpu"):
+            found = re.search(r'op_name="[^"]*?([^"/]+)/[^"/]*"', self.rest)
+            return found[1] if found else None
         return re.sub(r"[.\d]+$", "", self.name) if self.target == "tpu_custom_call" else None
 
     def called(self, *roles: str) -> str:

@@ -1,4 +1,4 @@
-"""How long kernels take on TPU: attention of training and of decoding, caches and XLA's products of grouped rows.
+"""How long kernels take: attention of training and of decoding, caches and XLA's products of grouped rows.
 
 Where attention is no kernel but loops of XLA, how often they run.
 """
@@ -20,6 +20,13 @@ from .plan_time import Kernel
 
 PUT = 1.0e-6, 45e-9
 """Seconds to write a token of every row into a cache, beside those of its bytes: of all, and of each row."""
+ATTENTION = {
+    "attention_forward": 1.0,
+    "attention_backward": 2.5,
+    "attention_backward_queries": 1.5,
+    "attention_backward_keys": 2.0,
+}
+"""Products of kernels with what grows with the length, beside the two of the forward one."""
 METADATA = 2e-6
 """Seconds in which the scalar core lists the tiles of grouped rows, at most, by its schedule."""
 TILING = re.compile(r'ragged_dot_tiling="(\d+),(\d+),(\d+)"')
@@ -61,14 +68,13 @@ class Kernels:
         """Attention over documents of a length, by its FLOPs."""
 
         def seconds(op: Operation, program: Program) -> float | None:
-            if op.kernel not in ("attention_forward", "attention_backward"):
+            if op.kernel not in ATTENTION:
                 return self.grouped(op)
-            backward = op.kernel == "attention_backward"
-            # What grows with the length are the products with keys and values: two forward, five backward.
-            model = self.model
+            # What grows with the length are the products with keys and values.
+            model, share = self.model, self.chip.attention_share(backward=op.kernel != "attention_forward")
             ends = [sum(block.mixer.flops(model.dim, size) for block in model.all_blocks) for size in (1, length)]
-            flops = (ends[1] - ends[0]) / len(model.all_blocks) * self.tokens / self.devices * (2.5 if backward else 1)
-            return flops / (self.tpu.attention[backward] * self.tpu.derate * self.chip.tflops * 1e12)
+            flops = (ends[1] - ends[0]) / len(model.all_blocks) * self.tokens / self.devices * ATTENTION[op.kernel]
+            return flops / (share * self.chip.tflops * 1e12)
 
         return seconds
 

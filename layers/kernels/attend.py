@@ -20,7 +20,7 @@ from ..masks import Mask, check_mask
 from ..scores import Score
 from ..sharding import spec_of
 from ..spec import unknown
-from . import cuda, dropout, pairs, portable, reference, tpu, tpu_interpreted
+from . import cuda, dropout, hopper, pairs, portable, reference, tpu, tpu_interpreted
 from .blocks import hides_everything
 from .context import Method, plan
 from .linear import linear
@@ -75,7 +75,8 @@ def attend(
             ever holds more than two parts of them; with "all_gather" every device holds all.
         implementation: "reference" is the plain definition, with all T x S logits; "portable" goes block by block,
             with memory linear in the lengths; "tpu" runs kernels (interpreted where there is no TPU), "cuda" those of
-            cuDNN. By default each platform's first that can do it; a debug log says why one could not.
+            cuDNN or, on an H100 or H200, our own. By default each platform's first that can do it; a debug log says why
+            one could not.
 
     Raises:
         ValueError: where shapes do not fit, the mask hides everything, or the implementation is unknown.
@@ -178,20 +179,25 @@ def _choose(implementation: Implementation | None, problem: Problem, operands: O
         raise unknown("attention implementation", implementation, names)
     if implementation == "portable":
         return {"default": portable}
-    kernels = {"tpu": tpu, "cuda": cuda}
-    if implementation is not None:
-        refused = kernels[implementation].refusal(problem, operands)
-        if refused:
-            raise NotImplementedError(f"attention by {implementation=}: {refused}; 'portable' can do it")
-        return {"tpu": tpu, "default": tpu_interpreted} if implementation == "tpu" else {"cuda": cuda}
-    chosen: dict[str, Any] = {"default": portable}
-    for platform, module in kernels.items():
-        refused = module.refusal(problem, operands)
-        if refused:
-            _log.debug("on %s, attention is left to 'portable': %s", platform, refused)
+    kernels = {"tpu": [tpu], "cuda": [cuda, hopper]}
+    found, refused = {}, {}
+    for platform, modules in kernels.items() if implementation is None else [(implementation, kernels[implementation])]:
+        reasons: list[str] = []
+        for module in modules:
+            reason = module.refusal(problem, operands)
+            if reason is None:
+                found[platform] = module
+                break
+            reasons.append(reason)
         else:
-            chosen[platform] = module
-    return chosen
+            refused[platform] = "; ".join(reasons)
+    if implementation is None:
+        for platform, reason in refused.items():
+            _log.debug("on %s, attention is left to 'portable': %s", platform, reason)
+        return {"default": portable} | found
+    if refused:
+        raise NotImplementedError(f"attention by {implementation=}: {refused[implementation]}; 'portable' can do it")
+    return found | ({"default": tpu_interpreted} if implementation == "tpu" else {})
 
 
 def _attention(implementation: Implementation | None, problem: Problem, operands: Operands) -> tuple[Array, Array]:
@@ -206,6 +212,11 @@ def _attention(implementation: Implementation | None, problem: Problem, operands
     return (out, lse) if context is None else (context.restored(out, 1), context.restored(lse, 2))
 
 
+def _early(chosen: Any) -> list[str]:
+    """Platforms whose calls XLA may divide among devices."""
+    return [name for name, module in chosen if module is cuda]
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _blockwise(chosen: Any, problem: Problem, operands: Operands) -> tuple[Array, Array]:
     """Attention whose derivatives, forward and reverse, are computed block by block as it is."""
@@ -215,7 +226,7 @@ def _blockwise(chosen: Any, problem: Problem, operands: Operands) -> tuple[Array
         out = jax.ShapeDtypeStruct((batch, length, heads, size), problem.out_dtype)
         lse = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
         functions = {name: partial(module.forward, problem) for name, module in chosen}
-        return by_platform(functions, (operands,), (out, lse))
+        return by_platform(functions, (operands,), (out, lse), early=_early(chosen))
 
     context = problem.context
     return context.forward(attention, problem, operands) if context else attention(problem, operands)
@@ -241,7 +252,7 @@ def _blockwise_jvp(chosen: Any, problem: Problem, primals: tuple[Operands], tang
 
         def gradients(problem: Problem, *arguments: Any) -> Gradients:
             functions = {name: partial(module.backward, problem) for name, module in chosen}
-            return by_platform(functions, arguments, gradients_like(problem, arguments[0]))
+            return by_platform(functions, arguments, gradients_like(problem, arguments[0]), early=_early(chosen))
 
         if problem.context:
             return problem.context.backward(gradients, problem, operands, lse, delta, out_grad)

@@ -1,6 +1,6 @@
 """Flash attention of cuDNN, through `jax.nn.dot_product_attention`, where it computes exactly what is asked.
 
-A kernel of our own would be another module with `refusal`, `forward` and `backward`, named in attend.py.
+What it does not do is up to the kernels of hopper.py.
 """
 
 import logging
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from . import portable
+from . import hopper, portable
+from .gpu import capability
 from .problem import Gradients, Operands, Problem
 
 _log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def refusal(problem: Problem, operands: Operands) -> str | None:
     What depends on the GPU is asked of those in the process. Where it has none, a program is for any GPU from compute
     capability 8.0 on.
     """
-    (size, value_size), least = (operands.q.shape[3], operands.v.shape[3]), LEAST_CAPABILITY
+    (size, value_size), least, here = (operands.q.shape[3], operands.v.shape[3]), LEAST_CAPABILITY, capability()
     if operands.q.dtype == jnp.float32:
         return "cuDNN has no float32 attention"
     if problem.score is not None or problem.dropout_rate:
@@ -39,11 +40,10 @@ def refusal(problem: Problem, operands: Operands) -> str | None:
         return "cuDNN knows full masks, and causal ones with or without a window for as many queries as keys"
     if size != value_size:
         return f"cuDNN wants keys and values of one head dim here, got H={size}, Hv={value_size}"
-    capability = min(_capabilities(), key=float, default=least)
-    where = f"compute capability {capability}, the least of all GPUs here" if _capabilities() else f"any from {least}"
-    if float(capability) < float(least):
+    where = f"any from {least}" if here is None else f"compute capability {here}, the least of all GPUs here"
+    if float(here or least) < float(least):
         return f"cuDNN has no flash attention for a GPU of {where}"
-    if size > 128 and int(float(capability)) != 9:
+    if size > 128 and int(float(here or least)) != 9:
         return f"cuDNN has head dims over 128 for compute capability 9.0, got H={size} for a GPU of {where}"
     try:
         jax.eval_shape(lambda *x: _with_pullback(problem, operands, *x)[0], operands.q, operands.k, operands.v)
@@ -60,16 +60,18 @@ def forward(problem: Problem, operands: Operands) -> tuple[Float[Array, "B T N H
 
 
 def backward(problem: Problem, operands: Operands, lse: Array, delta: Array, out_grad: Array) -> Gradients:
-    """Gradients: cuDNN's where XLA_FLAGS ask for operations that are deterministic, `portable`'s where they do not.
+    """Gradients: cuDNN's where XLA_FLAGS ask for operations that are deterministic, others where they do not.
 
     cuDNN adds the gradients of queries in another order each time unless it is told not to, which is up to XLA.
     """
     if not DETERMINISTIC.search(os.environ.get("XLA_FLAGS", "")):
+        other = portable if hopper.refusal(problem, operands) else hopper
         _log.debug(
-            "on cuda, gradients are left to 'portable': those of cuDNN have the same bits on every call only with "
-            "XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true"
+            "on cuda, gradients are left to '%s': those of cuDNN have the same bits on every call only with "
+            "XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true",
+            other.__name__.rpartition(".")[2],
         )
-        return portable.backward(problem, operands, lse, delta, out_grad)
+        return other.backward(problem, operands, lse, delta, out_grad)
     out, pullback = _with_pullback(problem, operands, operands.q, operands.k, operands.v)
     # What the forward pass found takes the place of what is computed here, which the compiler then leaves out.
     leaves, tree = jax.tree.flatten(pullback)
@@ -108,12 +110,3 @@ def _window(problem: Problem, operands: Operands) -> tuple[bool, int | None] | N
         return None
     left, right = (None if bound is None or bound >= keys else bound for bound in problem.band)
     return (right == 1, left) if right == 1 or left is right is None else None
-
-
-def _capabilities() -> list[str]:
-    """The compute capabilities of all GPUs in the process."""
-    try:
-        devices: list[Any] = jax.local_devices(backend="cuda")
-    except RuntimeError:
-        return []
-    return [device.compute_capability for device in devices]

@@ -1,10 +1,10 @@
 """A call of the function that is there for the platform a program is lowered for.
 
-As `jax.lax.platform_dependent`, but the kernels of the TPU are traced only where a program is lowered for it: one for
-the CPU does not wait for them.
+As `jax.lax.platform_dependent`, but kernels are traced only where a program is lowered for their platform: one for the
+CPU does not wait for them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,16 +15,15 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jaxtyping import Array
 
-LATE = ("tpu", "default")
-"""Traced when a program is lowered. The others are part of it before: JAX looks there for calls that XLA may divide
-among devices, as those of cuDNN are."""
 
-
-def by_platform(functions: Mapping[str, Callable[..., Any]], arguments: Any, like: Any) -> Any:
+def by_platform(
+    functions: Mapping[str, Callable[..., Any]], arguments: Any, like: Any, *, early: Collection[str] = ()
+) -> Any:
     """`functions[platform](*arguments)`, or `functions["default"]`; arguments and result are pytrees.
 
     All functions must give results of the structure and types of `like`, which may be shapes. Without a default it is
-    an error to lower the call for another platform.
+    an error to lower the call for another platform. Those of the platforms `early` are part of a program before it is
+    lowered: JAX looks there for calls that XLA may divide among devices, as those of cuDNN are.
     """
     leaves, tree = jax.tree.flatten(arguments)
     like_leaves, like_tree = jax.tree.flatten(like)
@@ -40,17 +39,22 @@ def by_platform(functions: Mapping[str, Callable[..., Any]], arguments: Any, lik
         return call
 
     results = tuple(ShapedArray(x.shape, x.dtype) for x in like_leaves)
-    late = tuple((name, flat(function)) for name, function in functions.items() if name in LATE)
-    early: dict[str, Any] = {name: flat(function) for name, function in functions.items() if name not in LATE}
+    late = tuple((name, flat(function)) for name, function in functions.items() if name not in early)
+    traced: dict[str, Any] = {name: flat(function) for name, function in functions.items() if name in early}
     bind = partial(platform_p.bind, functions=late, results=results)
-    if late and early:
-        early["default"] = bind
-    return like_tree.unflatten(jax.lax.platform_dependent(*leaves, **early) if early else bind(*leaves))
+    if late and traced:
+        traced["default"] = bind
+    return like_tree.unflatten(jax.lax.platform_dependent(*leaves, **traced) if traced else bind(*leaves))
 
 
 def _choose(functions: Sequence[tuple[str, Any]], platform: str) -> Callable[..., list[Array]]:
     given = dict(functions)
-    return given.get(platform, given["default"])
+    found = given.get(platform, given.get("default"))
+    if found is None:
+        raise NotImplementedError(
+            f"this is there for {', '.join(given)} alone, and the program is for another platform"
+        )
+    return found
 
 
 def _eagerly(*leaves: Array, functions: Any, results: Any) -> list[Array]:
@@ -81,4 +85,5 @@ platform_p.def_impl(_eagerly)
 platform_p.def_abstract_eval(lambda *_, results, **__: list(results))
 batching.primitive_batchers[platform_p] = _batch
 mlir.register_lowering(platform_p, _lowered("default"))
-mlir.register_lowering(platform_p, _lowered("tpu"), platform="tpu")
+for _platform in ("tpu", "cuda"):
+    mlir.register_lowering(platform_p, _lowered(_platform), platform=_platform)

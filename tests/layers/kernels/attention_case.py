@@ -219,7 +219,8 @@ def outcomes(inputs: dict[str, jax.Array], **functions: Any) -> dict[str, dict[s
     found = {}
     for name, function in functions.items():
         with getattr(function, "context", contextlib.nullcontext)():  # kernels are traced when a program is lowered
-            found[name] = jax.jit(functools.partial(outcome, function))(inputs)
+            run = functools.partial(outcome, function)
+            found[name] = run(inputs) if getattr(function, "eager", False) else jax.jit(run)(inputs)
     return jax.tree.map(lambda x: np.asarray(x.astype(jnp.float32)), found)
 
 
@@ -283,3 +284,17 @@ def assert_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) ->
         # A parameter's gradient is a sum over all pairs, in another order: its terms are as large as they are many.
         size = 1.0 if part in ("result", "q", "k", "v") else max(1.0, np.abs(value).max())
         np.testing.assert_allclose(found[part], value, rtol=1e-5, atol=1e-5 * size, err_msg=part)
+
+
+def errs_no_more_than_twice(case: Case, dtype: Any, functions: dict[str, Any], calls: int = 2) -> None:
+    """As the plain definition in this precision; and a second call gives the same bits, if there is one."""
+    rounded = case.inputs(dtype)
+    with jax.default_matmul_precision("highest"):
+        exact = outcomes({n: x.astype(jnp.float32) for n, x in rounded.items()}, plain=functools.partial(plain, case))
+    found, *more = (outcomes(rounded, plain=functools.partial(plain, case), **functions) for _ in range(calls))
+    for name in functions:
+        for part, value in found[name].items():
+            error, allowed = (np.sqrt(np.mean((x - exact["plain"][part]) ** 2)) for x in (value, found["plain"][part]))
+            assert error <= 2 * allowed, (name, part)
+            for again in more:
+                np.testing.assert_array_equal(value, again[name][part], err_msg=f"{name} {part}")

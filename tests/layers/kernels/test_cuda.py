@@ -8,10 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from attention_case import CASES, Case, assert_close, ours, outcomes, plain
-from flaxzoo.layers.kernels import attend, cuda
+from attention_case import CASES, Case, assert_close, errs_no_more_than_twice, ours, outcomes, plain
+from flaxzoo.layers.kernels import attend, gpu
 from flaxzoo.layers.masks import Causal, Chunked, Documents, Full, Mask, Window
 from flaxzoo.layers.scores import SoftCap
 from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
@@ -153,7 +152,7 @@ def test_what_cudnn_does_not_do(name: str, caplog: pytest.LogCaptureFixture) -> 
 def test_what_depends_on_the_gpu(
     monkeypatch: pytest.MonkeyPatch, capabilities: list[str], size: int, refused: str | None
 ) -> None:
-    monkeypatch.setattr(cuda, "_capabilities", lambda: capabilities)
+    monkeypatch.setattr(gpu, "_here", lambda: capabilities)
     monkeypatch.setattr(jax_cudnn, "check_compute_capability", lambda least: capabilities >= [least])
     arrays = shapes((34, 34, 4, 2, size, size))
     if refused is None:
@@ -165,7 +164,7 @@ def test_what_depends_on_the_gpu(
 
 def test_without_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax_cudnn, "cuda_versions", None)
-    with pytest.raises(NotImplementedError, match="'cuda': cuDNN: cuDNN is not detected; 'portable' can do it"):
+    with pytest.raises(NotImplementedError, match="'cuda': cuDNN: cuDNN is not detected; our .*; 'portable' can do it"):
         lowered(Causal(), *shapes(), implementation="cuda")
     assert "cudnn" not in lowered(Causal(), *shapes())
 
@@ -229,16 +228,3 @@ def test_cudnn_on_a_gpu(name: str, shape: Any, dtype: Any) -> None:
     """With the gradients of cuDNN too where XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true."""
     case = Case(shape, WINDOWS[name][0])
     errs_no_more_than_twice(case, dtype, {"cuda": ours(case, "cuda")})
-
-
-def errs_no_more_than_twice(case: Case, dtype: Any, functions: dict[str, Any]) -> None:
-    """As the plain definition in this precision; and a second call gives the same bits."""
-    rounded = case.inputs(dtype)
-    with jax.default_matmul_precision("highest"):
-        exact = outcomes({n: x.astype(jnp.float32) for n, x in rounded.items()}, plain=functools.partial(plain, case))
-    found, again = (outcomes(rounded, plain=functools.partial(plain, case), **functions) for _ in range(2))
-    for name in functions:
-        for part, value in found[name].items():
-            error, allowed = (np.sqrt(np.mean((x - exact["plain"][part]) ** 2)) for x in (value, found["plain"][part]))
-            assert error <= 2 * allowed, (name, part)
-            np.testing.assert_array_equal(value, again[name][part], err_msg=f"{name} {part}")

@@ -1,0 +1,346 @@
+"""Training and generation on the GPU of this machine: ours, PyTorch's, and what `zoo plan` says of ours.
+
+    make bench-gpu                        measure all, print, and write benchmarks/results/gpu.{json,md}
+    make bench-gpu ARGS="0.5B"            those whose name holds this text; the others stay
+    make bench-gpu ARGS="--small"         two layers and short rows, to try it out: nothing is written
+
+It takes a GPU, jax[cuda13], torch and transformers, all in one environment. Each variant is a process of its own, so
+that the memory is its own; weights and tokens are random. Theirs is transformers' model of the same sizes with its
+defaults (attention by PyTorch's flash kernels, fused AdamW), under torch.compile where it says so. Ours is what
+`zoo train` and `zoo generate` run. Rows hold several documents in ours, which theirs does not tell apart.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+STEPS, PROMPT, TOKENS = 10, 512, 128
+PLANNED = "h100:1"
+HBM = 3.35e12
+"""Bytes a second of an H100's memory, as published."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one variant does; training has a length, generation has none."""
+
+    name: str
+    kind: str
+    model: str
+    batch: int
+    length: int = 0
+    remat: str = "full"
+    layers: int = 0
+    """0: as many as the model has."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """What transformers calls the same sizes."""
+
+
+JOBS = (
+    *(Job("train 0.5B", kind, "qwen2_5_0_5b", 8, 2048) for kind in ("plan", "ours", "torch", "torch compiled")),
+    *(
+        Job("train 0.5B, nothing recomputed", kind, "qwen2_5_0_5b", 8, 2048, "none")
+        for kind in ("plan", "ours", "torch compiled")
+    ),
+    *(Job("generate 0.5B, one row", kind, "qwen2_5_0_5b", 1) for kind in ("ours", "torch")),
+    *(Job("generate 0.5B, 8 rows", kind, "qwen2_5_0_5b", 8) for kind in ("ours", "torch")),
+    *(Job("generate 8B, one row", kind, "llama3_1_8b", 1) for kind in ("ours", "torch")),
+    *(Job("generate 8B, 8 rows", kind, "llama3_1_8b", 8) for kind in ("ours", "torch")),
+)
+
+
+# In processes of their own; each imports its own framework. -----------------------------------------------------------
+
+
+def model_of(job: Job) -> Any:
+    from flaxzoo import configs
+
+    model = configs.get_model(job.model)
+    return model.replace(layers=job.layers) if job.layers else model
+
+
+def run_of(job: Job) -> Any:
+    from flaxzoo.configs import Optimizer, Run
+
+    size = {"batch": job.batch, "length": job.length, "remat": job.remat}
+    return Run(model=model_of(job), dtype="bfloat16", optimizer=Optimizer(name="adamw"), **size)
+
+
+def the_plan(job: Job) -> dict[str, Any]:
+    """What `zoo plan` says of our training; it takes no GPU."""
+    from flaxzoo.train.plan import plan
+    from flaxzoo.train.plan_report import json_of
+
+    return json.loads(json_of(plan(run_of(job), PLANNED)))
+
+
+def our_training(job: Job) -> dict[str, Any]:
+    """Steps of `zoo train`."""
+    import jax
+    import numpy as np
+    from flaxzoo.train import mesh as meshes
+    from flaxzoo.train.step import abstract_batch, abstract_state, initial_state, make_step
+
+    run = run_of(job)
+    mesh, _ = meshes.make(run)
+    draw = np.random.default_rng(0)
+    with jax.set_mesh(mesh):
+        likes = abstract_batch(run, mesh)
+        began = time.perf_counter()
+        step: Any = make_step(run)
+        step = step.trace(abstract_state(run, mesh), likes).lower().compile()
+        compiled = time.perf_counter() - began
+        ends = np.sort(draw.choice(np.arange(1, job.length), (job.batch, 3)), axis=1)  # four documents in a row
+        segments = 1 + np.sum(np.arange(job.length)[None, :, None] >= ends[:, None, :], axis=-1)
+        first = np.concatenate([np.zeros((job.batch, 1), int), ends], axis=1)
+        positions = np.arange(job.length) - np.take_along_axis(first, segments - 1, axis=1)
+        tokens = draw.integers(0, run.model.vocab, (job.batch, job.length + 1))
+        given = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": segments, "positions": positions}
+        given["weights"] = np.ones_like(segments)
+        batch = {n: jax.device_put(given[n].astype(like.dtype), like.sharding) for n, like in likes.items()}
+        state = initial_state(run, mesh)
+        seconds, losses = [], []
+        for _ in range(STEPS + 2):
+            began = time.perf_counter()
+            state, metrics = jax.block_until_ready(step(state, batch))
+            seconds.append(time.perf_counter() - began)
+            losses.append(float(metrics["loss"]))
+    return {"seconds": seconds[2:], "losses": losses, "compile": compiled, "peak": peak_of(jax.devices()[0])}
+
+
+def our_generation(job: Job) -> dict[str, Any]:
+    """A session of `zoo generate`."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+    from flaxzoo import zoo
+    from flaxzoo.zoo.parameters import merge, split
+    from flaxzoo.zoo.sampling import GREEDY
+    from flaxzoo.zoo.session import Session
+
+    spec = model_of(job)
+
+    @jax.jit
+    def made() -> Any:
+        return {name: x.astype(jnp.bfloat16) for name, x in split(spec.build(rngs=nnx.Rngs(0))).items()}
+
+    model = zoo.for_decoding(merge(spec.abstract(), made()), jnp.bfloat16, donate=True)
+    read = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
+    rows = np.random.default_rng(0).integers(0, spec.vocab, (job.batch, PROMPT)).tolist()
+    firsts, speeds = [], []
+    for _ in range(4):
+        length = PROMPT + TOKENS + 1
+        options = {"sampling": GREEDY, "key": jax.random.key(0), "dtype": jnp.bfloat16}
+        session = Session(model, batch=job.batch, length=length, **options)
+        began = time.perf_counter()
+        session.read(rows, TOKENS + 1)
+        firsts.append(time.perf_counter() - began)
+        began, count = time.perf_counter(), len(session.ids[0])
+        while any(session.active):
+            session.advance()
+        speeds.append((time.perf_counter() - began) / (len(session.ids[0]) - count))
+    found = {"first": firsts[1:], "compile": firsts[0] + speeds[0] * TOKENS, "token": speeds[1:]}
+    return found | {"parameter_bytes": read, "peak": peak_of(jax.devices()[0])}
+
+
+def peak_of(device: Any) -> int | None:
+    """Bytes in use at most."""
+    return (device.memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def their_training(job: Job) -> dict[str, Any]:
+    """Steps of the same size by PyTorch."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import AutoConfig, AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
+
+    device, config = torch.device("cuda" if torch.cuda.is_available() else "cpu"), AutoConfig.for_model(**job.config)
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.train()
+    model.config.use_cache = False
+    if job.remat == "full":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    forward: Any = torch.compile(model) if "compiled" in job.kind else model
+    tokens = torch.randint(0, config.vocab_size, (job.batch, job.length), device=device)
+    seconds, losses = [], []
+    for _ in range(STEPS + 3):
+        began = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = forward(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - began)
+    return {"seconds": seconds[3:], "losses": losses, "compile": seconds[0]} | torch_peak(torch)
+
+
+def their_generation(job: Job) -> dict[str, Any]:
+    """Generation by transformers, with its defaults."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import AutoConfig, AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
+
+    device, config = torch.device("cuda" if torch.cuda.is_available() else "cpu"), AutoConfig.for_model(**job.config)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model.generation_config.eos_token_id = None
+    tokens = torch.randint(0, config.vocab_size, (job.batch, PROMPT), device=device)
+    options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(tokens)}
+    firsts, speeds = [], []
+    with torch.inference_mode():
+        for _ in range(4):
+            times = []
+            for count in (1, TOKENS + 1):
+                began = time.perf_counter()
+                model.generate(tokens, max_new_tokens=count, min_new_tokens=count, **options).tolist()
+                times.append(time.perf_counter() - began)
+            firsts.append(times[0])
+            speeds.append((times[1] - times[0]) / TOKENS)
+    return {"first": firsts[1:], "token": speeds[1:]} | torch_peak(torch)
+
+
+def torch_peak(torch: Any) -> dict[str, Any]:
+    return {"peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None}
+
+
+def serve(job: Job) -> dict[str, Any]:
+    """Runs one, and tells what it ran on."""
+    ours = job.kind in ("ours", "plan")
+    if job.kind == "plan":
+        found = the_plan(job)
+    elif job.length:
+        found = our_training(job) if ours else their_training(job)
+    else:
+        found = our_generation(job) if ours else their_generation(job)
+    names = ["jax"] if ours else ["torch", "transformers"]
+    return found | {"versions": [f"{name} {version(name)}" for name in names]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run(job: Job, python: str, limit: float | None) -> dict[str, Any]:
+    """What a variant found in a process of its own, or how it ended."""
+    command = [python, __file__, "--serve", json.dumps(dataclasses.asdict(job))]
+    began = time.perf_counter()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no end in {limit:.0f} s"}
+    if done.returncode:
+        return {"error": (done.stderr.strip() or "no message").splitlines()[-1], "log": done.stderr[-4000:]}
+    return json.loads(done.stdout.splitlines()[-1]) | {"all": time.perf_counter() - began}
+
+
+def gpu() -> str:
+    """Its name and driver."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "no GPU"
+
+
+WHO = {
+    "plan": "`zoo plan`, at least",
+    "ours": "flaxzoo",
+    "torch": "PyTorch",
+    "torch compiled": "PyTorch, torch.compile",
+}
+
+
+def lines(found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """The results as Markdown: a table of training, one of generation."""
+    training = "| job | by | step, s | tokens/s | memory, GiB | compiles in, s |", "|---|---|--:|--:|--:|--:|", ""
+    generation = (
+        "| job | by | a token, ms | tokens/s | first token, ms | memory, GiB | to read the weights once, ms |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    )
+    for head, cells in ((training, training_cells), (generation, generation_cells)):
+        yield from head[:2]
+        for job in JOBS:
+            one = found.get(name_of(job))
+            if one and bool(job.length) == (head is training):
+                shown = [one["error"]] if "error" in one else cells(job, one)
+                yield f"| {job.name} | {WHO[job.kind]} | {' | '.join(shown)} |"
+        yield from head[2:]
+
+
+def name_of(job: Job) -> str:
+    return f"{job.name}, {job.kind}"
+
+
+def training_cells(job: Job, one: dict[str, Any]) -> list[str]:
+    planned = job.kind == "plan"
+    step = one["step_seconds"] if planned else statistics.median(one["seconds"])
+    memory = one["memory"]["used"] if planned else one["peak"]
+    compiled = "" if planned else f"{one['compile']:.0f}"
+    return [f"{step:.3f}", f"{job.batch * job.length / step:,.0f}", gib(memory), compiled]
+
+
+def generation_cells(job: Job, one: dict[str, Any]) -> list[str]:
+    token, first = statistics.median(one["token"]), statistics.median(one["first"])
+    least = f"{one['parameter_bytes'] / 3.35e12 * 1e3:.2f}" if "parameter_bytes" in one else ""
+    return [f"{token * 1e3:.2f}", f"{job.batch / token:,.0f}", f"{first * 1e3:.0f}", gib(one["peak"]), least]
+
+
+def gib(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**30:.1f}"
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="texts that names of jobs hold; all jobs if there is none")
+    parser.add_argument("--small", action="store_true", help="two layers, one short row; nothing is written")
+    parser.add_argument("--torch-python", default=sys.executable, help="one with torch and transformers")
+    parser.add_argument("--limit", type=float, help="seconds for each variant")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        print(json.dumps(serve(Job(**json.loads(options.serve)))))
+        return
+    from flaxzoo.zoo import family
+
+    path = RESULTS / "gpu.json"
+    found = json.loads(path.read_text()) if path.is_file() and not options.small else {}
+    for job in JOBS:
+        name = name_of(job)
+        if options.names and not any(text in name for text in options.names):
+            continue
+        small = {"layers": 2, "batch": 1, "length": min(job.length, 256)} if options.small else {}
+        job = dataclasses.replace(job, **small)
+        if job.kind == "ours":
+            found[name] = run(job, sys.executable, options.limit)
+        else:
+            config = family.write(model_of(job))[1]
+            found[name] = run(dataclasses.replace(job, config=config), options.torch_python, options.limit)
+        print(f"{name}: {found[name].get('error', 'done')}, {found[name].get('all', 0):.0f} s", file=sys.stderr)
+        if not options.small:
+            path.write_text(json.dumps(found, indent=1) + "\n")
+    text = "\n".join(lines(found))
+    print(text)
+    if not options.small:
+        page = f"# On a GPU\n\n{gpu()}, {datetime.date.today()}. Made by `make bench-gpu`.\n\n{text}\n"
+        (RESULTS / "gpu.md").write_text(page)
+
+
+if __name__ == "__main__":
+    main()
