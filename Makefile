@@ -12,7 +12,7 @@ VENV = PYTHON='$(PYTHON)' GOAL='$(GOAL)' .ci/venv
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help train test test-slow test-real test-oldest check format constraints clean
-.PHONY: bench-train bench-attention tune-attention bench-generate docs docs-attention docs-zoo
+.PHONY: bench-train bench-attention tune-attention bench-generate bench-gpu docs docs-attention docs-zoo
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -55,6 +55,9 @@ tune-attention: .venv/.test ## rank the block sizes of attention; on this machin
 
 bench-generate: .venv/.test .venv-torch/.torch ## measure generation beside transformers on PyTorch
 	.venv/bin/python benchmarks/generate.py $(ARGS)
+
+bench-gpu: .venv/.test ## measure training, generation and attention on a GPU (jax[cuda13], torch, transformers)
+	.venv/bin/python benchmarks/gpu.py $(ARGS)
 
 docs: .venv/.train ## train anew, and put the picture and the report into docs/
 	.venv/bin/zoo train shakespeare --fresh

@@ -1,31 +1,34 @@
-"""Training and generation on the GPU of this machine: ours, PyTorch's, and what `zoo plan` says of ours.
+"""Training, generation and attention on the GPU of this machine: ours, others', and what `zoo plan` says of ours.
 
     make bench-gpu                        measure all, print, and write benchmarks/results/gpu.{json,md}
-    make bench-gpu ARGS="0.5B"            those whose name holds this text; the others stay
+    make bench-gpu ARGS="0.5B"            those whose name holds this pattern; the others stay
     make bench-gpu ARGS="--small"         two layers and short rows, to try it out: nothing is written
 
 It takes a GPU, jax[cuda13], torch and transformers, all in one environment. Each variant is a process of its own, so
 that the memory is its own; weights and tokens are random. Theirs is transformers' model of the same sizes with its
 defaults (attention by PyTorch's flash kernels, fused AdamW), under torch.compile where it says so. Ours is what
-`zoo train` and `zoo generate` run. Rows hold several documents in ours, which theirs does not tell apart.
+`zoo train` and `zoo generate` run. Rows hold several documents in ours, which theirs does not tell apart. What
+`zoo plan` says takes the compiler alone: `python benchmarks/gpu.py plan` runs where there is no GPU.
 """
 
 import argparse
 import dataclasses
 import datetime
 import json
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, PROMPT, TOKENS = 10, 512, 128
+STEPS, CALLS, PROMPT, TOKENS = 10, 5, 512, 128
+PEAK = 989.5e12
+"""FLOPs a second of an H100 in bfloat16, as published."""
 PLANNED = "h100:1"
 HBM = 3.35e12
 """Bytes a second of an H100's memory, as published."""
@@ -33,7 +36,7 @@ HBM = 3.35e12
 
 @dataclass(frozen=True)
 class Job:
-    """What one variant does; training has a length, generation has none."""
+    """What one variant does; training and attention have a length, generation has none."""
 
     name: str
     kind: str
@@ -52,6 +55,11 @@ JOBS = (
     *(
         Job("train 0.5B, nothing recomputed", kind, "qwen2_5_0_5b", 8, 2048, "none")
         for kind in ("plan", "ours", "torch compiled")
+    ),
+    *(
+        Job(f"attention {name}", kind, model, batch, length)
+        for name, model, batch, length in (("0.5B", "qwen2_5_0_5b", 8, 2048), ("8B", "llama3_1_8b", 2, 8192))
+        for kind in ("ours", "portable", "causal", "cudnn")
     ),
     *(Job("generate 0.5B, one row", kind, "qwen2_5_0_5b", 1) for kind in ("ours", "torch")),
     *(Job("generate 0.5B, 8 rows", kind, "qwen2_5_0_5b", 8) for kind in ("ours", "torch")),
@@ -101,10 +109,7 @@ def our_training(job: Job) -> dict[str, Any]:
         step: Any = make_step(run)
         step = step.trace(abstract_state(run, mesh), likes).lower().compile()
         compiled = time.perf_counter() - began
-        ends = np.sort(draw.choice(np.arange(1, job.length), (job.batch, 3)), axis=1)  # four documents in a row
-        segments = 1 + np.sum(np.arange(job.length)[None, :, None] >= ends[:, None, :], axis=-1)
-        first = np.concatenate([np.zeros((job.batch, 1), int), ends], axis=1)
-        positions = np.arange(job.length) - np.take_along_axis(first, segments - 1, axis=1)
+        segments, positions = documents(job.batch, job.length)
         tokens = draw.integers(0, run.model.vocab, (job.batch, job.length + 1))
         given = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": segments, "positions": positions}
         given["weights"] = np.ones_like(segments)
@@ -153,6 +158,55 @@ def our_generation(job: Job) -> dict[str, Any]:
         speeds.append((time.perf_counter() - began) / (len(session.ids[0]) - count))
     found = {"first": firsts[1:], "compile": firsts[0] + speeds[0] * TOKENS, "token": speeds[1:]}
     return found | {"parameter_bytes": read, "peak": peak_of(jax.devices()[0])}
+
+
+def attention(job: Job) -> dict[str, Any]:
+    """A layer's attention in bfloat16, and with its gradients: of four documents a row, or of causal rows."""
+    import jax
+    import jax.numpy as jnp
+    from flaxzoo.layers.kernels import attend
+    from flaxzoo.layers.masks import Causal, Documents
+
+    mixer: Any = model_of(job).all_blocks[0].mixer
+    size = job.batch, job.length
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(*size, count, mixer.head_dim) for count in (mixer.heads, mixer.kv_heads, mixer.kv_heads, mixer.heads)]
+    *arrays, cotangent = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+    ids = jnp.asarray(documents(*size)[0], jnp.int32)
+
+    def forward(q: Any, k: Any, v: Any, ids: Any) -> Any:
+        if job.kind == "cudnn":
+            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        mask = Causal() if job.kind == "causal" else Causal() & Documents(ids)
+        return attend(q, k, v, mask=mask, implementation="portable" if job.kind == "portable" else None)
+
+    def both(q: Any, k: Any, v: Any, ids: Any) -> Any:
+        return jax.vjp(lambda q, k, v: forward(q, k, v, ids), q, k, v)[1](cotangent)
+
+    found = {}
+    for name, function in (("forward", forward), ("both", both)):
+        began = time.perf_counter()
+        compiled = jax.jit(function).lower(*arrays, ids).compile()
+        found["compile"] = time.perf_counter() - began
+        jax.block_until_ready(compiled(*arrays, ids))
+        found[name] = []
+        for _ in range(STEPS):
+            began = time.perf_counter()
+            jax.block_until_ready([compiled(*arrays, ids) for _ in range(CALLS)])
+            found[name].append((time.perf_counter() - began) / CALLS)
+    pairs = job.batch * mixer.heads * job.length * (job.length + 1) / 2  # of causal rows: documents have less
+    return found | {"flops": 4 * pairs * mixer.head_dim}
+
+
+def documents(batch: int, length: int) -> tuple[Any, Any]:
+    """Four documents in each row: the number of each token's, from 1 on, and its place in it."""
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    ends = np.sort(draw.choice(np.arange(1, length), (batch, 3)), axis=1)
+    ids = 1 + np.sum(np.arange(length)[None, :, None] >= ends[:, None, :], axis=-1)
+    first = np.concatenate([np.zeros((batch, 1), int), ends], axis=1)
+    return ids, np.arange(length) - np.take_along_axis(first, ids - 1, axis=1)
 
 
 def peak_of(device: Any) -> int | None:
@@ -222,14 +276,16 @@ def torch_peak(torch: Any) -> dict[str, Any]:
 
 def serve(job: Job) -> dict[str, Any]:
     """Runs one, and tells what it ran on."""
-    ours = job.kind in ("ours", "plan")
+    theirs = job.kind.startswith("torch")
     if job.kind == "plan":
         found = the_plan(job)
+    elif job.name.startswith("attention"):
+        found = attention(job)
     elif job.length:
-        found = our_training(job) if ours else their_training(job)
+        found = their_training(job) if theirs else our_training(job)
     else:
-        found = our_generation(job) if ours else their_generation(job)
-    names = ["jax"] if ours else ["torch", "transformers"]
+        found = their_generation(job) if theirs else our_generation(job)
+    names = ["torch", "transformers"] if theirs else ["jax"]
     return found | {"versions": [f"{name} {version(name)}" for name in names]}
 
 
@@ -249,38 +305,43 @@ def run(job: Job, python: str, limit: float | None) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1]) | {"all": time.perf_counter() - began}
 
 
-def gpu() -> str:
-    """Its name and driver."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+def gpu() -> str | None:
+    """The name of the first one; None where there is none."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     except (OSError, subprocess.CalledProcessError):
-        return "no GPU"
+        return None
 
 
 WHO = {
     "plan": "`zoo plan`, at least",
     "ours": "flaxzoo",
+    "portable": "flaxzoo, portable",
+    "causal": "flaxzoo, no documents",
+    "cudnn": "cuDNN, no documents",
     "torch": "PyTorch",
     "torch compiled": "PyTorch, torch.compile",
 }
 
 
-def lines(found: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """The results as Markdown: a table of training, one of generation."""
-    training = "| job | by | step, s | tokens/s | memory, GiB | compiles in, s |", "|---|---|--:|--:|--:|--:|", ""
-    generation = (
-        "| job | by | a token, ms | tokens/s | first token, ms | memory, GiB | to read the weights once, ms |",
-        "|---|---|--:|--:|--:|--:|--:|",
-    )
-    for head, cells in ((training, training_cells), (generation, generation_cells)):
-        yield from head[:2]
-        for job in JOBS:
-            one = found.get(name_of(job))
-            if one and bool(job.length) == (head is training):
-                shown = [one["error"]] if "error" in one else cells(job, one)
-                yield f"| {job.name} | {WHO[job.kind]} | {' | '.join(shown)} |"
-        yield from head[2:]
+def page(found: dict[str, dict[str, Any]]) -> str:
+    """The results as Markdown, a table of each kind."""
+    tables = {
+        "train": ("step, s | tokens/s | memory, GiB | compiles in, s", training_cells),
+        "attention": ("forward, ms | with gradients, ms | of the peak | with gradients | compiles in, s", pair_cells),
+        "generate": ("a token, ms | tokens/s | first token, ms | memory, GiB | to read weights, ms", generation_cells),
+    }
+    parts = ["# On a GPU", "Made by `make bench-gpu`; what a cell lacks was not measured."]
+    for kind, (head, cells) in tables.items():
+        rows = [job for job in JOBS if job.name.startswith(kind) and name_of(job) in found]
+        lines = [f"| job | by | {head} | on |", f"|---|---|{'--:|' * (head.count('|') + 1)}---|"]
+        for job in rows:
+            one = found[name_of(job)]
+            lines.append(f"| {job.name} | {WHO[job.kind]} | {' | '.join(cells(job, one))} | {one['on']} |")
+        if rows:
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
 
 
 def name_of(job: Job) -> str:
@@ -293,6 +354,13 @@ def training_cells(job: Job, one: dict[str, Any]) -> list[str]:
     memory = one["memory"]["used"] if planned else one["peak"]
     compiled = "" if planned else f"{one['compile']:.0f}"
     return [f"{step:.3f}", f"{job.batch * job.length / step:,.0f}", gib(memory), compiled]
+
+
+def pair_cells(job: Job, one: dict[str, Any]) -> list[str]:
+    forward, both = (statistics.median(one[name]) for name in ("forward", "both"))
+    documents = job.kind in ("ours", "portable")  # whose pairs are fewer than those that are counted
+    shares = [f"{products * one['flops'] / seconds / PEAK:.0%}" for products, seconds in ((1, forward), (3.5, both))]
+    return [f"{forward * 1e3:.2f}", f"{both * 1e3:.2f}", *(["", ""] if documents else shares), f"{one['compile']:.0f}"]
 
 
 def generation_cells(job: Job, one: dict[str, Any]) -> list[str]:
@@ -308,7 +376,7 @@ def gib(count: int | None) -> str:
 def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="texts that names of jobs hold; all jobs if there is none")
+    parser.add_argument("names", nargs="*", help="patterns that names of jobs hold; all jobs if there is none")
     parser.add_argument("--small", action="store_true", help="two layers, one short row; nothing is written")
     parser.add_argument("--torch-python", default=sys.executable, help="one with torch and transformers")
     parser.add_argument("--limit", type=float, help="seconds for each variant")
@@ -321,25 +389,25 @@ def main() -> None:
 
     path = RESULTS / "gpu.json"
     found = json.loads(path.read_text()) if path.is_file() and not options.small else {}
+    device = gpu()
     for job in JOBS:
         name = name_of(job)
-        if options.names and not any(text in name for text in options.names):
+        if options.names and not any(re.search(text, name) for text in options.names):
             continue
+        if device is None and job.kind != "plan" and not options.small:
+            sys.exit(f"{name}: there is no GPU here")
         small = {"layers": 2, "batch": 1, "length": min(job.length, 256)} if options.small else {}
-        job = dataclasses.replace(job, **small)
-        if job.kind == "ours":
-            found[name] = run(job, sys.executable, options.limit)
-        else:
-            config = family.write(model_of(job))[1]
-            found[name] = run(dataclasses.replace(job, config=config), options.torch_python, options.limit)
-        print(f"{name}: {found[name].get('error', 'done')}, {found[name].get('all', 0):.0f} s", file=sys.stderr)
+        job, python = dataclasses.replace(job, **small), sys.executable
+        if job.kind.startswith("torch"):
+            job, python = dataclasses.replace(job, config=family.write(model_of(job))[1]), options.torch_python
+        one = run(job, python, options.limit)
+        print(f"{name}: {one.get('error', 'done')}, {one.get('all', 0):.0f} s", file=sys.stderr)
+        if "error" not in one:
+            found[name] = one | {"on": f"{'' if job.kind == 'plan' else device}, {datetime.date.today()}".strip(", ")}
         if not options.small:
             path.write_text(json.dumps(found, indent=1) + "\n")
-    text = "\n".join(lines(found))
-    print(text)
-    if not options.small:
-        page = f"# On a GPU\n\n{gpu()}, {datetime.date.today()}. Made by `make bench-gpu`.\n\n{text}\n"
-        (RESULTS / "gpu.md").write_text(page)
+            (RESULTS / "gpu.md").write_text(page(found))
+    print(page(found))
 
 
 if __name__ == "__main__":
