@@ -31,7 +31,7 @@ test-real: .venv/.test ## fetch pretrained weights (320 MB) into .real and run t
 	.venv/bin/pytest -m 'real and not tpu and not gpu' $(ARGS)
 
 test-oldest: .venv-oldest/.test ## run the tests with the oldest supported jax
-	.venv-oldest/bin/pytest $(ARGS)
+	.venv-oldest/bin/pytest -n 2 --dist loadfile $(ARGS)
 
 check: .venv/.test ## lint, format, types, spelling and the import rule, as in CI
 	.venv/bin/ruff check

@@ -181,19 +181,22 @@ def _choose(implementation: Implementation | None, problem: Problem, operands: O
         return {"default": portable}
     kernels = {"tpu": [tpu], "cuda": [cuda, hopper]}
     found, refused = {}, {}
+    say = partial(_log.debug, "on %s, attention is left to '%s': %s")
     for platform, modules in kernels.items() if implementation is None else [(implementation, kernels[implementation])]:
         reasons: list[str] = []
         for module in modules:
             reason = module.refusal(problem, operands)
             if reason is None:
                 found[platform] = module
+                if reasons:
+                    say(platform, module.__name__.rpartition(".")[2], "; ".join(reasons))
                 break
             reasons.append(reason)
         else:
             refused[platform] = "; ".join(reasons)
     if implementation is None:
         for platform, reason in refused.items():
-            _log.debug("on %s, attention is left to 'portable': %s", platform, reason)
+            say(platform, "portable", reason)
         return {"default": portable} | found
     if refused:
         raise NotImplementedError(f"attention by {implementation=}: {refused[implementation]}; 'portable' can do it")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from . import hopper, portable
-from .gpu import capability
+from .gpu import capabilities
 from .problem import Gradients, Operands, Problem
 
 _log = logging.getLogger(__name__)
@@ -29,7 +29,8 @@ def refusal(problem: Problem, operands: Operands) -> str | None:
     What depends on the GPU is asked of those in the process. Where it has none, a program is for any GPU from compute
     capability 8.0 on.
     """
-    (size, value_size), least, here = (operands.q.shape[3], operands.v.shape[3]), LEAST_CAPABILITY, capability()
+    (size, value_size), least = (operands.q.shape[3], operands.v.shape[3]), LEAST_CAPABILITY
+    here = min(capabilities(), key=float, default=None)
     if operands.q.dtype == jnp.float32:
         return "cuDNN has no float32 attention"
     if problem.score is not None or problem.dropout_rate:

@@ -1,4 +1,4 @@
-"""Which GPU a program is for."""
+"""Which GPUs a program is for."""
 
 from typing import Any
 
@@ -8,20 +8,22 @@ KINDS = {"H100": "9.0", "H200": "9.0", "A100": "8.0"}
 """Compute capabilities of GPUs by what their names hold."""
 
 
-def capability() -> str | None:
-    """The least compute capability of all GPUs that a program is for; None where there is no knowing.
+def capabilities() -> set[str]:
+    """Compute capabilities of the GPUs that a program is for; none where there is no knowing.
 
     They are those of the ambient mesh, which may be there to compile for alone, or those in the process.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    known = [] if device is None else [found for name, found in KINDS.items() if name in device.device_kind]
-    return min(known or _here(), key=float, default=None)
+    device, here = jax.sharding.get_abstract_mesh().abstract_device, _here()
+    if device is None or device.platform not in ("gpu", "cuda"):
+        return set(here.values())
+    known = {found for name, found in KINDS.items() if name in device.device_kind}
+    return known or {found for kind, found in here.items() if kind == device.device_kind}
 
 
-def _here() -> list[str]:
-    """The compute capabilities of the GPUs in the process."""
+def _here() -> dict[str, str]:
+    """The compute capabilities of the GPUs in the process, by their kinds."""
     try:
         devices: list[Any] = jax.local_devices(backend="cuda")
     except RuntimeError:
-        return []
-    return [device.compute_capability for device in devices]
+        return {}
+    return {device.device_kind: device.compute_capability for device in devices}

@@ -5,10 +5,12 @@ The kernels are hopper_forward.py and hopper_backward.py.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from .gpu import capability
+from .gpu import capabilities
 from .problem import Gradients, Operands, Problem
 
 LEAST = 64
@@ -16,12 +18,25 @@ LEAST = 64
 LARGEST = 128
 """Head dim: sums of more do not fit the registers."""
 
+COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge", "select_n", "convert_element_type"}
+NUMBERS = {"bool", "int32", "uint32", "float32"}
+OPERATIONS: tuple[tuple[set[str], set[str]], ...] = (
+    (COMPARISONS, NUMBERS),
+    ({"and", "or", "xor", "not"}, NUMBERS - {"float32"}),
+    ({"add", "sub", "mul", "neg", "abs", "max", "min"}, NUMBERS - {"bool"}),
+    ({"div", "rem", "shift_left", "shift_right_logical", "shift_right_arithmetic"}, {"int32", "uint32"}),
+)
+"""What a mask may compute for each pair, and of what: what Pallas has for Hopper, without what it approximates."""
+
 
 def refusal(problem: Problem, operands: Operands) -> str | None:
     """Why the kernels can't do this; None where they can."""
     (queries, size), value_size = operands.q.shape[1::2], operands.v.shape[3]
-    if capability() != "9.0":
+    if capabilities() != {"9.0"}:
         return "our kernels are for Hopper GPUs, of compute capability 9.0"
+    mesh = jax.sharding.get_abstract_mesh()
+    if any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
+        return "XLA can't divide the kernels for Hopper among devices: make the mesh's axes explicit"
     if operands.q.dtype == jnp.float32:
         return "the kernels for Hopper have no float32 attention"
     if queries < LEAST:
@@ -32,8 +47,10 @@ def refusal(problem: Problem, operands: Operands) -> str | None:
         return "scores and dropout are not in the kernels for Hopper"
     if problem.context is not None or problem.out_dtype != operands.q.dtype:
         return "the kernels for Hopper round results to the type of q, and sinks and context_axis need float32"
-    if problem.mask.lookups:
-        return "the kernels for Hopper look up no array by query and key"
+    for operation in problem.mask.body:
+        kinds = {np.dtype(value.dtype).name for value in (*operation.inputs, *operation.outputs)}
+        if not any(operation.name in names and kinds <= types for names, types in OPERATIONS):
+            return f"the kernels for Hopper have no {operation.name} of {' and '.join(sorted(kinds))} for each pair"
     return None
 
 

@@ -74,7 +74,7 @@ def attention(
                 return out, higher, total
 
             out, top, total = span.visit(step, (zeros(value_width), row_of(-jnp.inf), row_of(0.0)))
-            some = total > 0.0
+            some = top != -jnp.inf
             total = jnp.where(some, total, 1.0)
             out_tile[own] = (out * spread(jnp.where(some, 1.0 / total, 0.0), out.shape)).astype(dtype)
             lse_tile[own] = jnp.where(some, top / LOG2_E + jnp.log(total), -jnp.inf)

@@ -12,7 +12,7 @@ of a tile that copies and matrix units agree on.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from .blocks import FULL, Blocks, padded
-from .pairs import Value, positions
+from .pairs import Operation, Value, applied
 from .problem import Operands, Problem
 
 ROWS = 64
@@ -58,13 +58,11 @@ class Work:
         self.q, self.k, self.v = (filled(x) for x in (operands.q, operands.k, operands.v))
         self.group = self.q.shape[2] // self.k.shape[2]
         """Query heads of a key/value head."""
-        places = positions(problem.sizes(operands))
         sides: list[tuple[Value | str, str | None, Any]] = [
             (value, value.side, side) for value, side in zip(problem.mask.sides, problem.sides(operands), strict=True)
         ]
-        for side, known in (("query", operands.query_positions), ("key", operands.key_positions)):
-            if known is not None:
-                sides.append((side, side, places[side]))
+        if operands.query_positions is not None:
+            sides.append(("query", "query", operands.query_positions))
         self.names = [name for name, _, _ in sides]
         self.sides = [_side(side, jnp.asarray(array)) for _, side, array in sides]
         """Of the mask: numbers of queries and keys, and what else it reads."""
@@ -95,16 +93,27 @@ class Work:
         refs = dict(zip(self.names, sides, strict=True))
 
         def read(value: Value) -> Array:
-            if value.leaf:
-                if value.leaf in refs:
-                    return pairs.spread(refs[value.leaf], value.leaf)
-                return pairs.places(value.leaf) + (self.problem.query_offset if value.leaf == "query" else 0)
+            if value.leaf == "key":
+                return pairs.places("key")
+            if value.leaf == "query":
+                known = refs.get("query")
+                return (
+                    pairs.places("query") + self.problem.query_offset if known is None else pairs.spread(known, "query")
+                )
             found = pairs.spread(refs[value], value.side)
             return found != 0 if value.dtype == np.bool_ else found
 
-        (seen,) = self.problem.mask.evaluate(read)
+        (seen,) = self.problem.mask.evaluate(read, apply=_on_registers)
+        seen = jnp.broadcast_to(seen, pairs.shape)
         keys = self.operands.k.shape[1]
         return seen & (pairs.places("key") < keys) if keys % TILE else seen
+
+
+def _on_registers(operation: Operation, inputs: Sequence[Array]) -> list[Array]:
+    """An operation on pairs in registers, which have no `not` of booleans."""
+    if operation.name == "not" and inputs[0].dtype == jnp.bool_:
+        return [inputs[0] != jnp.bool_(True)]
+    return applied(operation, inputs)
 
 
 def _side(side: str | None, array: Array) -> Array:

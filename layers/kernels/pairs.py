@@ -129,12 +129,16 @@ class PairFunction:
         return [operation for operation in self.body if not operation.elementwise]
 
     def evaluate(
-        self, read: Callable[[Value], Array], lookup: Callable[[Operation], Array] | None = None
+        self,
+        read: Callable[[Value], Array],
+        lookup: Callable[[Operation], Array] | None = None,
+        apply: "Callable[[Operation, Sequence[Array]], list[Array]] | None" = None,
     ) -> list[Array]:
         """The outputs on arrays of pairs: `read` gives leaves and sides as arrays that broadcast against each other.
 
-        `lookup`, if given, does what is not elementwise.
+        `lookup`, if given, does what is not elementwise, and `apply` the rest.
         """
+        do = apply or applied
         known: dict[Value, Array] = {}
 
         def get(value: Value) -> Array:
@@ -146,7 +150,7 @@ class PairFunction:
             if lookup is not None and not operation.elementwise:
                 found = [lookup(operation)]
             else:
-                found = apply(operation, [get(value) for value in operation.inputs])
+                found = do(operation, [get(value) for value in operation.inputs])
             known |= dict(zip(operation.outputs, found, strict=True))
         return [get(output) for output in self.outputs]
 
@@ -277,7 +281,7 @@ def _cheap(value: Value) -> bool:
     return operation is not None and operation.name in CHEAP and all(map(_cheap, operation.inputs))
 
 
-def apply(operation: Operation, inputs: Sequence[Array]) -> list[Array]:
+def applied(operation: Operation, inputs: Sequence[Array]) -> list[Array]:
     """One operation on arrays whose leading dimensions broadcast."""
     if operation.name == "lookup":
         table, *indices = inputs
@@ -332,9 +336,9 @@ def _side_value(side: Value, sizes: Sizes, constants: dict[Value, Any]) -> Array
         if operation.name == "lookup":
             _check_lookup(operation, sizes)
             whole = _in_order(operation, get(operation.inputs[0]), sizes)
-            found = [whole] if whole is not None else apply(operation, [get(value) for value in operation.inputs])
+            found = [whole] if whole is not None else applied(operation, [get(value) for value in operation.inputs])
         else:
-            found = apply(operation, [get(value) for value in operation.inputs])
+            found = applied(operation, [get(value) for value in operation.inputs])
         known |= dict(zip(operation.outputs, found, strict=True))
     array = get(side)
     return array.reshape((1,) * (3 - (array.ndim - len(side.shape))) + array.shape)

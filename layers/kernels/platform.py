@@ -59,7 +59,8 @@ def _choose(functions: Sequence[tuple[str, Any]], platform: str) -> Callable[...
 
 def _eagerly(*leaves: Array, functions: Any, results: Any) -> list[Array]:
     if jax.config.jax_disable_jit:
-        return _choose(functions, jax.default_backend())(*leaves)
+        backend = jax.default_backend()
+        return _choose(functions, "cuda" if backend == "gpu" else backend)(*leaves)
     return jax.jit(lambda *leaves: platform_p.bind(*leaves, functions=functions, results=results))(*leaves)
 
 

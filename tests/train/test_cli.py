@@ -22,6 +22,7 @@ from flaxzoo.zoo.parameters import describe, split
 from rich.console import Console
 from tokenizers import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 TRUTH = Path(__file__).parents[1] / "truth"
 Zoo = Callable[..., subprocess.Popen[str]]
 

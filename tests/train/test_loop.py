@@ -23,6 +23,8 @@ from flaxzoo.train.step import abstract_state, initial_state, make_evaluation
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 
 def train(run: Run, folder: Path, **options: Any) -> tuple[loop.Result, str]:
     """What came of a run, and what was shown."""

@@ -152,7 +152,7 @@ def test_what_cudnn_does_not_do(name: str, caplog: pytest.LogCaptureFixture) -> 
 def test_what_depends_on_the_gpu(
     monkeypatch: pytest.MonkeyPatch, capabilities: list[str], size: int, refused: str | None
 ) -> None:
-    monkeypatch.setattr(gpu, "_here", lambda: capabilities)
+    monkeypatch.setattr(gpu, "_here", lambda: dict(enumerate(capabilities)))
     monkeypatch.setattr(jax_cudnn, "check_compute_capability", lambda least: capabilities >= [least])
     arrays = shapes((34, 34, 4, 2, size, size))
     if refused is None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from attention_case import Case, errs_no_more_than_twice, ids, numbers, ours, random_table
 from flaxzoo.layers.kernels import attend, gpu, hopper, hopper_backward, hopper_forward
+from flaxzoo.layers.kernels.pairs import trace
 from flaxzoo.layers.masks import (
     Causal,
     Chunked,
@@ -22,6 +23,7 @@ from flaxzoo.layers.masks import (
     Mask,
     PerHead,
     Prefix,
+    Where,
     Window,
 )
 from flaxzoo.layers.scores import SoftCap
@@ -40,6 +42,10 @@ CASES = {
     "marked tokens, prefix": Case(
         (130, 130, 1, 1, 64, 64), GlobalTokens(random_table(2, 130, share=0.1)) | Prefix(numbers(5, 131)) | Window(4, 4)
     ),
+    "of a user's own, with batch and head": Case(
+        (100, 100, 4, 2, 64, 64), Where(lambda b, h, q, k: (k <= q + 9 * h) & (k + 50 * b >= q)) & ~Window(3)
+    ),
+    "everything, of a user's own": Case((64, 64, 1, 1, 64, 64), Where(lambda b, h, q, k: jnp.bool_(True))),
     "full, then chunks": Case((129, 260, 1, 1, 64, 64), Causal() & Chunked(90), {"query_offset": 131, "scale": 0.3}),
 }
 
@@ -47,7 +53,7 @@ CASES = {
 @pytest.fixture
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the GPU is an H100."""
-    monkeypatch.setattr(gpu, "_here", lambda: ["9.0"])
+    monkeypatch.setattr(gpu, "_here", lambda: {"NVIDIA H100 80GB HBM3": "9.0"})
 
 
 @pytest.fixture
@@ -77,7 +83,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, on_hopper: None) -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if "padding" in n else pytest.mark.slow) for n in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_interpreted(name: str) -> None:
     dtype, function = jnp.float16 if name == "per head" else jnp.bfloat16, ours(CASES[name], "default")
     function.eager = True  # the interpreter calls back to Python in order, which no jitted derivative can do
@@ -87,7 +94,10 @@ def test_interpreted(name: str) -> None:
 @pytest.mark.usefixtures("interpreted")
 def test_sums_and_their_gradients() -> None:
     """The logarithm of a row's sum of exponentials, which is -inf where it sees nothing, has gradients, too."""
-    case = CASES["documents with padding"]
+    case = Case(
+        (130, 130, 2, 1, 64, 64),
+        Causal() & Documents(ids(130, 40, 120)) & ~Window(3) & Where(lambda b, h, q, k: (k != h) & (k + b != 7)),
+    )
     q, k, v = (x.astype(jnp.bfloat16) for x in case.inputs().values())
 
     def found(implementation: Any) -> list[jax.Array]:
@@ -150,6 +160,55 @@ def test_gradients_where_those_of_cudnn_are_not_the_same_each_time(monkeypatch: 
     assert kernels(lowered(Causal())) == []
 
 
+A, B = "(q - k)", "(q + k)"
+BODIES = {
+    "eq ne lt le gt ge": f"({A} == 1) | ({A} != 2) | ({A} < 3) | ({A} <= 4) | ({A} > 5) | ({A} >= 6)",
+    "and or xor not": f"~(({A} & {B} | 3 ^ ~{A}) == 0) & ~({A} > 1) | ((q > k) ^ (k > 3))",
+    "add sub mul neg abs max min": f"jnp.maximum(jnp.minimum({A} * 3 + {B}, 7), abs(-{A})) > 4",
+    "div rem": f"jax.lax.rem({A}, 3) + jax.lax.div({B}, 5) > 2",
+    "shift_left": f"jnp.left_shift({A}, 2) > 9",
+    "shift_right_logical": f"jax.lax.shift_right_logical({A}, jnp.int32(2)) > 9",
+    "shift_right_arithmetic": f"jax.lax.shift_right_arithmetic({A}, jnp.int32(2)) > 9",
+    "select_n convert_element_type": f"jnp.where({A} > 3, {A}.astype(jnp.float32), {B}.astype(jnp.float32)) > 2.5",
+    "of float32": f"jnp.maximum(abs({A}.astype(jnp.float32) * 0.5 - 1.0), -{B}.astype(jnp.float32)) >= 3.0",
+    "of uint32": f"{B}.astype(jnp.uint32) // jnp.uint32(3) > jnp.uint32(4)",
+}
+"""What a mask of a user's own may compute for each pair."""
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("names", BODIES)
+def test_what_masks_may_compute(names: str) -> None:
+    """It is lowered, which Pallas refuses to do of what it does not have."""
+    mask = Where(eval(f"lambda b, h, q, k: {BODIES[names]}", {"jnp": jnp, "jax": jax}))
+    done = {operation.name for operation in trace(mask.visible).body}
+    assert names.startswith("of ") or done >= set(names.split())
+    assert kernels(lowered(mask, implementation="cuda")) == ALL
+
+
+def test_all_that_masks_may_compute_is_tried() -> None:
+    assert set().union(*(names for names, _ in hopper.OPERATIONS)) == {
+        name for names in BODIES if not names.startswith("of ") for name in names.split()
+    }
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_gradients_of_each_example_by_vmap() -> None:
+    def loss(q: Any, k: Any, v: Any) -> Any:
+        return jnp.sum(attend(q[None], k[None], v[None], mask=DOCUMENT).astype(jnp.float32))
+
+    arrays = [jax.ShapeDtypeStruct((3, 64, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
+    traced = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2)))).trace(*arrays)
+    assert kernels(traced.lower(lowering_platforms=("cuda",)).as_text(debug_info=True)) == ALL
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_what_xla_would_have_to_divide() -> None:
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh), pytest.raises(NotImplementedError, match="make the mesh's axes explicit"):
+        lowered(DOCUMENTS, implementation="cuda")
+
+
 @pytest.mark.usefixtures("on_hopper")
 def test_no_other_platform_has_them() -> None:
     with pytest.raises(NotImplementedError, match="this is there for cuda alone"):
@@ -157,8 +216,8 @@ def test_no_other_platform_has_them() -> None:
 
 
 def test_other_gpus_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    for here in (["9.0", "8.0"], ["10.0"], []):
-        monkeypatch.setattr(gpu, "_here", lambda here=here: here)
+    for here in (["9.0", "8.0"], ["9.0", "10.0"], ["10.0"], []):
+        monkeypatch.setattr(gpu, "_here", lambda here=here: dict(zip("ab", here, strict=False)))
         assert kernels(lowered(DOCUMENTS)) == []
     with pytest.raises(NotImplementedError, match="our kernels are for Hopper GPUs, of compute capability 9.0; 'port"):
         lowered(DOCUMENTS, implementation="cuda")
@@ -172,17 +231,17 @@ def test_the_gpus_of_the_mesh_count(monkeypatch: pytest.MonkeyPatch) -> None:
         return jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
 
     found = {}
-    for here in ([], ["8.0"], ["9.0"]):
-        monkeypatch.setattr(gpu, "_here", lambda here=here: here)
+    for here in ("", "NVIDIA A30", "NVIDIA L4"):
+        monkeypatch.setattr(gpu, "_here", lambda here=here: {here: "8.9"} if here else {})
         for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA L4"):
             with jax.sharding.use_abstract_mesh(mesh(kind)):
-                found[kind[7:11].strip(), *here] = gpu.capability()
+                found[kind[7:11].strip(), here] = gpu.capabilities()
     assert found == {
-        **{("H100", *here): "9.0" for here in ([], ["8.0"], ["9.0"])},
-        **{("A100", *here): "8.0" for here in ([], ["8.0"], ["9.0"])},
-        ("L4",): None,
-        ("L4", "8.0"): "8.0",
-        ("L4", "9.0"): "9.0",
+        **{("H100", here): {"9.0"} for here in ("", "NVIDIA A30", "NVIDIA L4")},
+        **{("A100", here): {"8.0"} for here in ("", "NVIDIA A30", "NVIDIA L4")},
+        ("L4", ""): set(),
+        ("L4", "NVIDIA A30"): set(),
+        ("L4", "NVIDIA L4"): {"8.9"},
     }
 
 
@@ -206,7 +265,22 @@ REFUSED: dict[str, tuple[Mask, dict[str, Any], str]] = {
     "score": (DOCUMENTS, {"score": SoftCap(3.0)}, "scores and dropout are not in the kernels for Hopper"),
     "dropout": (DOCUMENTS, {"dropout_rate": 0.1, "dropout_seed": 0}, "scores and dropout are not in the kernels"),
     "sinks": (DOCUMENTS, {"sinks": jnp.zeros(4)}, "round results to the type of q, and sinks and context_axis need"),
-    "a table": (Dense(random_table(2, 1, 128, 128, share=0.5)), {}, "look up no array by query and key"),
+    "what is approximated": (
+        Where(lambda b, h, q, k: jnp.sin((q - k).astype(jnp.float32)) > 0),
+        {},
+        "have no sin of float32 for each",
+    ),
+    "small numbers": (Where(lambda b, h, q, k: (q - k).astype(jnp.int8) < 3), {}, "of int32 and int8 for each pair"),
+    "booleans that are compared": (
+        Where(lambda b, h, q, k: jnp.maximum(q > k, q + k > 9)),
+        {},
+        "have no max of bool for each pair",
+    ),
+    "a table by query and key": (
+        Dense(random_table(2, 1, 128, 128, share=0.5)),
+        {},
+        "have no lookup of bool and int32 for each pair",
+    ),
 }
 
 
