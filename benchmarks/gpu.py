@@ -185,9 +185,7 @@ def attention(job: Job) -> dict[str, Any]:
 
     found = {}
     for name, function in (("forward", forward), ("both", both)):
-        began = time.perf_counter()
         compiled = jax.jit(function).lower(*arrays, ids).compile()
-        found["compile"] = time.perf_counter() - began
         jax.block_until_ready(compiled(*arrays, ids))
         found[name] = []
         for _ in range(STEPS):
@@ -329,7 +327,7 @@ def page(found: dict[str, dict[str, Any]]) -> str:
     """The results as Markdown, a table of each kind."""
     tables = {
         "train": ("step, s | tokens/s | memory, GiB | compiles in, s", training_cells),
-        "attention": ("forward, ms | with gradients, ms | of the peak | with gradients | compiles in, s", pair_cells),
+        "attention": ("forward, ms | with gradients, ms | of the peak | with gradients", pair_cells),
         "generate": ("a token, ms | tokens/s | first token, ms | memory, GiB | to read weights, ms", generation_cells),
     }
     parts = ["# On a GPU", "Made by `make bench-gpu`; what a cell lacks was not measured."]
@@ -360,7 +358,7 @@ def pair_cells(job: Job, one: dict[str, Any]) -> list[str]:
     forward, both = (statistics.median(one[name]) for name in ("forward", "both"))
     documents = job.kind in ("ours", "portable")  # whose pairs are fewer than those that are counted
     shares = [f"{products * one['flops'] / seconds / PEAK:.0%}" for products, seconds in ((1, forward), (3.5, both))]
-    return [f"{forward * 1e3:.2f}", f"{both * 1e3:.2f}", *(["", ""] if documents else shares), f"{one['compile']:.0f}"]
+    return [f"{forward * 1e3:.2f}", f"{both * 1e3:.2f}", *(["", ""] if documents else shares)]
 
 
 def generation_cells(job: Job, one: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@
     .venv/bin/python benchmarks/plan.py "8B v6e"      those whose name holds this text; the others stay
     .venv/bin/python benchmarks/plan.py rows          those of training on TPUs; "gpus", "decoding", or
     .venv/bin/python benchmarks/plan.py options       what options of the compiler change
+    .venv/bin/python benchmarks/plan.py compiling     how long a step takes to compile, where nothing else runs
 
 No TPU is needed, nor a GPU, but the compilers of both. Each takes one to three minutes on two cores.
 """
@@ -11,21 +12,28 @@ No TPU is needed, nor a GPU, but the compilers of both. Each takes one to three 
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
+import os
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 from flaxzoo import configs
 from flaxzoo.configs import Optimizer, Run
+from flaxzoo.train import mesh as meshes
 from flaxzoo.train import plan_decode
 from flaxzoo.train.chips import chip_of, chips
-from flaxzoo.train.plan import plan
+from flaxzoo.train.plan import devices_of, plan
 from flaxzoo.train.plan_decode import Decoding, plan_decoding
 from flaxzoo.train.plan_report import json_of
+from flaxzoo.train.step import abstract_batch, abstract_state, make_step
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -88,6 +96,9 @@ DECODING = {
     "Mixtral 8x7B v5p:2x2x2": ("mixtral_8x7b", "v5p:2x2x2", {"batch": 8, "length": 4096}),
 }
 """Generation: a model, a slice, rows and their length."""
+COMPILED = (Job("Llama 3.1 8B v6e:8x8", "llama3_1_8b", "v6e:8x8", 128, 8192, {"mesh": "fsdp=64", "remat": "full"}),)
+"""What is timed while it is compiled, `COMPILES` times."""
+COMPILES = 3
 GATHERS = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
@@ -102,18 +113,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """Options of the compiler, tried on Llama 3.1 8B on v6e:2x4: those of `train/chips.toml`, too (a test compares)."""
 
 
+def run_of(job: Job) -> Run:
+    """The run of a job, in bfloat16 by AdamW."""
+    size = {"batch": job.batch, "length": job.length, **job.layout}
+    return Run(model=configs.get_model(job.model), dtype="bfloat16", optimizer=Optimizer(name="adamw"), **size)
+
+
 def measured(job: Job) -> dict[str, Any]:
     """The plan of a job as JSON, with what was published."""
-    optimizer = Optimizer(name="adamw")
-    run = Run(
-        model=configs.get_model(job.model),
-        batch=job.batch,
-        length=job.length,
-        dtype="bfloat16",
-        optimizer=optimizer,
-        **job.layout,
-    )
-    found = json.loads(json_of(plan(run, job.topology)))
+    found = json.loads(json_of(plan(run_of(job), job.topology)))
     return {"job": job.name, "published": job.published, "source": job.source, **found}
 
 
@@ -218,6 +226,39 @@ def decoding_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def compiled(job: Job) -> dict[str, Any]:
+    """Seconds to trace, to lower and to compile the step of a job, each of `COMPILES` times."""
+    run, devices = run_of(job), devices_of(job.topology)
+    seconds = []
+    for _ in range(COMPILES):
+        mesh, _ = meshes.make(run, devices)
+        with jax.set_mesh(mesh):
+            times = [time.perf_counter()]
+            step: Any = make_step(run)
+            traced = step.trace(abstract_state(run, mesh), abstract_batch(run, mesh))
+            times.append(time.perf_counter())
+            lowered = traced.lower()
+            times.append(time.perf_counter())
+            lowered.compile()
+            times.append(time.perf_counter())
+        seconds.append([after - before for before, after in itertools.pairwise(times)])
+    size = {"batch": job.batch, "length": job.length, "topology": job.topology}
+    return {"job": job.name, "cores": os.cpu_count(), "seconds": seconds, **size, **job.layout}
+
+
+def compiling_table(rows: list[dict[str, Any]]) -> str:
+    """Those of compiling as Markdown: medians."""
+    lines = [
+        "| job | mesh | batch x length | cores | trace, s | lower, s | compile, s | in all, s |",
+        "|---|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        parts = [*zip(*row["seconds"], strict=True), [sum(times) for times in row["seconds"]]]
+        shown = " | ".join(f"{statistics.median(times):.1f}" for times in parts)
+        lines.append(f"| {row['job']} | {row['mesh']} | {row['batch']} x {row['length']} | {row['cores']} | {shown} |")
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class Part:
     """Jobs by name that stand in one table."""
@@ -234,6 +275,7 @@ PARTS = {
     "options": Part(
         "Options of the compiler", {name: functools.partial(with_options, name) for name in OPTIONS}, options_table
     ),
+    "compiling": Part("Compiling", {job.name: functools.partial(compiled, job) for job in COMPILED}, compiling_table),
 }
 
 
