@@ -83,6 +83,7 @@ def uneven() -> Run:
     return run.replace(model=model, balance=balance, accumulate=4)
 
 
+@pytest.mark.slow
 def test_stages_with_blocks_outside_and_losses_of_routers() -> None:
     """Also what becomes of a step: metrics, and parameters with their corrections; and blocks are recomputed."""
     assert (uneven().model.repeats, len(uneven().model.rest)) == (2, 1)

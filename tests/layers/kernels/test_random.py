@@ -50,6 +50,7 @@ def test_float32_equals_the_definition(case: Case, variant: str) -> None:
     assert_close(found["found"], found["plain"])
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(cases(), st.sampled_from(IN_BLOCKS), st.sampled_from([jnp.bfloat16, jnp.float16]))
 def test_low_precision_errs_no_more_than_twice_the_definition(case: Case, variant: str, dtype: Any) -> None:
