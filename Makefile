@@ -27,7 +27,7 @@ test-slow: .venv/.test ## run the tests that take minutes each
 	.venv/bin/pytest -m 'slow and not tpu and not gpu and not real' $(ARGS)
 
 test-real: .venv/.test ## fetch pretrained weights (320 MB) into .real and run the tests that need them
-	.venv/bin/python tests/zoo/gguf/fetch.py .real
+	.venv/bin/python tests/zoo/formats/gguf/fetch.py .real
 	.venv/bin/pytest -m 'real and not tpu and not gpu' $(ARGS)
 
 test-oldest: .venv-oldest/.test ## run the tests with the oldest supported jax

@@ -87,8 +87,8 @@ def run_of(job: Job) -> Any:
 
 def the_plan(job: Job) -> dict[str, Any]:
     """What `zoo plan` says of our training; it takes no GPU."""
-    from flaxzoo.train.plan import plan
-    from flaxzoo.train.plan_report import json_of
+    from flaxzoo.train.plan.plan import plan
+    from flaxzoo.train.plan.report import json_of
 
     return json.loads(json_of(plan(run_of(job), PLANNED)))
 
@@ -97,7 +97,7 @@ def our_training(job: Job) -> dict[str, Any]:
     """Steps of `zoo train`."""
     import jax
     import numpy as np
-    from flaxzoo.train import mesh as meshes
+    from flaxzoo.train.distributed import mesh as meshes
     from flaxzoo.train.step import abstract_batch, abstract_state, initial_state, make_step
 
     run = run_of(job)
@@ -131,9 +131,9 @@ def our_generation(job: Job) -> dict[str, Any]:
     import numpy as np
     from flax import nnx
     from flaxzoo import zoo
+    from flaxzoo.zoo.generation.sampling import GREEDY
+    from flaxzoo.zoo.generation.session import Session
     from flaxzoo.zoo.parameters import merge, split
-    from flaxzoo.zoo.sampling import GREEDY
-    from flaxzoo.zoo.session import Session
 
     spec = model_of(job)
 
@@ -164,8 +164,8 @@ def attention(job: Job) -> dict[str, Any]:
     """A layer's attention in bfloat16, and with its gradients: of four documents a row, or of causal rows."""
     import jax
     import jax.numpy as jnp
-    from flaxzoo.layers.kernels import attend
-    from flaxzoo.layers.masks import Causal, Documents
+    from flaxzoo.layers.kernels.attention import attend
+    from flaxzoo.layers.kernels.attention.masks import Causal, Documents
 
     mixer: Any = model_of(job).all_blocks[0].mixer
     size = job.batch, job.length
@@ -383,7 +383,7 @@ def main() -> None:
     if options.serve:
         print(json.dumps(serve(Job(**json.loads(options.serve)))))
         return
-    from flaxzoo.zoo import family
+    from flaxzoo.zoo.families import family
 
     path = RESULTS / "gpu.json"
     found = json.loads(path.read_text()) if path.is_file() and not options.small else {}

@@ -83,7 +83,7 @@ def difference(path: Path, ids: list[int], count: int) -> tuple[float, float]:
 def written(folder: Path, path: Path, quantization: str) -> dict[str, Any]:
     """Writes a checkpoint's file, and returns what had to be changed in its config for GGUF to say it."""
     from flaxzoo import zoo
-    from flaxzoo.zoo.gguf import save_gguf
+    from flaxzoo.zoo.formats.gguf import save_gguf
 
     source: Any = zoo.open_source(folder)
     source.tokenizer = lambda: tokenizer(source.config["vocab_size"])
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--file", type=Path)
     file = parser.parse_args().file
     if file is not None:
-        from flaxzoo.zoo.gguf import GgufFile
+        from flaxzoo.zoo.formats.gguf import GgufFile
 
         known = GgufFile(file).tokenizer()
         assert known is not None

@@ -27,12 +27,12 @@ from typing import Any
 import jax
 from flaxzoo import configs
 from flaxzoo.configs import Optimizer, Run
-from flaxzoo.train import mesh as meshes
-from flaxzoo.train import plan_decode
-from flaxzoo.train.chips import chip_of, chips
-from flaxzoo.train.plan import devices_of, plan
-from flaxzoo.train.plan_decode import Decoding, plan_decoding
-from flaxzoo.train.plan_report import json_of
+from flaxzoo.train.distributed import mesh as meshes
+from flaxzoo.train.plan import decode as plan_decode
+from flaxzoo.train.plan.chips import chip_of, chips
+from flaxzoo.train.plan.decode import Decoding, plan_decoding
+from flaxzoo.train.plan.plan import devices_of, plan
+from flaxzoo.train.plan.report import json_of
 from flaxzoo.train.step import abstract_batch, abstract_state, make_step
 
 RESULTS = Path(__file__).parent / "results"
@@ -110,7 +110,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reduce-scatters, too": GATHERS | SUMS,
     "and weights gathered a layer ahead": GATHERS | SUMS | {"xla_tpu_enable_ici_ag_pipelining": True},
 }
-"""Options of the compiler, tried on Llama 3.1 8B on v6e:2x4: those of `train/chips.toml`, too (a test compares)."""
+"""Options of the compiler, tried on Llama 3.1 8B on v6e:2x4: also those of `train/plan/chips.toml`."""
 
 
 def run_of(job: Job) -> Run:

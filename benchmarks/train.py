@@ -39,7 +39,7 @@ def prepare(connection: Any, layers: int, folder: Path) -> None:
     """Writes the parameters that both start from, and sends what a batch looks like."""
     import jax
     import numpy as np
-    from flaxzoo.train import mesh as meshes
+    from flaxzoo.train.distributed import mesh as meshes
     from flaxzoo.train.step import initial_state
 
     run = bench_run(layers)
@@ -55,7 +55,7 @@ def ours(connection: Any, layers: int, folder: Path) -> None:
     """Our step, on the mesh and with the strictness of `zoo train`."""
     import jax
     import jax.numpy as jnp
-    from flaxzoo.train import mesh as meshes
+    from flaxzoo.train.distributed import mesh as meshes
     from flaxzoo.train.step import initial_state, make_step
 
     run = bench_run(layers)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..layers.spec import unknown
 from ..zoo.decoder import Decoder
-from . import gemma_models, models, moe_models, qwen_models, runs
+from . import models, runs
 from .run import Balance as Balance
 from .run import Data as Data
 from .run import Optimizer as Optimizer
@@ -22,11 +22,7 @@ def _plain(function: Callable) -> bool:
     return all(p.default is not p.empty for p in inspect.signature(function).parameters.values())
 
 
-MODELS = {
-    name: made
-    for module in (models, gemma_models, qwen_models, moe_models)
-    for name, made in _named(module, Decoder).items()
-}
+MODELS = _named(models, Decoder)
 """Functions that make the named models."""
 
 RUNS = _named(runs, Run)

@@ -5,8 +5,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..layers.moe import MoE
-from ..layers.quantized import Kind
+from ..layers.linear.matmul import Kind
+from ..layers.moe.layer import MoE
 from ..layers.spec import Spec
 from ..zoo.decoder import Decoder, Remat
 

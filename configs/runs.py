@@ -2,7 +2,8 @@
 
 import jax.numpy as jnp
 
-from ..zoo import family, open_source
+from ..zoo import open_source
+from ..zoo.families import family
 from . import models
 from .run import Data, Optimizer, Run
 

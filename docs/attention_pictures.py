@@ -4,8 +4,18 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from flaxzoo.layers.kernels.plot import draw
-from flaxzoo.layers.masks import BlockSparse, Causal, Chunked, Documents, GlobalTokens, Mask, Prefix, Where, Window
+from flaxzoo.layers.kernels.attention.masks import (
+    BlockSparse,
+    Causal,
+    Chunked,
+    Documents,
+    GlobalTokens,
+    Mask,
+    Prefix,
+    Where,
+    Window,
+)
+from flaxzoo.layers.kernels.attention.plot import draw
 from matplotlib.figure import Figure
 
 LENGTH, BLOCK = 512, 32

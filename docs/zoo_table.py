@@ -12,8 +12,8 @@ import numpy as np
 from flaxzoo import zoo
 from flaxzoo.configs import MODELS
 from flaxzoo.layers.block import Block
-from flaxzoo.train.progress import amount
-from flaxzoo.train.show import cache_bytes, parameters_of
+from flaxzoo.train.commands.show import cache_bytes, parameters_of
+from flaxzoo.train.runs.progress import amount
 from flaxzoo.zoo.decoder import Decoder
 
 HERE = Path(__file__).parent

@@ -6,10 +6,10 @@ from typing import Literal
 from flax import nnx
 from jaxtyping import Array, Float
 
-from .mixer import Cache, Mixer, Places
+from .mixers.mixer import Cache, Mixer, Places
 from .mlp import FeedForward
+from .moe.routing import Routing
 from .norm import Norm, RMSNorm
-from .routing import Routing
 from .spec import Spec
 
 Placement = Literal["pre", "post", "output", "sandwich", "parallel"]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .sharding import gather_here, kept, names_of, spec, spec_of
+from .sharding.axes import gather_here, kept, names_of, spec, spec_of
 
 LOGITS_BYTES = 2**28
 """Float32 logits that may exist at a time in any case: 523 tokens of a vocabulary of 128,256."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from .linear import Linear, products
+from .linear.linear import Linear, products
 from .spec import Spec
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
@@ -38,7 +38,7 @@ class FeedForward(Spec):
     """A position-wise layer B T D -> B T D.
 
     Its layer is called as `layer(x)` and returns y; where it is `routed`, as `layer(x, places)`, and it returns y and
-    what its router did (`layers/routing.py`).
+    what its router did (`layers/moe/routing.py`).
     """
 
     routed: ClassVar[bool] = False

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from .sharding import parameter
+from .sharding.axes import parameter
 from .spec import Spec
 
 

@@ -16,12 +16,14 @@ import pytest
 from chat_checkpoint import checkpoint, tokenizer_of_bytes
 from flaxzoo import configs, zoo
 from flaxzoo.configs import Run
-from flaxzoo.train import metrics
-from flaxzoo.train.chips import chip_of
-from flaxzoo.train.plan import devices_of, plan
-from flaxzoo.zoo import Decoder, family, session
+from flaxzoo.train.plan.chips import chip_of
+from flaxzoo.train.plan.plan import devices_of, plan
+from flaxzoo.train.runs import metrics
+from flaxzoo.zoo import Decoder
+from flaxzoo.zoo.families import family
+from flaxzoo.zoo.formats.source import TensorInfo
+from flaxzoo.zoo.generation import session
 from flaxzoo.zoo.parameters import Flat, describe
-from flaxzoo.zoo.source import TensorInfo
 from jax.sharding import NamedSharding, PartitionSpec
 from nbclient import NotebookClient
 from nbformat import NotebookNode

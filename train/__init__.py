@@ -1,9 +1,9 @@
 """Training: data, step, loop, checkpoints, meshes, and the `zoo` command."""
 
-from ..zoo.load import RUNS, Runs
-from .folder import load as load
-from .folder import open_run
-from .loop import Result as Result
-from .loop import train as train
+from ..zoo.formats.load import RUNS, Runs
+from .runs.folder import load as load
+from .runs.folder import open_run
+from .runs.loop import Result as Result
+from .runs.loop import train as train
 
 RUNS.append(Runs(load, open_run))

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..configs.run import Balance
-from ..layers.routing import Routing
-from ..layers.sharding import as_split
+from ..layers.moe.routing import Routing
+from ..layers.sharding.axes import as_split
 from ..zoo.parameters import Parameters
 
 Done = dict[str, Routing]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ..configs.run import Optimizer
-from ..layers.sharding import stacked
+from ..layers.sharding.axes import stacked
 from ..zoo.parameters import Description
 
 Descriptions = dict[str, Description]

@@ -12,14 +12,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from ..configs.run import Run
-from ..layers import stages
-from ..layers.mixer import Places
-from ..layers.quantized import quantized
-from ..layers.sharding import batch_partition
+from ..layers.linear.matmul import quantized
+from ..layers.mixers.mixer import Places
+from ..layers.sharding import stages
+from ..layers.sharding.axes import batch_partition
 from ..zoo.decoder import DecoderModel
 from ..zoo.parameters import Parameters, describe, merge, shardings, split
-from . import balance, optimizer, staged
-from .chips import compiler_options
+from . import balance, optimizer
+from . import pipelined as staged
+from .plan.chips import compiler_options
 
 Batch = dict[str, Any]
 """`tokens`, `targets`, `segments`, `positions`: Int "B T"; `weights`: Float "B T", 0 where there is no target."""

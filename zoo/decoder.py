@@ -11,12 +11,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from ..layers import stages
 from ..layers.block import Block
-from ..layers.linear import Embedding, to_logits
-from ..layers.mixer import Cache, Places
+from ..layers.linear.linear import Embedding, to_logits
+from ..layers.mixers.mixer import Cache, Places
+from ..layers.moe.routing import Routing
 from ..layers.norm import Norm, RMSNorm
-from ..layers.routing import Routing
+from ..layers.sharding import stages
 from ..layers.spec import Spec
 
 Remat = Literal["none", "full", "dots", "dots_no_batch", "full_offload", "dots_offload"]

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from ..layers.sharding import check_divides, parameter_axes, partition
+from ..layers.sharding.axes import check_divides, parameter_axes, partition
 
 Parameters = dict[str, jax.Array]
 """Arrays by dotted name, e.g. "stack.0.mixer.query.weight"; stacked layers lead with an L axis."""

@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/attention/kernels.py          measure all, write benchmarks/results/kernels.{json,md}
     .venv/bin/python benchmarks/attention/kernels.py v6e      one chip; the others stay
 
-No TPU is needed. `train/chips.toml` takes its numbers from the first case of each kind (a test compares them), and the
-others say how far the models of `train/plan_kernels.py` are off.
+No TPU is needed. `train/plan/chips.toml` takes its numbers from the first case of each kind (a test compares them),
+and the others say how far the models of `train/plan/kernels.py` are off.
 """
 
 import datetime
@@ -78,9 +78,12 @@ def decode(compiler: Compiler, chip: str, case: tuple[int, ...]) -> dict[str, An
     """Attention of one token of each document to its full cache."""
     import jax
     import jax.numpy as jnp
-    from flaxzoo.layers.kernels import pairs, tpu, tpu_forward, tpu_parts
-    from flaxzoo.layers.kernels.problem import Operands, Problem
-    from flaxzoo.layers.masks import Causal
+    from flaxzoo.layers.kernels.attention import pair_function as pairs
+    from flaxzoo.layers.kernels.attention.masks import Causal
+    from flaxzoo.layers.kernels.attention.problem import Operands, Problem
+    from flaxzoo.layers.kernels.attention.tpu import forward as tpu_forward
+    from flaxzoo.layers.kernels.attention.tpu import implementation as tpu
+    from flaxzoo.layers.kernels.attention.tpu import parts as tpu_parts
     from programs import sizes
 
     batch, length, heads, kv_heads = case
@@ -110,7 +113,7 @@ def put(compiler: Compiler, chip: str, case: tuple[int, ...]) -> dict[str, Any]:
     """One token of every row, written into its cache."""
     import jax
     import jax.numpy as jnp
-    from flaxzoo.layers.kernels.slots import put_tiles
+    from flaxzoo.layers.kernels.cache_update import put_tiles
 
     batch, length, heads = case
     shapes = [jax.ShapeDtypeStruct((batch, heads, slots, 128), jnp.bfloat16) for slots in (length, 1)]
@@ -122,7 +125,7 @@ def grouped(compiler: Compiler, chip: str, case: tuple[int, ...], outer: bool) -
     """XLA's product of grouped rows with matrices, or with other rows."""
     import jax
     import jax.numpy as jnp
-    from flaxzoo.layers.kernels.grouped import _outer_ragged, _ragged
+    from flaxzoo.layers.kernels.grouped.matmul import _outer_ragged, _ragged
 
     rows, groups, inputs, outputs = case
     sizes = np.random.default_rng(0).multinomial(rows, np.full(groups, 1 / groups))
@@ -158,8 +161,8 @@ def measure(compiler: Compiler, chip: str, function: Any, arguments: Any) -> dic
 
 def page(facts: dict[str, str], rows: list[dict[str, Any]]) -> str:
     """All rows as Markdown."""
-    from flaxzoo.train.chips import tpus
-    from flaxzoo.train.plan_kernels import grouped_seconds, outer_seconds, put_seconds
+    from flaxzoo.train.plan.chips import tpus
+    from flaxzoo.train.plan.kernels import grouped_seconds, outer_seconds, put_seconds
 
     named = {chip.name: chip for chip in tpus().values()}
 

@@ -14,8 +14,9 @@ def masks(connection: Any, quick: bool) -> None:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from flaxzoo.layers.kernels import blocks, pairs
-    from flaxzoo.layers.masks import Causal, Documents, Window
+    from flaxzoo.layers.kernels.attention import blocks
+    from flaxzoo.layers.kernels.attention import pair_function as pairs
+    from flaxzoo.layers.kernels.attention.masks import Causal, Documents, Window
     from programs import PACKAGES, splash_kernel
 
     settings = tuple({"block_q": MASK_BLOCK, "block_k": MASK_BLOCK, "compute": 512}.items())
@@ -43,8 +44,8 @@ def million(connection: Any, quick: bool) -> None:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from flaxzoo.layers.kernels import attend
-    from flaxzoo.layers.masks import Causal, Window
+    from flaxzoo.layers.kernels.attention import attend
+    from flaxzoo.layers.kernels.attention.masks import Causal, Window
     from jax.experimental import topologies
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -82,8 +83,8 @@ def cpu(connection: Any, quick: bool) -> None:
     """Seconds and temporary bytes of ours and of `jax.nn.dot_product_attention`, in turns."""
     import jax
     import jax.numpy as jnp
-    from flaxzoo.layers.kernels import attend
-    from flaxzoo.layers.masks import Causal, Window
+    from flaxzoo.layers.kernels.attention import attend
+    from flaxzoo.layers.kernels.attention.masks import Causal, Window
 
     functions = {
         "ours, causal": lambda q, k, v: attend(q, k, v, mask=Causal()),

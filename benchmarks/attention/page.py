@@ -180,7 +180,8 @@ def blocks(facts: Row, found: dict[str, list[Row]]) -> str:
         lines += [
             "## TPU, by the compiler's schedule",
             "",
-            "Causal, 4096 tokens, 4 heads. Microseconds of ours: in what ships (`CHIPS` of layers/kernels/tpu.py),",
+            "Causal, 4096 tokens, 4 heads. Microseconds of ours: in what ships (`CHIPS` of "
+            "layers/kernels/attention/tpu/implementation.py),",
             "then in blocks of so many queries and keys, in strips of so many keys, from the fastest on.",
         ]
         body = []

@@ -10,9 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import WINDOW, Case, Pass
-from flaxzoo.layers.kernels import pairs, tpu, tpu_backward, tpu_forward, tpu_parts
-from flaxzoo.layers.kernels.problem import Operands, Problem
-from flaxzoo.layers.masks import Causal, Documents, Window
+from flaxzoo.layers.kernels.attention import pair_function as pairs
+from flaxzoo.layers.kernels.attention.masks import Causal, Documents, Window
+from flaxzoo.layers.kernels.attention.problem import Operands, Problem
+from flaxzoo.layers.kernels.attention.tpu import backward as tpu_backward
+from flaxzoo.layers.kernels.attention.tpu import forward as tpu_forward
+from flaxzoo.layers.kernels.attention.tpu import implementation as tpu
+from flaxzoo.layers.kernels.attention.tpu import parts as tpu_parts
 from jax.sharding import Mesh
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]

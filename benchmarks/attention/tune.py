@@ -59,8 +59,8 @@ def here(connection: Any, quick: bool) -> None:
     """Sends seconds of `portable` for sizes of its blocks, on the CPU or GPU of this machine."""
     import jax
     import jax.numpy as jnp
-    from flaxzoo.layers.kernels import attend, portable
-    from flaxzoo.layers.masks import Causal
+    from flaxzoo.layers.kernels.attention import attend, portable
+    from flaxzoo.layers.kernels.attention.masks import Causal
 
     def attention(q: Any, k: Any, v: Any) -> Any:
         return attend(q, k, v, mask=Causal(), implementation="portable")

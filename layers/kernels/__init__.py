@@ -1,3 +1,1 @@
-"""Attention kernels behind one function."""
-
-from .attend import attend as attend
+"""Pallas kernels and their plain definitions. They import only `layers.spec` and `layers.sharding.axes`."""

@@ -3,10 +3,11 @@
 import functools
 
 import pytest
-from flaxzoo.configs import _named, get_model, moe_models
-from flaxzoo.train import show
+from flaxzoo.configs import _named, get_model
+from flaxzoo.configs.models import moe as moe_models
+from flaxzoo.train.commands import show
 from flaxzoo.zoo import Decoder
-from flaxzoo.zoo.family import read, write
+from flaxzoo.zoo.families.family import read, write
 from flaxzoo.zoo.parameters import describe
 from rich.console import Console
 

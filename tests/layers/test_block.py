@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flaxzoo.layers.attention import Attention
 from flaxzoo.layers.block import Block, Placement
-from flaxzoo.layers.kernels import attend
-from flaxzoo.layers.masks import Causal, Documents, Window
-from flaxzoo.layers.mixer import Places
+from flaxzoo.layers.kernels.attention import attend
+from flaxzoo.layers.kernels.attention.masks import Causal, Documents, Window
+from flaxzoo.layers.kernels.attention.scores import SoftCap
+from flaxzoo.layers.mixers.attention import Attention
+from flaxzoo.layers.mixers.mixer import Places
 from flaxzoo.layers.mlp import GatedMLP
 from flaxzoo.layers.norm import RMSNorm
-from flaxzoo.layers.rope import Rope
-from flaxzoo.layers.scores import SoftCap
+from flaxzoo.layers.positions.rope import Rope
 
 DIM = 16
 ATTENTION = Attention(heads=4, kv_heads=2, head_dim=8)

@@ -6,11 +6,11 @@ from dataclasses import FrozenInstanceError, dataclass
 from typing import Literal
 
 import pytest
-from flaxzoo.layers.attention import Attention
 from flaxzoo.layers.block import Block
+from flaxzoo.layers.mixers.attention import Attention
 from flaxzoo.layers.mlp import MLP, GatedMLP
 from flaxzoo.layers.norm import LayerNorm, Norm, RMSNorm
-from flaxzoo.layers.rope import LongRopeScaling, Rope
+from flaxzoo.layers.positions.rope import LongRopeScaling, Rope
 from flaxzoo.layers.spec import Spec, unknown
 
 

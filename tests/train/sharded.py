@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 from flaxzoo.configs import Run, models
-from flaxzoo.train import mesh as meshes
+from flaxzoo.train.distributed import mesh as meshes
 from flaxzoo.train.step import Batch, _gradients
 from flaxzoo.zoo import MLA, GatedMLP, MoE, Router
 from flaxzoo.zoo.parameters import describe, shardings, split

@@ -13,9 +13,10 @@ import pytest
 from flax import nnx
 from flaxzoo import zoo
 from flaxzoo.configs import Balance, Optimizer, Run
-from flaxzoo.train import balance, load, loop, metrics
-from flaxzoo.train import mesh as meshes
+from flaxzoo.train import balance, load
 from flaxzoo.train import optimizer as optimizers
+from flaxzoo.train.distributed import mesh as meshes
+from flaxzoo.train.runs import loop, metrics
 from flaxzoo.train.step import _gradients, initial_state, make_step
 from flaxzoo.zoo import MLA, Attention, Block, Decoder, GatedMLP, MoE, Router
 from flaxzoo.zoo.parameters import Description, describe, split

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 from flaxzoo.configs import Optimizer, Run
 from flaxzoo.layers.norm import RMSNorm
-from flaxzoo.train import mesh as meshes
 from flaxzoo.train import optimizer as optimizers
+from flaxzoo.train.distributed import mesh as meshes
 from flaxzoo.train.step import initial_state, make_step
 from flaxzoo.zoo import LayerNorm
 from flaxzoo.zoo.parameters import describe, split

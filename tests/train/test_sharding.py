@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flaxzoo.configs import Run
-from flaxzoo.layers.sharding import batch_partition
-from flaxzoo.train import mesh as meshes
+from flaxzoo.layers.sharding.axes import batch_partition
+from flaxzoo.train.distributed import mesh as meshes
 from jaxlib._jax import Device
 from sharded import B, D, Moved, T, alone, assert_same, collectives, matrices, outcome, run_of, small
 

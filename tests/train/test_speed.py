@@ -8,9 +8,9 @@ import jax
 import pytest
 from flaxzoo import configs
 from flaxzoo.configs import Run, models
-from flaxzoo.train import mesh as meshes
-from flaxzoo.train.chips import chips, compiler_options
-from flaxzoo.train.plan import devices_of
+from flaxzoo.train.distributed import mesh as meshes
+from flaxzoo.train.plan.chips import chips, compiler_options
+from flaxzoo.train.plan.plan import devices_of
 from flaxzoo.train.step import abstract_batch, abstract_state, make_evaluation, make_step
 from flaxzoo.zoo import GatedMLP, MoE, Router
 

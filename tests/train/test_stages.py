@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from flaxzoo.configs import Balance, Optimizer, Run
-from flaxzoo.train import mesh as meshes
-from flaxzoo.train import shard
+from flaxzoo.train.commands import shard
+from flaxzoo.train.distributed import mesh as meshes
 from flaxzoo.train.step import abstract_state, initial_state, make_step
 from flaxzoo.zoo.parameters import describe
 from sharded import B, D, Moved, T, alone, assert_same, collectives, outcome, rows, run_of

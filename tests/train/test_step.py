@@ -10,8 +10,8 @@ import optax
 import pytest
 from flax import nnx
 from flaxzoo.configs import Run
-from flaxzoo.layers.mixer import Places
-from flaxzoo.train import mesh as meshes
+from flaxzoo.layers.mixers.mixer import Places
+from flaxzoo.train.distributed import mesh as meshes
 from flaxzoo.train.step import State, _gradients, best_parameters, initial_state, make_step
 from flaxzoo.zoo.parameters import Parameters, merge, split
 

@@ -1,6 +1,6 @@
 """Makes `gguf/<model>/text.json`: what transformers writes and how it scores text, from the pretrained GGUF files.
 
-    python tests/zoo/gguf/fetch.py .real
+    python tests/zoo/formats/gguf/fetch.py .real
     python -m venv /tmp/truth && /tmp/truth/bin/pip install torch==2.13.0 transformers==5.24.0 gguf accelerate jinja2
     /tmp/truth/bin/python tests/truth/make_real.py .real
 

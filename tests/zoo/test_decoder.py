@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from flaxzoo.layers.loss import cross_entropy
-from flaxzoo.layers.mixer import Places
-from flaxzoo.layers.sharding import batch_partition
+from flaxzoo.layers.mixers.mixer import Places
+from flaxzoo.layers.sharding.axes import batch_partition
 from flaxzoo.zoo.decoder import POLICIES
 from flaxzoo.zoo.parameters import describe, merge, partitions, shardings, split
 

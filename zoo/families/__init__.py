@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from ..family import Family
+from .family import Family
 
 
 def _found() -> tuple[Family, ...]:

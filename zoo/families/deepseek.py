@@ -3,17 +3,16 @@
 from typing import Any
 
 from ...layers.block import Block
-from ...layers.mla import MLA
+from ...layers.mixers.latent import MLA
 from ...layers.mlp import GatedMLP
-from ...layers.moe import MoE
+from ...layers.moe.layer import MoE
+from ...layers.moe.routing import Groups, Router
 from ...layers.norm import RMSNorm
-from ...layers.routing import Groups, Router
-from .. import rope_config
-from ..blocks import experts, part, per_layer
-from ..config import LAYERS, Config
 from ..decoder import Decoder
-from ..family import Family
-from . import llama, qwen3_moe
+from . import llama, qwen3_moe, rope_config
+from .config import LAYERS, Config
+from .family import Family
+from .layer_pattern import experts, part, per_layer
 
 MIXER, SHARED = "model.layers.{layer}.self_attn", "model.layers.{layer}.mlp.shared_experts"
 NAMES = (

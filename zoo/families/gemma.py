@@ -4,13 +4,12 @@ from typing import Any
 
 from ...layers.mlp import GatedMLP
 from ...layers.norm import RMSNorm
-from ...layers.rope import Rope
-from .. import rope_config
-from ..blocks import attentions, layer_types, part, per_layer, window_of, windowed
-from ..config import Config
+from ...layers.positions.rope import Rope
 from ..decoder import Decoder
-from ..family import Family
-from . import llama
+from . import llama, rope_config
+from .config import Config
+from .family import Family
+from .layer_pattern import attentions, layer_types, part, per_layer, window_of, windowed
 
 KINDS = ("full_attention", "sliding_attention")
 SANDWICH = (

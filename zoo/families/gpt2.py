@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from ...layers.attention import Attention
 from ...layers.block import Block
+from ...layers.mixers.attention import Attention
 from ...layers.mlp import MLP
 from ...layers.norm import LayerNorm
-from ..blocks import part
-from ..config import LAYERS, Config
 from ..decoder import Decoder
-from ..family import Family
+from .config import LAYERS, Config
+from .family import Family
+from .layer_pattern import part
 
 # Its matrices are stored as in x W: input first.
 NAMES = {

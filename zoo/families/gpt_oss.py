@@ -3,13 +3,13 @@
 from typing import Any
 
 from ...layers.mlp import GatedMLP
-from ...layers.moe import MoE
-from ...layers.routing import Router
-from ..blocks import attentions, experts, fed, layer_types, part, window_of, windowed
-from ..config import Config
+from ...layers.moe.layer import MoE
+from ...layers.moe.routing import Router
 from ..decoder import Decoder
-from ..family import Family
 from . import llama
+from .config import Config
+from .family import Family
+from .layer_pattern import attentions, experts, fed, layer_types, part, window_of, windowed
 
 MOE = "model.layers.{layer}.mlp"
 NAMES = (

@@ -3,16 +3,16 @@
 from typing import Any
 
 from ...layers import mlp
-from ...layers.attention import Attention
 from ...layers.block import Block
+from ...layers.mixers.attention import Attention
 from ...layers.mlp import GatedMLP
 from ...layers.norm import RMSNorm
-from ...layers.rope import Rope
-from .. import rope_config
-from ..blocks import attentions, part
-from ..config import LAYERS, Config
+from ...layers.positions.rope import Rope
 from ..decoder import Decoder
-from ..family import Family
+from . import rope_config
+from .config import LAYERS, Config
+from .family import Family
+from .layer_pattern import attentions, part
 
 OUTSIDE = {
     "model.embed_tokens.weight": ("V D", "embedding.table"),

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from ..blocks import attentions, layer_types, window_of, windowed
-from ..config import Config
 from ..decoder import Decoder
-from ..family import Family
 from . import llama
+from .config import Config
+from .family import Family
+from .layer_pattern import attentions, layer_types, window_of, windowed
 
 
 def read(config: Config) -> Decoder:

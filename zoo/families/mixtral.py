@@ -3,13 +3,13 @@
 from typing import Any
 
 from ...layers.mlp import GatedMLP
-from ...layers.moe import MoE
-from ...layers.routing import Router
-from ..blocks import experts, fed, part, window_of
-from ..config import Config
+from ...layers.moe.layer import MoE
+from ...layers.moe.routing import Router
 from ..decoder import Decoder
-from ..family import Family
 from . import llama
+from .config import Config
+from .family import Family
+from .layer_pattern import experts, fed, part, window_of
 
 MOE = "model.layers.{layer}.block_sparse_moe"
 NAMES = (

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from ..blocks import window_of
-from ..config import Config
 from ..decoder import Decoder
-from ..family import Family
 from . import llama
+from .config import Config
+from .family import Family
+from .layer_pattern import window_of
 
 LAYER = "model.layers.{layer}"
 NAMES = (

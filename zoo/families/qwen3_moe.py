@@ -3,14 +3,14 @@
 from typing import Any
 
 from ...layers.mlp import GatedMLP
-from ...layers.moe import MoE
+from ...layers.moe.layer import MoE
+from ...layers.moe.routing import Router
 from ...layers.norm import RMSNorm
-from ...layers.routing import Router
-from ..blocks import attentions, experts, fed, part, per_layer
-from ..config import Config
 from ..decoder import Decoder
-from ..family import Family
 from . import llama
+from .config import Config
+from .family import Family
+from .layer_pattern import attentions, experts, fed, part, per_layer
 
 MOE = "model.layers.{layer}.mlp"
 EXPERTS = {

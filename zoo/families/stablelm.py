@@ -3,11 +3,11 @@
 from typing import Any
 
 from ...layers.norm import LayerNorm
-from ..blocks import attentions
-from ..config import Config
 from ..decoder import Decoder
-from ..family import Family
 from . import llama
+from .config import Config
+from .family import Family
+from .layer_pattern import attentions
 
 NAMES = llama.NAMES | {
     "model.norm.bias": ("D", "norm.bias"),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flaxzoo.layers.kernels import grouped
+from flaxzoo.layers.kernels.grouped import matmul as grouped
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 SIZES = {

@@ -1,0 +1,338 @@
+"""Attention as one function of queries, keys, values, a mask and a score."""
+
+import contextlib
+import dataclasses
+import logging
+import math
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
+from jax.sharding import PartitionSpec, reshard
+from jaxtyping import Array, Float, Int
+
+from ...sharding.axes import spec_of
+from ...spec import unknown
+from ..by_platform import by_platform
+from ..transposable import linear
+from . import cudnn as cuda
+from . import dropout, portable, reference
+from . import pair_function as pairs
+from .blocks import hides_everything
+from .context import Method, plan
+from .hopper import implementation as hopper
+from .lookup import check_kind
+from .masks import Mask, check_mask
+from .problem import Gradients, Operands, Problem, gradients_like, tangents_of
+from .scores import Score
+from .tpu import implementation as tpu
+from .tpu import interpreted as tpu_interpreted
+
+_log = logging.getLogger(__name__)
+
+Implementation = Literal["reference", "portable", "tpu", "cuda"]
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    *,
+    mask: Mask,
+    score: Score | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    scale: float | None = None,
+    query_offset: int | Int[Array, ""] | Int[Array, " B"] = 0,
+    dropout_rate: float = 0.0,
+    dropout_seed: int | Int[Array, ""] | None = None,
+    return_lse: bool = False,
+    context_axis: str | None = None,
+    context: Method = "ring",
+    implementation: Implementation | None = None,
+) -> Any:
+    """softmax(score(scale q k^T) + mask) v, over groups of N / K query heads that share a key/value head.
+
+    Logits, softmax and sums are float32; the result has the dtype of q. A query that sees no key gives zeros, and has
+    zero gradients. The same arguments give the same bits.
+
+    Args:
+        q: queries; float32, bfloat16 or float16, as k and v. Batch and heads may be split over an explicit-mode mesh,
+            alike in q, k and v.
+        k: keys; N must be a multiple of K (GQA, 2305.13245; MQA, 1911.02150).
+        v: values, of any head dim.
+        mask: which keys a query sees (layers/kernels/attention/masks.py).
+        score: what becomes of a logit: any traced function `(score, batch, head, query, key)` of scalars, or one of
+            layers/kernels/attention/scores.py. Arrays it closes over get gradients.
+        sinks: a learned logit per head that takes part in the softmax and has no value (2309.17453; gpt-oss).
+        scale: of the products q k; 1 / sqrt(H) by default.
+        query_offset: the position of the first query, for all sequences or each: mask, score and dropout see
+            positions. Key s is at position s.
+        dropout_rate: share of the weights that are set to zero, the others growing by 1 / (1 - rate).
+        dropout_seed: an integer; needed for dropout.
+        return_lse: return also the logarithm of the sum of exponentials of each row, float32 B N T: -inf where a query
+            sees no key.
+        context_axis: the mesh axis that the length of q, k and v is split over, if one is. Rows stay in their order.
+        context: what the devices of that axis do. In a "ring" keys and values travel from one to the next, and nobody
+            ever holds more than two parts of them; with "all_gather" every device holds all.
+        implementation: "reference" is the plain definition, with all T x S logits; "portable" goes block by block,
+            with memory linear in the lengths; "tpu" runs kernels (interpreted where there is no TPU), "cuda" those of
+            cuDNN or, on an H100 or H200, our own. By default each platform's first that can do it; a debug log says why
+            one could not.
+
+    Raises:
+        ValueError: where shapes do not fit, the mask hides everything, or the implementation is unknown.
+        NotImplementedError: where the implementation that was asked for can't do this.
+    """
+    check_mask(mask)
+    _check(q, k, v, sinks, dropout_rate, dropout_seed)
+    (batch, queries, heads, size), keys = q.shape, k.shape[1]
+    check_kind(query_offset, "integer", "query_offset")
+    if jnp.shape(query_offset) not in ((), (batch,)):
+        raise ValueError(
+            f"query_offset is a number or one for each of B={batch} sequences, got shape {jnp.shape(query_offset)}"
+        )
+    fixed = isinstance(query_offset, int | np.integer)
+    offset: Any = int(query_offset) if fixed else jnp.asarray(query_offset, jnp.int32)
+    query_positions = None if fixed else offset.reshape(-1, 1, 1) + jnp.arange(queries, dtype=jnp.int32)
+    sizes = pairs.Sizes(batch, heads, queries, keys, offset if fixed else query_positions)
+    traced_mask = pairs.trace(mask.visible)
+    traced_score = None if score is None else pairs.trace(score, score=True)
+    split = _Split(q, k, v, context_axis)
+    shared = None
+    if context_axis is not None:
+        shared = plan(traced_mask, sizes, context_axis, split.context_devices, context)
+        query_positions = pairs.positions(sizes)["query"]
+    mask_sides = split.sides(traced_mask, sizes)
+    traced_sides = any(isinstance(side, Tracer) for side in mask_sides)
+    known = fixed and context_axis is None and not traced_sides and not split.cuts(mask_sides)
+    rows = split.place(dropout.rows(jnp.asarray(dropout_seed), batch, heads)) if dropout_rate else None
+    problem = Problem(
+        mask=traced_mask,
+        score=traced_score,
+        scale=1 / math.sqrt(size) if scale is None else float(scale),
+        out_dtype=q.dtype if sinks is None else jnp.float32,
+        dropout_rate=dropout_rate,
+        query_offset=offset if fixed else 0,
+        mask_sides=[np.asarray(side) for side in mask_sides] if known else None,
+        causal=mask.causal and fixed and offset <= 0 and context_axis is None,
+        band=mask.band,
+        wants_lse=sinks is not None or return_lse or shared is not None,
+        context=shared,
+    )
+    operands = Operands(
+        q=q,
+        k=k,
+        v=v,
+        mask_sides=[] if known else [split.place(side) for side in mask_sides],
+        score_sides=[] if traced_score is None else [split.place(x) for x in split.sides(traced_score, sizes)],
+        dropout_rows=rows,
+        query_positions=None if query_positions is None else split.place(query_positions),
+        key_positions=None if shared is None else split.place(pairs.positions(sizes)["key"]),
+    )
+    hidden = context_axis is not None and shared is None
+    if problem.mask_sides is not None:
+        found = problem.blocks(operands, portable.BLOCK, portable.BLOCK)
+        hidden = hides_everything(traced_mask, problem.mask_sides, sizes, found, portable.BLOCK)
+    if hidden:
+        raise ValueError(
+            f"the mask hides every key from every query: {mask} for T={queries}, S={keys}, {query_offset=}"
+        )
+    out, lse = split.run(partial(_attention, implementation, problem), operands)
+    if sinks is not None:
+        # One more logit in the sum changes no ratio of the others, so all weights shrink alike.
+        total = jnp.logaddexp(lse, sinks.astype(jnp.float32)[:, None])
+        out = (out * jnp.swapaxes(jnp.exp(lse - total), 1, 2)[..., None]).astype(q.dtype)
+        lse = total
+    return (out, lse) if return_lse else out
+
+
+def _check(q: Array, k: Array, v: Array, sinks: Any, dropout_rate: float, dropout_seed: Any) -> None:
+    """Raises ValueError where the arguments do not fit each other."""
+    given = {"q": q, "k": k, "v": v} | ({} if sinks is None else {"sinks": sinks})
+    for name, array in given.items():
+        if not isinstance(array, jax.Array | np.ndarray):
+            raise ValueError(f"{name} must be an array, got {type(array).__name__}")
+    if not q.ndim == k.ndim == v.ndim == 4 or k.shape[::3] != q.shape[::3] or v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"q, k, v must be B T N H, B S K H, B S K Hv, got {q.shape}, {k.shape}, {v.shape}")
+    if not math.prod(q.shape) * math.prod(v.shape):
+        raise ValueError(f"no dimension may be empty, got {q.shape}, {k.shape}, {v.shape}")
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if heads % kv_heads:
+        raise ValueError(f"query heads must be a multiple of key/value heads, got N={heads}, K={kv_heads}")
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)):
+        raise ValueError(
+            f"q, k, v must all be float32, bfloat16 or float16, got {q.dtype}, {k.dtype}, {v.dtype}; cast them"
+        )
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks are a logit for each of N={heads} query heads, got shape {sinks.shape}")
+    if not 0 <= dropout_rate < 1 or (dropout_rate and dropout_seed is None):
+        raise ValueError(
+            f"dropout_rate is at least 0 and below 1 and needs a dropout_seed, got {dropout_rate} and {dropout_seed}"
+        )
+    if dropout_seed is not None:
+        check_kind(dropout_seed, "integer", "dropout_seed")
+
+
+def _choose(implementation: Implementation | None, problem: Problem, operands: Operands) -> dict[str, Any]:
+    """The modules that do this, by the platform that is lowered for."""
+    names = get_args(Implementation)
+    if implementation is not None and implementation not in names:
+        raise unknown("attention implementation", implementation, names)
+    if implementation == "portable":
+        return {"default": portable}
+    kernels = {"tpu": [tpu], "cuda": [cuda, hopper]}
+    found, refused = {}, {}
+    say = partial(_log.debug, "on %s, attention is left to '%s': %s")
+    for platform, modules in kernels.items() if implementation is None else [(implementation, kernels[implementation])]:
+        reasons: list[str] = []
+        for module in modules:
+            reason = module.refusal(problem, operands)
+            if reason is None:
+                found[platform] = module
+                if reasons:
+                    say(platform, module.__name__.rpartition(".")[2], "; ".join(reasons))
+                break
+            reasons.append(reason)
+        else:
+            refused[platform] = "; ".join(reasons)
+    if implementation is None:
+        for platform, reason in refused.items():
+            say(platform, "portable", reason)
+        return {"default": portable} | found
+    if refused:
+        raise NotImplementedError(f"attention by {implementation=}: {refused[implementation]}; 'portable' can do it")
+    return found | ({"default": tpu_interpreted} if implementation == "tpu" else {})
+
+
+def _attention(implementation: Implementation | None, problem: Problem, operands: Operands) -> tuple[Array, Array]:
+    """Attention and the logarithm of its sums, by an implementation."""
+    context = problem.context
+    if context is not None:
+        operands = context.spread(problem, operands)
+    if implementation == "reference":  # with the derivatives that JAX finds, of any order
+        out, lse = reference.forward(problem, context.gathered(problem, operands) if context else operands)
+    else:
+        out, lse = _blockwise(tuple(_choose(implementation, problem, operands).items()), problem, operands)
+    return (out, lse) if context is None else (context.restored(out, 1), context.restored(lse, 2))
+
+
+def _early(chosen: Any) -> list[str]:
+    """Platforms whose calls XLA may divide among devices."""
+    return [name for name, module in chosen if module is cuda]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _blockwise(chosen: Any, problem: Problem, operands: Operands) -> tuple[Array, Array]:
+    """Attention whose derivatives, forward and reverse, are computed block by block as it is."""
+
+    def attention(problem: Problem, operands: Operands) -> tuple[Array, Array]:
+        (batch, length, heads, _), size = operands.q.shape, operands.v.shape[3]
+        out = jax.ShapeDtypeStruct((batch, length, heads, size), problem.out_dtype)
+        lse = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+        functions = {name: partial(module.forward, problem) for name, module in chosen}
+        return by_platform(functions, (operands,), (out, lse), early=_early(chosen))
+
+    context = problem.context
+    return context.forward(attention, problem, operands) if context else attention(problem, operands)
+
+
+@_blockwise.defjvp
+def _blockwise_jvp(chosen: Any, problem: Problem, primals: tuple[Operands], tangents: tuple[Operands]) -> Any:
+    (operands,), (moved,) = primals, tangents
+    # By this name a remat policy keeps both: it sees no matmul inside a loop.
+    out, lse = (checkpoint_name(x, "attention") for x in _blockwise(chosen, problem, operands))
+
+    def forward(saved: Any, moved: Gradients) -> Any:
+        operands, out, lse = saved
+        context = problem.context
+        if context is not None:
+            return context.tangent(portable.tangent, problem, operands, out, lse, moved)
+        return portable.tangent(problem, operands, out, lse, moved)
+
+    def transpose(saved: Any, cotangents: Any) -> Gradients:
+        (operands, out, lse), (out_grad, lse_grad) = saved, cotangents
+        weighted = jnp.sum(out.astype(jnp.float32) * out_grad.astype(jnp.float32), axis=-1)
+        delta = jnp.swapaxes(weighted, 1, 2) - lse_grad
+
+        def gradients(problem: Problem, *arguments: Any) -> Gradients:
+            functions = {name: partial(module.backward, problem) for name, module in chosen}
+            return by_platform(functions, arguments, gradients_like(problem, arguments[0]), early=_early(chosen))
+
+        if problem.context:
+            return problem.context.backward(gradients, problem, operands, lse, delta, out_grad)
+        return gradients(problem, operands._replace(out=out), lse, delta, out_grad)
+
+    return (out, lse), linear(forward, transpose, (operands, out, lse), tangents_of(moved), like=(out, lse))
+
+
+class _Split:
+    """How queries, keys and values are split over the mesh: along batch, length and heads, all alike."""
+
+    def __init__(self, q: Array, k: Array, v: Array, context_axis: str | None):
+        self.batch, _, self.heads, _ = spec_of(q)
+        self.context = context_axis
+        if any(spec_of(x) != (self.batch, context_axis, self.heads, None) for x in (q, k, v)):
+            lengths = "not along their length" if context_axis is None else f"along their length over {context_axis}"
+            raise ValueError(
+                f"q, k, v may be split over the mesh along batch and heads, all alike, and with {context_axis=} must "
+                f"be split {lengths}, got {spec_of(q)}, {spec_of(k)}, {spec_of(v)}"
+            )
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is split."""
+        return self.batch is None and self.heads is None and self.context is None
+
+    @property
+    def context_devices(self) -> int:
+        """Over how many devices the length is split."""
+        return jax.sharding.get_abstract_mesh().shape[self.context]
+
+    def spec(self, shape: tuple[int, ...]) -> PartitionSpec:
+        """How an array (B or 1, N or 1, length or 1, ...) is split."""
+        names = (self.batch, self.heads, self.context)
+        return PartitionSpec(*(None if size == 1 else name for size, name in zip(shape, names, strict=False)))
+
+    def cuts(self, sides: list[Array]) -> bool:
+        """Whether devices have different parts of any of these."""
+        return any(name is not None for side in sides for name in self.spec(side.shape))
+
+    def place(self, array: Array) -> Array:
+        """An array (B or 1, N or 1, ...) split as it should be."""
+        return array if self.whole else reshard(array, self.spec(array.shape))
+
+    def sides(self, function: pairs.PairFunction, sizes: pairs.Sizes) -> list[Array]:
+        """The sides of a function, split as they should be.
+
+        They are computed as on one device: a function that looks arrays up says nothing about meshes. Under a mesh they
+        are never known now, for its devices may be there to compile for alone.
+        """
+        fixed = isinstance(sizes.query, int)
+        if jax.sharding.get_abstract_mesh().empty:
+            with jax.ensure_compile_time_eval() if function.known and fixed else contextlib.nullcontext():
+                return function.side_values(sizes)
+
+        def compute(arrays: list[Array], places: list[Array]) -> list[Array]:
+            known = sizes if fixed else dataclasses.replace(sizes, query=places[0])
+            return function.side_values(known, arrays)
+
+        specs = [self.spec(shape) for shape in function.side_shapes(sizes)]
+        # Jitted, because numbers made one by one belong to the mesh around, whatever mode that is in here.
+        # Axes that are manual here, as that of a pipeline's stages, stay so.
+        explicit = jax.sharding.get_abstract_mesh().explicit_axes
+        spread: Any = jax.jit(compute)
+        spread = jax.sharding.auto_axes(spread, axes=explicit, out_sharding=specs) if explicit else spread
+        return spread(function.arrays, [] if fixed else [sizes.query])
+
+    def run(self, function: Any, operands: Operands) -> tuple[Array, Array]:
+        """Calls a function of operands on each device's own part of them."""
+        if self.whole:
+            return function(operands)
+        wide = PartitionSpec(self.batch, self.context, self.heads, None)
+        narrow = PartitionSpec(self.batch, self.heads, self.context)
+        specs = jax.tree.map(lambda x: self.spec(x.shape), operands)._replace(q=wide, k=wide, v=wide)
+        return jax.shard_map(function, in_specs=(specs,), out_specs=(wide, narrow), check_vma=False)(operands)

@@ -1,0 +1,1 @@
+"""Flash attention for H100 and H200 GPUs (Pallas, Mosaic GPU)."""

@@ -1,0 +1,1 @@
+"""Linear maps between named axes, embeddings, and the sharded matmuls that compute them."""

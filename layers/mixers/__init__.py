@@ -1,0 +1,1 @@
+"""Layers that mix information between tokens, and their KV caches. `mixer.py` is the contract."""

@@ -1,0 +1,179 @@
+"""What attention remembers of earlier tokens: keys and values in slots, one a position or a ring, plain or int8.
+
+The token at position p is in slot p mod S. Where S is the longest a document gets, that is slot p, and keys are in
+order. With a window, S is little more than the window, and older tokens are overwritten. Nothing has to be remembered
+of which token is in which slot: that follows from the latest position. A token that is written again (a draft that was
+refused, an answer that was taken back) takes its old slot.
+
+Arrays are B K S H, each head's slots together: the order in which attention reads them, so that it copies none.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int8
+
+from ..kernels.attention.masks import KeysAt, Mask
+from ..kernels.cache_update import put
+from ..sharding.axes import as_split, locally, partition, zeros
+from .mixer import Places
+
+AHEAD = 16
+"""Slots of a ring beyond its window: a call with up to so many tokens more than one finds all it sees in the ring, and
+so many latest tokens may be taken back."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Quantized:
+    """Vectors as int8, with a scale for each token and head: x = values * scale, |error| <= scale / 2."""
+
+    values: Int8[Array, "B K S H"]
+    scale: Float[Array, "B K S"]
+
+    @classmethod
+    def of(cls, x: Float[Array, "B S K H"]) -> "Quantized":
+        """`x` rounded; the greatest number of each vector becomes 127."""
+        wide = jnp.swapaxes(x, 1, 2).astype(jnp.float32)
+        scale = jnp.max(jnp.abs(wide), axis=-1) / 127
+        values = jnp.round(wide / jnp.where(scale == 0.0, 1.0, scale)[..., None])
+        return cls(values.astype(jnp.int8), scale)
+
+    def read(self, dtype: Any) -> Float[Array, "B S K H"]:
+        """The vectors, in `dtype`."""
+        return jnp.swapaxes((self.values.astype(jnp.float32) * self.scale[..., None]).astype(dtype), 1, 2)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Plain:
+    """Vectors as they are."""
+
+    values: Float[Array, "B K S H"]
+
+    @classmethod
+    def of(cls, x: Float[Array, "B S K H"]) -> "Plain":
+        """`x` itself."""
+        return cls(jnp.swapaxes(x, 1, 2))
+
+    def read(self, dtype: Any) -> Float[Array, "B S K H"]:
+        """The vectors, in `dtype`."""
+        return jnp.swapaxes(self.values.astype(dtype), 1, 2)
+
+
+Vectors = Plain | Quantized
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KeyValueCache:
+    """Keys and values of up to S tokens a row."""
+
+    key: Vectors
+    value: Vectors
+    window: int | None = field(metadata={"static": True})
+    """Of a ring; None where every position has a slot."""
+
+    @classmethod
+    def empty(
+        cls, batch: int, length: int, kv_heads: int, head_dim: int, dtype: Any, window: int | None = None
+    ) -> "KeyValueCache":
+        """No tokens yet, and room for `length` of them, of which no query sees more than the `window` latest.
+
+        `dtype` int8 stores each vector quantized; anything else is a floating-point type.
+        """
+        ring = window is not None and window + AHEAD < length
+        slots = window + AHEAD if window is not None and ring else length
+        shape = (batch, kv_heads, slots, head_dim)
+        if jnp.dtype(dtype) == jnp.int8:
+            made: Vectors = Quantized(_zeros("B K S H", shape, jnp.int8), _zeros("B K S", shape[:3], jnp.float32))
+        else:
+            made = Plain(_zeros("B K S H", shape, dtype))
+        return cls(made, made, window if ring else None)
+
+    @property
+    def slots(self) -> int:
+        """S."""
+        return self.key.values.shape[-2]
+
+    @property
+    def rewinds(self) -> int:
+        """How many of the latest tokens may be taken back, by going on from an earlier position."""
+        return self.slots if self.window is None else AHEAD
+
+    def extend(
+        self, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], places: Places, mask: Mask
+    ) -> tuple["KeyValueCache", Array, Array, Mask]:
+        """The cache with the keys and values of more tokens, and what attention goes over: keys, values and their mask.
+
+        Each row goes on at the position of its first token. Padding (segment 0) may stand on the right, and is not
+        written. `mask` is over positions; what is returned is over the keys that are returned.
+        """
+        start, real = places.positions[:, 0], places.segments > 0
+        last = start + jnp.sum(real, axis=1, dtype=jnp.int32) - 1
+        after = self._written(key, value, start, real)
+        dtype = key.dtype
+        if self.window is None:
+            return after, after.key.read(dtype), after.value.read(dtype), mask
+        if key.shape[1] - 1 <= AHEAD:
+            return after, after.key.read(dtype), after.value.read(dtype), KeysAt(self._held(last), mask)
+        # The first queries see keys that the last ones overwrite: those from before this call go in front.
+        positions = start[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)
+        positions = jnp.concatenate([self._held(start - 1), jnp.where(real, positions, -1)], axis=1)
+        return (
+            after,
+            _joined(self.key, key),
+            _joined(self.value, value),
+            KeysAt(positions, mask),
+        )
+
+    def _held(self, last: Int[Array, " B"]) -> Int[Array, "B S"]:
+        """The position of the token in each slot, negative where there is none yet, when `last` is the latest."""
+        slot = jnp.arange(self.slots, dtype=jnp.int32)
+        return last[:, None] - jnp.mod(last[:, None] - slot, self.slots)
+
+    def _written(self, key: Array, value: Array, start: Array, real: Array) -> "KeyValueCache":
+        """The cache with new vectors in the slots of their positions; of a ring, the latest of each slot."""
+        count = jnp.sum(real, axis=1, dtype=jnp.int32)[:, None]
+        index = jnp.arange(key.shape[1], dtype=jnp.int32)
+        kept = real if self.window is None else real & (index >= count - self.slots)
+        slot = start[:, None] + index
+        slot = slot if self.window is None else jnp.mod(slot, self.slots)
+        slot = jnp.where(kept, slot, self.slots)  # past the end: not written
+        stored = {
+            name: jax.tree.map(lambda old, new: _put(old, new, slot), getattr(self, name), type(self.key).of(new))
+            for name, new in (("key", key), ("value", value))
+        }
+        return dataclasses.replace(self, **stored)
+
+
+def written(slots: Float[Array, "B K S H"], new: Float[Array, "B T K H"], places: Places) -> Float[Array, "B K S H"]:
+    """`slots`, of which each is that of a position, with the vectors of more tokens; padding is not written."""
+    index = places.positions[:, :1] + jnp.arange(new.shape[1], dtype=jnp.int32)
+    return _put(slots, jnp.swapaxes(new, 1, 2), jnp.where(places.segments > 0, index, slots.shape[2]))
+
+
+def _joined(old: Vectors, new: Float[Array, "B T K H"]) -> Float[Array, "B U K H"]:
+    """Remembered vectors and new ones, which look as they will be remembered."""
+    return jnp.concatenate([as_split(old.read(new.dtype), new), type(old).of(new).read(new.dtype)], axis=1)
+
+
+def _zeros(axes: str, shape: tuple[int, ...], dtype: Any) -> Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    return zeros(shape, dtype, () if mesh.empty else tuple(partition(axes, mesh)))
+
+
+def _put(slots: Array, new: Array, index: Int[Array, "B T"]) -> Array:
+    """`slots[b, :, index[b, t]] = new[b, :, t]`, but for an index past the end; the slots are split as `new` is."""
+
+    def local(new: Array, slots: Array, index: Array) -> Array:
+        if new.shape[2] == 1:
+            return put(slots, new, index[:, 0])
+        row = jnp.arange(new.shape[0], dtype=jnp.int32)[:, None]
+        return slots.at[row, :, index].set(jnp.swapaxes(new, 1, 2), mode="drop")
+
+    new = new.astype(slots.dtype)
+    return locally(local, new, as_split(slots, new), index)

@@ -1,0 +1,1 @@
+"""Mixture of experts: routing, the exchange of tokens between devices, and the layer."""

@@ -1,0 +1,123 @@
+"""Mixtures of experts: each token is computed by a few of many feed-forward layers."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from ..kernels.grouped.matmul import grouped_product
+from ..mixers.mixer import Places
+from ..mlp import MLP, FeedForward, GatedMLP
+from ..sharding.axes import AXES, gather_here, kept, names_of, parameter, spec, spec_of, sum_here, time_after
+from .exchange import Exchange, dispatched
+from .routing import Router, RouterLayer, Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoE(FeedForward):
+    """y = shared(x) + the sum over the chosen experts e of weight_e expert_e(x) (1701.06538).
+
+    No token is dropped, whatever the loads (2211.15841). Many small experts and shared ones: 2401.06066.
+    """
+
+    routed: ClassVar[bool] = True
+
+    experts: int
+    expert: MLP | GatedMLP
+    """What each expert is."""
+    router: Router
+    shared: MLP | GatedMLP | None = None
+    """A layer that computes every token; n shared experts are one that is n times as wide."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.router.check(self.experts)
+
+    def build(self, dim: int, *, rngs: nnx.Rngs) -> "MoELayer":
+        """The layer for hidden size D = `dim`."""
+        return MoELayer(self, dim, rngs=rngs)
+
+    def flops(self, dim: int) -> float:
+        """Floating-point operations of one token in the forward pass: those of the experts it goes to."""
+        shared = 0 if self.shared is None else self.shared.flops(dim)
+        return 2 * dim * self.experts + self.router.top_k * self.expert.flops(dim) + shared
+
+    def unused(self, dim: int) -> int:
+        """How many parameters belong to experts that a token does not go to."""
+        one = jax.eval_shape(lambda: self.expert.build(dim, rngs=nnx.Rngs(0)))
+        return (self.experts - self.router.top_k) * sum(x.size for x in jax.tree.leaves(one))
+
+
+class MoELayer(nnx.Module):
+    """A router, experts, and perhaps a layer that all tokens share."""
+
+    def __init__(self, spec: MoE, dim: int, *, rngs: nnx.Rngs):
+        def linear(axes: str, sizes: Mapping[str, int], *, rngs: nnx.Rngs, bias: bool) -> ExpertLinear:
+            return ExpertLinear(axes, {"E": spec.experts, **sizes}, rngs=rngs, bias=bias)
+
+        self.spec = spec
+        self.router = RouterLayer(spec.router, dim, spec.experts, rngs=rngs)
+        self.experts = spec.expert.build(dim, rngs=rngs, linear=linear)
+        self.shared = None if spec.shared is None else spec.shared.build(dim, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], places: Places) -> tuple[Float[Array, "B T D"], Routing]:
+        """The layer's output in the dtype of `x`, and what the router did with the tokens that are no padding."""
+        chosen, weights, done = self.router(x, (places.segments != 0).astype(jnp.float32))
+        y = self._mixed(x, chosen, weights)
+        return y if self.shared is None else y + self.shared(x), done
+
+    def _mixed(self, x: Array, chosen: Array, weights: Array) -> Array:
+        """The weighted sum of the chosen experts, which stay where they are; on a mesh, rows travel to them."""
+        leaves, tree = jax.tree.flatten(self.experts)
+        specs, x_spec = [spec_of(leaf) for leaf in leaves], spec_of(x)
+        if jax.sharding.get_abstract_mesh().empty:
+            return dispatched(tree.unflatten([leaf.astype(x.dtype) for leaf in leaves]), x, chosen, weights)
+        used = [(each[0], *map(kept, each[1:])) for each in specs]
+        over = max((names for each in used for names in each[1:]), key=len)
+        time = tuple(name for name in names_of(x_spec[1]) if name not in over)
+        mixture = Exchange(names_of(specs[0][0]), names_of(x_spec[0]))
+
+        def local(leaves: list[Array], *tokens: Array) -> Array:
+            leaves = [gather_here(leaf, *each) for leaf, *each in zip(leaves, specs, used, strict=True)]
+            tokens = tuple(gather_here(each, x_spec, (x_spec[0], time, None)) for each in tokens)
+            return sum_here(mixture(tree.unflatten(leaves), tokens), over, 1)
+
+        places = spec(*x_spec)
+        out = spec(x_spec[0], time_after(time, x.shape[1], over), None)
+        in_specs = [spec(*each) for each in specs], places, places, places
+        mapped = jax.shard_map(local, in_specs=in_specs, out_specs=out, check_vma=False)
+        return mapped([leaf.astype(x.dtype) for leaf in leaves], x, chosen, weights)
+
+
+class ExpertLinear(nnx.Module):
+    """y_m = x_m W_e + b_e for rows in order of their experts e: `ExpertLinear("D -> F", {"E": 8, "D": 6, "F": 9})`.
+
+    Each W_e starts normal with standard deviation 1 / sqrt of the input size, b at zero. On a part of the input axis,
+    as inside `jax.shard_map`, it computes a part of the sum.
+    """
+
+    def __init__(self, axes: str, sizes: Mapping[str, int], *, rngs: nnx.Rngs, bias: bool):
+        self.input, self.output = (side.strip() for side in axes.split("->"))
+        shape = sizes["E"], sizes[self.input], sizes[self.output]
+        self.input_size = sizes[self.input]
+        value = jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(self.input_size)
+        self.weight = parameter(f"E {self.input} {self.output}", value, inputs=1)
+        self.bias = parameter(f"E {self.output}", jnp.zeros((shape[0], shape[2]))) if bias else None
+
+    def __call__(self, x: Float[Array, "M D"], sizes: Int[Array, " E"]) -> Float[Array, "M F"]:
+        """Maps rows, first `sizes` of each expert, in the dtype of `x`; rows after them become anything."""
+        weight = self.weight[...].astype(x.dtype)
+        # By this name a remat policy keeps y, as in `Linear`.
+        y = checkpoint_name(grouped_product(x, weight, sizes), "product")
+        if self.bias is None:
+            return y
+        bias = self.bias[...].astype(x.dtype)
+        if weight.shape[1] != self.input_size:  # the sum over devices must have it once
+            bias = jnp.where(jax.lax.axis_index(AXES[self.input]) == 0, bias, jnp.zeros_like(bias))
+        return y + jnp.repeat(bias, sizes, axis=0, total_repeat_length=x.shape[0])

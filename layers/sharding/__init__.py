@@ -1,0 +1,1 @@
+"""Arrays on a mesh: axis names, collectives, and pipeline parallelism."""

@@ -1,0 +1,136 @@
+"""Sampling: filters against their definitions in plain numpy, in the order of transformers, and draws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flaxzoo.zoo import GREEDY, Sampling
+from flaxzoo.zoo.generation.sampling import row_keys
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def plain(logits, seen, sampling):
+    """Probabilities of one row, step by step as transformers' processors and warpers do it."""
+    scores = np.array(logits, np.float64)
+    scores = np.where(
+        seen,
+        np.where(scores > 0, scores / sampling.repetition_penalty, 0)
+        + np.where(scores <= 0, scores * sampling.repetition_penalty, 0),
+        scores,
+    )
+    scores = scores / sampling.temperature
+    if sampling.top_k:
+        scores[scores < np.sort(scores)[-min(sampling.top_k, scores.size)]] = -np.inf
+    if sampling.top_p < 1:
+        order = np.argsort(scores, kind="stable")
+        cumulative = np.cumsum(softmax(scores[order]))
+        out = cumulative <= 1 - sampling.top_p
+        out[-1] = False
+        scores[order[out]] = -np.inf
+    if sampling.min_p:
+        shares = softmax(scores)
+        scores[shares < sampling.min_p * shares.max()] = -np.inf
+    return softmax(scores)
+
+
+def softmax(scores):
+    weights = np.exp(scores - scores.max())
+    return weights / weights.sum()
+
+
+def ours(logits, seen, sampling):
+    filters = sampling.traced(logits.shape[-1])
+    logits = filters.penalise(jnp.asarray(logits, jnp.float32), jnp.asarray(seen))
+    return np.asarray(jax.nn.softmax(filters.filter(logits), axis=-1))
+
+
+SETTINGS = [
+    Sampling(temperature=1.0),
+    Sampling(temperature=0.5),
+    Sampling(temperature=1.0, top_k=3),
+    Sampling(temperature=0.7, top_k=100),
+    Sampling(temperature=1.3, top_p=0.6),
+    Sampling(temperature=1.0, top_p=0.01),
+    Sampling(temperature=1.0, min_p=0.3),
+    Sampling(temperature=2.0, repetition_penalty=1.7),
+    Sampling(temperature=0.9, top_k=6, top_p=0.8, min_p=0.2, repetition_penalty=1.2),
+    Sampling(temperature=1.5, top_k=5, top_p=0.9),
+]
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+def test_filters_are_their_definitions(sampling):
+    random = np.random.default_rng(0)
+    logits, seen = random.normal(0, 2, (20, 11)), random.random((20, 11)) < 0.4
+    wanted = np.stack([plain(row, marks, sampling) for row, marks in zip(logits, seen, strict=True)])
+    found = ours(logits, seen, sampling)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert ((found > 0) == (wanted > 0)).all()
+
+
+@given(
+    st.lists(st.floats(-8, 8, width=16), min_size=2, max_size=9, unique=True),
+    st.integers(0, 10),
+    st.floats(0.05, 1.0),
+    st.floats(0.0, 1.0),
+)
+def test_any_filters_are_their_definitions(logits, top_k, top_p, min_p):
+    sampling = Sampling(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
+    wanted = plain(np.array(logits), np.zeros(len(logits), bool), sampling)
+    found = ours(np.array(logits), np.zeros(len(logits), bool), sampling)
+    if ((found > 0) == (wanted > 0)).all():
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    else:  # a token on the edge of a filter, by rounding
+        shares = softmax(np.array(logits))
+        odd = shares[(found > 0) != (wanted > 0)]
+        assert len(odd) == 1
+
+
+def test_by_hand():
+    logits = np.log([0.5, 0.25, 0.15, 0.1])
+    none = np.zeros(4, bool)
+    np.testing.assert_allclose(ours(logits, none, Sampling(temperature=1.0, top_k=2)), [2 / 3, 1 / 3, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        ours(logits, none, Sampling(temperature=1.0, top_p=0.76)), [5 / 9, 2.5 / 9, 1.5 / 9, 0], atol=1e-6
+    )
+    # Of what top-k leaves, the first token has 2/3: enough for top-p.
+    np.testing.assert_allclose(ours(logits, none, Sampling(temperature=1.0, top_k=2, top_p=0.6)), [1, 0, 0, 0])
+    np.testing.assert_allclose(
+        ours(logits, none, Sampling(temperature=1.0, min_p=0.4)), [2 / 3, 1 / 3, 0, 0], atol=1e-6
+    )
+    seen = np.array([True, False, False, False])
+    penalised = ours(
+        np.array([2.0, 1.0, -1.0]), np.array([True, False, True]), Sampling(temperature=1.0, repetition_penalty=2.0)
+    )
+    np.testing.assert_allclose(penalised, softmax(np.array([1.0, 1.0, -2.0])), atol=1e-6)
+    assert ours(logits, seen, GREEDY).tolist() == [1, 0, 0, 0]
+
+
+def test_draws_follow_the_probabilities():
+    logits = jnp.tile(jnp.asarray([2.0, 1.0, 0.0, -1.0]), (4000, 1))
+    keys = row_keys(jax.random.split(jax.random.key(0), 4000), jnp.zeros(4000, jnp.int32))
+    for sampling in (Sampling(temperature=1.0), Sampling(temperature=0.5), Sampling(temperature=1.0, top_k=2)):
+        drawn = np.bincount(sampling.traced(4).choose(logits, None, keys), minlength=4) / 4000
+        wanted = plain([2.0, 1.0, 0.0, -1.0], np.zeros(4, bool), sampling)
+        np.testing.assert_allclose(drawn, wanted, atol=0.03)
+        assert not drawn[wanted == 0].any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"min_p": 1.1},
+        {"repetition_penalty": 0.0},
+        {"temperature": float("nan")},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(change):
+    (name,) = change
+    with pytest.raises(ValueError, match=f"{name} must be .*got {name}="):
+        Sampling(**change)

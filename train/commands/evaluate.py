@@ -1,0 +1,98 @@
+"""`zoo eval`: perplexity and bits per byte of text, and tasks of lm-evaluation-harness."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ...zoo.evaluation.harness import Candidate, harness_model
+from ...zoo.evaluation.score import Score, Scorer
+from ..data.cache import cache_folder
+from ..data.sources import open_source
+from .writer import Writer
+
+
+def start_token(writer: Writer) -> int:
+    """The token that stands before a document: what the tokenizer puts there, or else what ends a text."""
+    added = writer.tokenizer.encode("").ids
+    found = [*added, *(writer.tokenizer.token_to_id(token) for token in writer.stop)]
+    if not found or found[0] is None:
+        raise ValueError("scoring starts after a special token, and the model's tokenizer has none")
+    return found[0]
+
+
+def score_files(
+    writer: Writer, names: Sequence[str], *, length: int, stride: int, batch: int, field: str, console: Console
+) -> dict[str, Score]:
+    """The score of each source of text by its name.
+
+    Raises ValueError where there is none, or its text can't be read.
+    """
+    sources = [open_source(name, field, cache_folder(None)) for name in names]
+    limit = writer.model.spec.max_positions
+    scorer = Scorer(writer.model, length=min(length, limit or length), batch=batch, dtype=writer.dtype)
+    found: dict[str, Score] = {}
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        for source in sources:
+            task = bar.add_task(Path(source.name).name, total=max(1, source.size))
+            split = "validation" if source.has_validation else "train"
+            found[source.name] = scorer.text(
+                writer.tokenizer,
+                source.documents(split),
+                start=start_token(writer),
+                stride=stride or None,
+                progress=lambda size, task=task: bar.advance(task, size),
+            )
+    return found
+
+
+def show(found: dict[str, Score], console: Console) -> None:
+    """Prints a table."""
+    table = Table("text", "documents", "bytes", "tokens", "perplexity", "bits per byte", box=None, pad_edge=False)
+    rows = [*found.items()]
+    if len(rows) > 1:
+        rows.append(("all", sum(found.values(), Score())))
+    for name, score in rows:
+        numbers = f"{score.documents:,}", f"{score.bytes:,}", f"{score.tokens:,}"
+        table.add_row(name, *numbers, f"{score.perplexity:.4f}", f"{score.bits_per_byte:.4f}")
+    console.print(table)
+    for name, score in rows:
+        if score.changed:
+            console.print(f"{name}: the tokenizer changes {score.changed} of {score.documents} documents, so bits per ")
+            console.print("byte leave out what it drops, and do not compare with another tokenizer's")
+
+
+def as_json(found: dict[str, Score]) -> str:
+    """All scores as JSON."""
+    return json.dumps(
+        {"texts": {name: score.to_dict() for name, score in found.items()}}
+        | {"all": sum(found.values(), Score()).to_dict()},
+        indent=2,
+    )
+
+
+def run_tasks(writer: Writer, tasks: Sequence[str], folder: Path | None, *, length: int, batch: int, limit: int) -> Any:
+    """Results of tasks of lm-evaluation-harness by name; `folder` has YAML files of more of them."""
+    limit_of_model = writer.model.spec.max_positions
+    candidate = Candidate(
+        writer.model,
+        writer.tokenizer,
+        stop=writer.stop,
+        start=start_token(writer),
+        template=writer.template,
+        length=min(length, limit_of_model or length),
+        batch=batch,
+        dtype=writer.dtype,
+    )
+    model = harness_model(candidate)
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    found = lm_eval.simple_evaluate(model, tasks=list(tasks), task_manager=manager, limit=limit or None)
+    return found["results"]

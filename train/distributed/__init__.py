@@ -1,0 +1,1 @@
+"""Device meshes, the processes of a job, and their failure detection."""

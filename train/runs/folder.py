@@ -1,0 +1,228 @@
+"""The folder of a run: its config, tokenizer, metrics, checkpoints and report."""
+
+import contextlib
+import json
+import secrets
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+
+from ...configs.run import (LAYOUT, Run)
+from ...layers.spec import unknown
+from ...zoo.decoder import DecoderModel
+from ...zoo.formats.hugging_face import Described
+from ...zoo.formats.load import is_run
+from ...zoo.parameters import (describe, merge, shardings)
+from ...zoo.formats.save import (ModelSource, write_description)
+from ...zoo.formats.source import Source
+from ..distributed import mesh as meshes
+from ..distributed import processes
+from ..checkpoints import step_folders
+from ..checkpoints.checkpoints import (LOCK, Checkpoints)
+
+VISIBLE = 30.0
+"""Seconds that a shared disk may take to show one machine what another one wrote."""
+
+
+def _is_run(path: Path) -> bool:
+    with contextlib.suppress(ValueError, OSError):
+        return is_run(path)
+    return False
+
+
+def is_named(path: Path) -> bool:
+    """Whether this is the folder of a run, or a mistyped one.
+
+    What is not there is one where its parent is a folder, or is called what `zoo train` calls it.
+    """
+    if path.exists():
+        return is_run(path)
+    return path.suffix != ".gguf" and (path.parent.is_dir() or path.parent.name == "runs")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Paths and contents of `runs/<name>/`."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.path / "checkpoints"
+
+    @property
+    def config(self) -> Path:
+        """The run as JSON."""
+        return self.path / "config.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer the run was trained with."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def description(self) -> Path:
+        """Of a run that started from pretrained weights: their config, chat template and companions."""
+        return self.path / "pretrained"
+
+    @property
+    def described(self) -> Described | None:
+        """What is in `description`; None where the run started from random parameters."""
+        return Described(self.description) if self.run().weights and self.description.is_dir() else None
+
+    def run(self) -> Run:
+        """The run this folder holds. Raises ValueError where it holds none, or one that this version can't read."""
+        if not self.config.is_file():
+            nearby = sorted(p.name for p in self.path.parent.glob("*") if _is_run(p))
+            if nearby:
+                raise unknown(f"run in {self.path.parent}", self.path.name, nearby)
+            raise ValueError(f"{self.path} holds no run: it has no config.json; `zoo train NAME` makes one")
+        try:
+            return Run.from_dict(json.loads(self.config.read_text()))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.config} can't be read: {error}") from error
+
+    def open(self, run: Run, *, fresh: bool) -> Checkpoints:
+        """Makes the folder ready for `run` and opens its checkpoints: no other job writes here until they are closed.
+
+        A run that has no checkpoint yet has nothing to go on from, so another may take its place: a mistake in the
+        first command is corrected by the second. `fresh` deletes what is there. Raises ValueError where the folder
+        holds another run, and names what differs, or another process of this job does not see it; SaveFailed where
+        another job writes to it.
+        """
+        if fresh and processes.first(self.config.is_file):
+            away = self.path.with_name(f"{self.path.name}.deleted")  # killed meanwhile, none of it is taken for a run
+            with Checkpoints(self.checkpoints):  # of a job that is running, nothing is deleted
+                processes.first(lambda: self._delete(away))
+        processes.first(self._make)
+        with contextlib.ExitStack() as opened:
+            checkpoints = opened.enter_context(Checkpoints(self.checkpoints, keep_last=run.keep_last))
+            processes.first(lambda: self._begin(run))
+            self._check_shared()
+            opened.pop_all()
+        return checkpoints
+
+    def _delete(self, away: Path) -> None:
+        shutil.rmtree(away, ignore_errors=True)
+        self.path.rename(away)
+        shutil.rmtree(away)
+
+    def _make(self) -> None:
+        if not self.config.is_file() and self.path.is_dir():
+            ours = set() if step_folders.steps(self.checkpoints) else {_aside(self.config), self.checkpoints}
+            if set(self.path.iterdir()) - ours:
+                raise ValueError(f"{self.path} holds other files than a run's; choose another --name")
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def _begin(self, run: Run) -> None:
+        if step_folders.steps(self.checkpoints):
+            self._check_same(run)
+        self.write(run)
+
+    def _check_shared(self) -> None:
+        """Raises ValueError where a process sees another folder than the first one does: a disk of its own machine."""
+        lock = self.checkpoints / LOCK
+
+        def mark() -> str:
+            lock.write_text(secrets.token_hex(8))
+            return lock.read_text()
+
+        if jax.process_count() == 1:
+            return
+        told, deadline = processes.first(mark), time.monotonic() + VISIBLE
+        while not (seen := lock.is_file() and lock.read_text() == told) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        others = [str(index) for index, each in enumerate(processes.gather(seen)) if not each]
+        if others:
+            raise ValueError(
+                f"all processes of a run write to one folder, but process {', '.join(others)} does not see what "
+                f"process 0 wrote to {self.path.absolute()}; put --runs on a disk that all machines share"
+            )
+
+    def _check_same(self, run: Run) -> None:
+        """Raises ValueError where `run` would learn something else than the one that is here."""
+        before, now = self.run().flat(), run.flat()
+        changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
+        fixed = sorted(name for name in changed if name not in LAYOUT)
+        if fixed:
+            lines = "".join(f"\n  {name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in fixed)
+            raise ValueError(
+                f"{self.path} was started with other settings:{lines}\n"
+                f"choose another --name, or --fresh to delete it and start anew; "
+                f"{step_folders.command(self.path)} goes on with its own settings"
+            )
+
+    def write(self, run: Run) -> None:
+        """Writes the config, whole or not at all."""
+        _write(self.config, json.dumps(run.to_dict(), indent=2) + "\n")
+
+    def write_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Writes the tokenizer, whole or not at all."""
+        _write(self.tokenizer, tokenizer.to_str(pretty=True))
+
+    def write_pretrained(self, tokenizer: Tokenizer, source: Source | Described | None) -> None:
+        """Writes what belongs to the weights that the run starts from, in place of what may be there."""
+        self.write_tokenizer(tokenizer)
+        shutil.rmtree(self.description, ignore_errors=True)
+        if source is not None:
+            self.description.mkdir()
+            write_description(source, self.description)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_suffix(".new")
+
+
+def _write(path: Path, text: str) -> None:
+    _aside(path).write_text(text, encoding="utf-8")
+    _aside(path).replace(path)
+
+
+def load(
+    path: str | Path, *, step: int | None = None, mesh: str | Mesh | None = None, dtype: Any = None
+) -> tuple[DecoderModel, Tokenizer]:
+    """The model and tokenizer of a trained run, from its latest whole checkpoint (or the one of `step`).
+
+    Args:
+        path: the run's folder, e.g. "runs/shakespeare".
+        step: of the checkpoint; the latest by default.
+        mesh: to place the parameters on, or its axes and sizes, e.g. "fsdp=4"; one device by default.
+        dtype: of the parameters; float32, as they were trained, by default.
+
+    Raises:
+        ValueError: where there is no run, or its checkpoint does not fit or is damaged.
+    """
+    folder = Folder(Path(path))
+    run = folder.run()
+    abstract = run.model.abstract()
+    described = describe(abstract)
+    devices = mesh if isinstance(mesh, Mesh) else meshes.for_parameters(run.model, mesh or "")
+    places = shardings(described, devices)
+    target = {
+        name: jax.ShapeDtypeStruct(known.shape, known.dtype, sharding=places[name]) for name, known in described.items()
+    }
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        parameters = checkpoints.restore_subtree("ema" if run.ema else "params", target, step)
+    if dtype is not None:
+        parameters = {name: array.astype(dtype) for name, array in parameters.items()}
+    return merge(abstract, parameters), Tokenizer.from_file(str(folder.tokenizer))
+
+
+def open_run(path: str | Path) -> ModelSource:
+    """The checkpoint of a run as a source.
+
+    What started from pretrained weights goes on with their config, chat template and companions; the length of others
+    is the one they were trained on.
+    """
+    model, tokenizer = load(path)
+    folder = Folder(Path(path))
+    if (described := folder.described) is not None:
+        return ModelSource(model, tokenizer=tokenizer, described=described)
+    return ModelSource(model, tokenizer=tokenizer, config={"max_position_embeddings": folder.run().length})

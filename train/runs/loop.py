@@ -1,0 +1,391 @@
+"""The training loop: from a run to a folder with a trained model."""
+
+import contextlib
+import functools
+import math
+import signal
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxlib._jax import Device
+from rich.console import Console
+
+from ... import zoo
+from ...configs.run import Run
+from ...zoo.parameters import (describe, merge, shardings)
+from .. import data as datasets
+from ..distributed import (hardware, processes, watchdog as roll)
+from . import report
+from ..checkpoints import step_folders
+from ..distributed import mesh as meshes
+from ..checkpoints.checkpoints import (Checkpoints, check_space)
+from ..data.cache import (CacheError, cache_folder)
+from .folder import Folder
+from .metrics import (Muted, Recorder)
+from .pretrained import (Pretrained, open_pretrained)
+from .progress import (Board, amount, duration)
+from ..distributed.signals import (Interrupted, Signals)
+from ..step import (State, abstract_state, all_finite, best_parameters, initial_state, make_evaluation, make_step)
+from ..checkpoints.step_folders import (cause, command, free)
+
+
+class Diverged(ValueError):
+    """Loss or gradient was not finite too many times in a row."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    folder: Path
+    step: int
+    loss: float
+    heldout_bits_per_byte: float | None
+    tokens_per_second: float
+
+
+def train(
+    run: Run,
+    folder: str | Path,
+    *,
+    fresh: bool = False,
+    step: int | None = None,
+    console: Console | None = None,
+    devices: list[Device] | None = None,
+) -> Result:
+    """Trains a run in its folder, going on from the latest whole checkpoint there is.
+
+    Where there are several processes (`cluster.joined`), each calls it alike, and the first one writes.
+
+    Args:
+        run: what to train.
+        folder: where everything goes, e.g. "runs/shakespeare".
+        fresh: delete what the folder holds of an earlier run and start anew.
+        step: go on from the checkpoint of this step, and delete later ones.
+        console: where progress is shown; the terminal by default.
+        devices: to train on; all by default.
+
+    Raises:
+        ValueError: on settings that do not fit each other, the data or the devices; a damaged checkpoint; divergence.
+        OSError: where something can't be written.
+        Interrupted: after SIGTERM or Ctrl-C, when the state is saved.
+    """
+    if fresh and step is not None:
+        raise ValueError(f"fresh starts anew and step={step} goes on from a checkpoint: leave out one of them")
+    told = run.flat() | {"folder": folder, "fresh": fresh, "step": step}
+    processes.check_same({name: f"{value}" for name, value in told.items()})
+    place = Folder(Path(folder))
+    mesh, devices_line = meshes.make(run, devices)
+    with (
+        _explained(place.path),
+        roll.advised(lambda: step_folders.saved(place.checkpoints)),
+        place.open(run, fresh=fresh) as checkpoints,
+    ):
+        if step is not None and not checkpoints.steps():
+            raise ValueError(f"{place.path} has no checkpoint of step {step}, nor any other; leave out --step to start")
+        use_compilation_cache()
+        console = (console or Console()) if processes.writes() else Console(quiet=True)
+        with jax.set_mesh(mesh), jax.numpy_dtype_promotion("strict"):
+            job = Job.prepare(run, place, checkpoints, mesh, devices_line, console, step)
+            with contextlib.closing(job):
+                return job.go()
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Says what to do about an error of the disk, where the error itself does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or isinstance(error, CacheError | BrokenPipeError):
+            raise
+        file = f"{error.filename or folder}"
+        raise OSError(
+            f"cannot write {file}: {cause(error)}; {free(folder):,} bytes are free there. Free space there, make it "
+            f"writable, or choose another --runs folder; what is saved stays, and {command(folder)} continues from it"
+        ) from error
+
+
+def use_compilation_cache() -> None:
+    """Compiled programs are kept between runs, unless the user chose where already."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _load_data(run: Run, folder: Folder, mesh: Mesh, console: Console) -> datasets.Batches:
+    """The text in batches; where the run starts from weights, by their tokenizer, which is in its folder by now."""
+    data = run.data.replace(tokenizer=str(folder.tokenizer)) if run.weights else run.data
+    with console.status("reading the data ...") as status:
+
+        def progress(done: int, total: int | None) -> None:
+            status.update(f"reading the data: {amount(done, 'B')}" + (f" of {amount(total, 'B')}" if total else ""))
+
+        batches = datasets.load(
+            data,
+            vocab=run.model.vocab,
+            length=run.length,
+            batch=run.batch,
+            seed=run.seed,
+            own=meshes.rows(mesh, run.batch),
+            progress=progress,
+        )
+    processes.check_same({"text": f"{batches.order} {batches.describe()}"})
+    return batches
+
+
+def _first_state(run: Run, mesh: Mesh, pretrained: Pretrained | None, console: Console) -> State:
+    if pretrained is None:
+        return initial_state(run, mesh)
+    with console.status("reading the weights ...") as status:
+
+        def progress(done: int, total: int) -> None:
+            status.update(f"reading the weights: {amount(done, 'B')} of {amount(total, 'B')}")
+
+        return initial_state(run, mesh, pretrained.parameters(mesh, progress))
+
+
+@dataclass
+class Job:
+    """A run under way."""
+
+    run: Run
+    folder: Folder
+    mesh: Mesh
+    devices: str
+    state: State
+    batches: datasets.Batches
+    iterator: Any
+    checkpoints: Checkpoints
+    recorder: Recorder | Muted
+    board: Board
+    last: dict[str, float] = field(default_factory=dict)
+    saved: int = 0
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+    """Seconds of the latest steps."""
+    opened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    @functools.cached_property
+    def evaluation(self) -> Any:
+        """The jitted likelihood of a batch."""
+        return make_evaluation(self.run)
+
+    @classmethod
+    def prepare(
+        cls,
+        run: Run,
+        folder: Folder,
+        checkpoints: Checkpoints,
+        mesh: Mesh,
+        devices: str,
+        console: Console,
+        step: int | None,
+    ) -> "Job":
+        """Loads the data, and makes or restores the state."""
+
+        def say(text: str) -> None:
+            console.print(text, soft_wrap=True, highlight=False)
+
+        pretrained = open_pretrained(run) if run.weights and not checkpoints.steps() else None
+        if pretrained is not None:
+            processes.first(lambda: folder.write_pretrained(pretrained.tokenizer, pretrained.described))
+        batches = _load_data(run, folder, mesh, console)
+        size, unused = sum(known.size for known in describe(run.model.abstract()).values()), run.model.unused()
+        parameters = f"{amount(size)} parameters" + (f", {amount(size - unused)} active" if unused else "")
+        say(f"model   {parameters}, {amount(3 * run.model.flops(run.length), 'FLOP')} a trained token")
+        if run.weights:
+            say(f"weights {run.weights}")
+        say(f"data    {batches.describe()}")
+        say(f"devices {devices}")
+        with contextlib.ExitStack() as opened:
+            iterator = opened.enter_context(contextlib.closing(batches.train()))
+            shapes = abstract_state(run, mesh)
+            start = 0
+            if checkpoints.steps():
+                state, extra = checkpoints.restore(shapes, step)
+                iterator.set_state(extra["data"])
+                start = int(state["step"])
+                if step is not None:
+                    checkpoints.drop_after(step)
+                say(f"resumed from the checkpoint of step {start}")
+            else:
+                processes.first(lambda: check_space(folder.checkpoints, shapes, run.keep_last + 2))
+                state = _first_state(run, mesh, pretrained, console)
+                if pretrained is None:
+                    processes.first(lambda: folder.write_tokenizer(batches.tokenizer))
+            recorder = opened.enter_context(
+                contextlib.closing(Recorder(folder.path, start) if processes.writes() else Muted())
+            )
+            board = Board(run.steps, start, console)
+            job = cls(run, folder, mesh, devices, state, batches, iterator, checkpoints, recorder, board)
+            job.saved = start
+            job.opened = opened.pop_all()
+            return job
+
+    def close(self) -> None:
+        """Ends what runs in the background."""
+        self.opened.close()
+
+    def go(self) -> Result:
+        """Trains to the last step, evaluates, and writes the report."""
+        start = int(self.state["step"])
+        if start == self.run.steps:
+            self.board.say(f"all {start} steps are done already; --fresh starts anew")
+        else:
+            with self.board, Signals() as signals:
+                if self.run.weights and not start:
+                    self._evaluate(0)  # what training improves on
+                self._loop(start, signals)
+        return self._finish()
+
+    def _loop(self, start: int, signals: Signals) -> None:
+        run = self.run
+        step_function = make_step(run)
+        began, pending = time.perf_counter(), None
+        for step, batch in self._profiled(start):
+            asked = processes.largest(lambda: signals.caught, self.mesh)  # all must stop after the same step
+            self.state, metrics = step_function(self.state, self._placed(batch))
+            if pending:
+                self._record(*pending, began)
+                began = time.perf_counter()
+            pending = (step, metrics)
+            due = [every and step % every == 0 for every in (run.eval_every, run.sample_every, run.save_every)]
+            end, caught = step == run.steps, asked()
+            if any(due) or end or caught:
+                self._record(*pending, began)
+                pending = None
+                if due[0] or end:
+                    self._evaluate(step)
+                if due[1] or (end and run.sample_every):
+                    self._sample(step)
+                if due[2] or end or caught:
+                    self._save(step)
+                if end or caught:
+                    self.checkpoints.wait()
+                if caught and not end:
+                    raise Interrupted(signal.Signals(caught).name, step, self.folder.path)
+                began = time.perf_counter()
+
+    def _placed(self, batch: Any) -> dict[str, jax.Array]:
+        """This process's rows of a batch as its part of the whole one, on the mesh."""
+        return meshes.place(batch, self.mesh, self.batches.own, self.batches.batch)
+
+    def _profiled(self, start: int) -> Iterator[tuple[int, Any]]:
+        """Step numbers and batches, with the profiler on where the run asks for it."""
+        steps = self.run.profiled
+        with contextlib.ExitStack() as tracing:
+            for step in range(start + 1, self.run.steps + 1):
+                if step == max(start + 1, steps.start) and step in steps and processes.writes():
+                    tracing.enter_context(jax.profiler.trace(str(self.folder.path / "profile")))
+                yield step, next(self.iterator)
+                if step + 1 == steps.stop:
+                    jax.block_until_ready(self.state)
+                    tracing.close()
+
+    def _record(self, step: int, metrics: dict[str, jax.Array], began: float) -> None:
+        """Waits for a step's metrics, writes and shows them."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        seconds = time.perf_counter() - began
+        if "seconds" in self.last:  # the first step took as long as its compilation
+            self.recent.append(seconds)
+        self.last = values | {"seconds": seconds}
+        self.recorder.write(step, **self.last)
+        if values["bad_steps"] >= self.run.max_bad_steps:
+            raise Diverged(
+                f"loss or gradient was not finite in {self.run.max_bad_steps} steps in a row, up to step {step} (loss "
+                f"{values['loss']}, gradient norm {values['gradient_norm']}); none of them changed the model; "
+                + self._calmer()
+            )
+        pace = statistics.median(self.recent or [seconds])
+        speed = self.run.batch * self.run.length / pace
+        facts = {"loss": f"{values['loss']:.3f}", "tokens/s": amount(speed)}
+        device = self.mesh.local_devices[0]
+        peak = hardware.peak_flops(device)
+        if peak:
+            facts["MFU"] = f"{3 * self.run.model.flops(self.run.length) * speed / peak / self.mesh.size:.1%}"
+        facts["memory"] = amount(hardware.memory_bytes(device), "B")
+        facts["left"] = duration((self.run.steps - step) * pace)
+        if "max_violation" in values:
+            facts["MaxVio"] = f"{values['max_violation']:.2f}"
+        if values["skipped"]:
+            facts["skipped"] = f"{values['skipped']:.0f}"
+        self.board.update(step, facts)
+
+    def _calmer(self) -> str:
+        """What to try when training diverges."""
+        rate, warmup = self.run.optimizer.learning_rate, self.run.optimizer.warmup_steps
+        precise = "" if self.run.dtype == "float32" else ", or float32"
+        return (
+            f"try a lower learning rate than {rate}, a longer warmup than {warmup} steps{precise}, under another --name"
+        )
+
+    def _evaluate(self, step: int) -> None:
+        if not self.batches.heldout_bytes:
+            return
+        parameters = best_parameters(self.state)
+        sums = [self.evaluation(parameters, self._placed(batch)) for batch in self.batches.heldout()]
+        bits = sum(float(nll) for nll in sums) / math.log(2) / self.batches.heldout_bytes
+        self.last["heldout_bits_per_byte"] = bits
+        self.recorder.write(step, heldout_bits_per_byte=bits)
+        self.board.say(f"step {step}: held-out {bits:.4f} bits per byte")
+
+    def _sample(self, step: int) -> None:
+        run = self.run
+        abstract, mesh = run.model.abstract(), meshes.without_stages(self.mesh)
+        found = best_parameters(self.state), jax.random.fold_in(self.state["rng"], step)
+        if mesh is not self.mesh:
+            with jax.set_mesh(mesh):
+                places = shardings(describe(abstract), mesh), NamedSharding(mesh, PartitionSpec())
+                found = jax.device_put(found, places)
+        parameters, key = found
+        model = merge(abstract, parameters)
+        tokenizer = self.batches.tokenizer
+        room = run.model.max_positions - len(tokenizer.encode(run.prompt).ids) if run.model.max_positions else 120
+        if room < 1:
+            self.board.say(f"no sample: the prompt fills all {run.model.max_positions} positions of the model")
+            return
+        text = zoo.generate(
+            model,
+            tokenizer,
+            [run.prompt],
+            max_tokens=min(120, room),
+            stop=(str(tokenizer.id_to_token(self.batches.separator)),),
+            key=key,
+            dtype=jnp.dtype(run.dtype),
+        )[0]
+        self.recorder.write_text(step, run.prompt + text)
+        self.board.sample(step, run.prompt, text)
+
+    def _save(self, step: int) -> None:
+        if self.saved == step:
+            return
+        if not all_finite(self.state["params"]):
+            raise Diverged(f"the parameters are not finite after step {step}, so they were not saved; {self._calmer()}")
+        self.recorder.flush()  # what is recorded up to a checkpoint is on disk before it
+        extra = {"data": self.iterator.get_state(), "config": self.run.to_dict()}
+        self.checkpoints.save(step, self.state, extra, loss=self.last.get("heldout_bits_per_byte"))
+        self.saved = step
+
+    def _finish(self) -> Result:
+        self.checkpoints.wait()
+        known = describe(self.run.model.abstract())
+        facts = processes.first(lambda: report.summary(self.folder.path)) | {
+            "heldout_bytes": self.batches.heldout_bytes,
+            "parameters": sum(what.size for what in known.values()),
+            "devices": self.devices,
+            "data": self.batches.describe(),
+        }
+        facts["tokens_per_second"] = self.run.batch * self.run.length / facts["median_seconds"]
+        page = processes.first(lambda: f"{report.write(self.folder.path, self.run, facts)}")
+        bits = facts["heldout_bits_per_byte"]
+        score = "no text was held out" if bits is None else f"held-out {bits:.4f} bits per byte"
+        self.board.say(f"{score} after {facts['step']} steps; report in {page}")
+        return Result(self.folder.path, facts["step"], facts["loss"], bits, facts["tokens_per_second"])

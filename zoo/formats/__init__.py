@@ -1,0 +1,1 @@
+"""Checkpoint formats: Hugging Face folders, safetensors, the hub and GGUF, read and written."""

@@ -1,0 +1,1 @@
+"""Text generation: sampling, KV-cache sessions, speculative decoding, streaming and chat."""
