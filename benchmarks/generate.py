@@ -37,7 +37,7 @@ def ours(folder: str, dtype: str) -> Any:
     from flaxzoo import zoo
 
     model, tokenizer = zoo.load(folder, dtype=jnp.dtype(dtype))
-    model = zoo.for_decoding(model, jnp.dtype(dtype))
+    model = zoo.optimize_for_decoding(model, jnp.dtype(dtype))
     assert tokenizer is not None
 
     def generate(count: int) -> list[int]:

@@ -141,7 +141,7 @@ def our_generation(job: Job) -> dict[str, Any]:
     def made() -> Any:
         return {name: x.astype(jnp.bfloat16) for name, x in split(spec.build(rngs=nnx.Rngs(0))).items()}
 
-    model = zoo.for_decoding(merge(spec.abstract(), made()), jnp.bfloat16, donate=True)
+    model = zoo.optimize_for_decoding(merge(spec.abstract(), made()), jnp.bfloat16, donate=True)
     read = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
     rows = np.random.default_rng(0).integers(0, spec.vocab, (job.batch, PROMPT)).tolist()
     firsts, speeds = [], []

@@ -6,7 +6,7 @@ from typing import Literal
 from flax import nnx
 from jaxtyping import Array, Float
 
-from .mixers.mixer import Cache, Mixer, Places
+from .mixers.mixer import Cache, Mixer, Positions
 from .mlp import FeedForward
 from .moe.routing import Routing
 from .norm import Norm, RMSNorm
@@ -50,20 +50,20 @@ class BlockLayer(nnx.Module):
         self.ffn_output_norm = spec.norm.build("D", dim) if after else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], places: Places, cache: Cache | None = None
+        self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None
     ) -> tuple[Float[Array, "B T D"], Cache | None, Routing | None]:
         """The residual stream after this block, the mixer's cache, and what the router did, if there is one."""
         inside = x if self.mixer_norm is None else self.mixer_norm(x)
-        mixed, cache = self.mixer(inside, places, cache)
+        mixed, cache = self.mixer(inside, positions, cache)
         if self.spec.placement == "parallel":
-            fed, done = self._feed(inside, places)
+            fed, done = self._feed(inside, positions)
             return x + mixed + fed, cache, done
         x = self._join(x, mixed, self.mixer_output_norm)
-        fed, done = self._feed(x if self.ffn_norm is None else self.ffn_norm(x), places)
+        fed, done = self._feed(x if self.ffn_norm is None else self.ffn_norm(x), positions)
         return self._join(x, fed, self.ffn_output_norm), cache, done
 
-    def _feed(self, x: Array, places: Places) -> tuple[Array, Routing | None]:
-        return self.ffn(x, places) if self.spec.ffn.routed else (self.ffn(x), None)
+    def _feed(self, x: Array, positions: Positions) -> tuple[Array, Routing | None]:
+        return self.ffn(x, positions) if self.spec.ffn.routed else (self.ffn(x), None)
 
     def _join(self, x: Array, branch: Array, norm: nnx.Module | None) -> Array:
         if norm is None:

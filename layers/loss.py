@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .sharding.axes import gather_here, kept, names_of, spec, spec_of
+from .sharding.axes import gather_shard, names_of, spec, spec_of, used_axes
 
 LOGITS_BYTES = 2**28
 """Float32 logits that may exist at a time in any case: 523 tokens of a vocabulary of 128,256."""
@@ -106,7 +106,7 @@ class _Split:
 
     def __init__(self, hidden: Array, head: Array, targets: Array):
         self.hidden, self.head = spec_of(hidden), spec_of(head)
-        self.head_used = tuple(map(kept, self.head))
+        self.head_used = tuple(map(used_axes, self.head))
         self.vocab = self.head_used[0]
         """The mesh axes that split the vocabulary; a sum over it is one over them."""
         batch, time, dim = self.hidden
@@ -119,8 +119,8 @@ class _Split:
         """`local(self, hidden, head, targets, weights)` on each device, with all that its tokens and words need."""
 
         def gathered(hidden: Array, head: Array, targets: Array, weights: Array) -> Any:
-            hidden = gather_here(hidden, self.hidden, self.hidden_used)
-            head = gather_here(head.astype(hidden.dtype), self.head, self.head_used)
+            hidden = gather_shard(hidden, self.hidden, self.hidden_used)
+            head = gather_shard(head.astype(hidden.dtype), self.head, self.head_used)
             return local(self, hidden, head, targets, weights)
 
         if not any(map(names_of, (*self.hidden, *self.head, *self.targets))):

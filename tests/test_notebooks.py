@@ -23,7 +23,7 @@ from flaxzoo.zoo import Decoder
 from flaxzoo.zoo.families import family
 from flaxzoo.zoo.formats.source import TensorInfo
 from flaxzoo.zoo.generation import session
-from flaxzoo.zoo.parameters import Flat, describe
+from flaxzoo.zoo.parameters import FlatModel, describe
 from jax.sharding import NamedSharding, PartitionSpec
 from nbclient import NotebookClient
 from nbformat import NotebookNode
@@ -202,7 +202,7 @@ def test_reading_and_writing_compile_for_the_chip(topology: str) -> None:
     """The two programs of generation, with the caches of a chat, beside the weights."""
     names: dict[str, Any] = {}
     exec(tagged(read("generate"), "parameters").source, names)
-    spec = model_of(names["MODEL"]).unstacked()  # as `for_decoding` makes it
+    spec = model_of(names["MODEL"]).unstacked()  # as `optimize_for_decoding` makes it
     mesh = jax.make_mesh((1,), ("fsdp",), devices=devices_of(topology), axis_types=(jax.sharding.AxisType.Explicit,))
     place = NamedSharding(mesh, PartitionSpec())
 
@@ -210,7 +210,7 @@ def test_reading_and_writing_compile_for_the_chip(topology: str) -> None:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
     length, dtype = session.rounded(4 * names["TOKENS"]), jnp.bfloat16
-    model = Flat.of(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place), spec.abstract()))
+    model = FlatModel.of(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place), spec.abstract()))
     with jax.set_mesh(mesh):
         caches = placed(jax.eval_shape(lambda: spec.cache(1, length, dtype)))
         state = placed(jax.eval_shape(lambda: session.start(jax.random.key(0), 1, None, None)))

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from ..configs.run import Balance
 from ..layers.moe.routing import Routing
-from ..layers.sharding.axes import as_split
+from ..layers.sharding.axes import reshard_like
 from ..zoo.parameters import Parameters
 
 Done = dict[str, Routing]
@@ -52,7 +52,7 @@ def corrected(balance: Balance, params: Parameters, done: Done) -> Parameters:
         correction = params.get(f"{name}.ffn.router.correction")
         if correction is not None:
             missing = jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
-            moved[f"{name}.ffn.router.correction"] = correction + balance.bias_rate * as_split(missing, correction)
+            moved[f"{name}.ffn.router.correction"] = correction + balance.bias_rate * reshard_like(missing, correction)
     return params | moved
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from ..configs.run import Run
 from ..layers.loss import cross_entropy
-from ..layers.mixers.mixer import Places
+from ..layers.mixers.mixer import Positions
 from ..layers.sharding import pipeline
 from ..layers.sharding.axes import zeros_like
 from ..zoo.decoder import DecoderModel, repeat, routing_by_name
@@ -65,16 +65,16 @@ def gradients(
 def _parts(run: Run) -> pipeline.Parts:
     """A model in parts."""
 
-    def places(micro: dict[str, Array]) -> Places:
-        return Places(positions=micro["positions"], segments=micro["segments"], exchange=run.context)
+    def positions(micro: dict[str, Array]) -> Positions:
+        return Positions(index=micro["positions"], segments=micro["segments"], context_method=run.context)
 
     def layer(blocks: Any, x: Array, micro: dict[str, Array]) -> tuple[Array, Any]:
-        x, _, done = repeat(blocks, None, x, places(micro), run.remat)
+        x, _, done = repeat(blocks, None, x, positions(micro), run.remat)
         return x, done
 
     return pipeline.Parts(
-        lambda outer, tokens, micro: outer.enter(tokens, places(micro), dtype=jnp.dtype(run.dtype), remat=run.remat),
+        lambda outer, tokens, micro: outer.enter(tokens, positions(micro), dtype=jnp.dtype(run.dtype), remat=run.remat),
         layer,
-        lambda outer, x, micro: outer.leave(x, places(micro), remat=run.remat),
+        lambda outer, x, micro: outer.leave(x, positions(micro), remat=run.remat),
         lambda outer, x, micro: likelihood(run, outer, outer.normed(x), micro),
     )

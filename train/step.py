@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..configs.run import Run
 from ..layers.linear.matmul import quantized
-from ..layers.mixers.mixer import Places
+from ..layers.mixers.mixer import Positions
 from ..layers.sharding import stages
 from ..layers.sharding.axes import batch_partition
 from ..zoo.decoder import DecoderModel
@@ -47,21 +47,23 @@ def initial_state(run: Run, mesh: Mesh, params: Parameters | None = None) -> Sta
     """Parameters (random, if not given) and optimizer state, each made where it lives on the mesh (the ambient one)."""
     if params is None:
         assert not run.weights, f"the run starts from {run.weights}: read it first"
-        places = shardings(describe(run.model.abstract()), mesh)
-        params = jax.jit(lambda: split(run.model.build(rngs=nnx.Rngs(run.seed))), out_shardings=places)()
+        placement = shardings(describe(run.model.abstract()), mesh)
+        params = jax.jit(lambda: split(run.model.build(rngs=nnx.Rngs(run.seed))), out_shardings=placement)()
     return jax.jit(functools.partial(_state_of, run), donate_argnums=0)(params)
 
 
 def abstract_state(run: Run, mesh: Mesh) -> State:
     """Shape, type and place on the mesh (the ambient one) of everything in `initial_state`; nothing is computed."""
     known = describe(run.model.abstract())
-    places = shardings(known, mesh)
+    placement = shardings(known, mesh)
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else PartitionSpec()
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    params = {name: jax.ShapeDtypeStruct(what.shape, what.dtype, sharding=places[name]) for name, what in known.items()}
+    params = {
+        name: jax.ShapeDtypeStruct(what.shape, what.dtype, sharding=placement[name]) for name, what in known.items()
+    }
     return jax.tree.map(placed, jax.eval_shape(functools.partial(_state_of, run), params))
 
 
@@ -162,8 +164,10 @@ def best_parameters(state: State) -> Parameters:
 
 def _sums(run: Run, model: DecoderModel, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""], balance.Done]:
     """Training loss and plain negative log-likelihood, summed over tokens, and what the routers did."""
-    places = Places(positions=batch["positions"], segments=batch["segments"], exchange=run.context)
-    hidden, _, routing = model.hidden_and_routing(batch["tokens"], places, dtype=jnp.dtype(run.dtype), remat=run.remat)
+    positions = Positions(index=batch["positions"], segments=batch["segments"], context_method=run.context)
+    hidden, _, routing = model.hidden_and_routing(
+        batch["tokens"], positions, dtype=jnp.dtype(run.dtype), remat=run.remat
+    )
     return *staged.likelihood(run, model, hidden, batch), routing
 
 

@@ -24,7 +24,7 @@ from .generation.generate import Completion as Completion
 from .generation.generate import complete as complete
 from .generation.generate import generate as generate
 from .generation.generate import stream as stream
-from .generation.optimize import for_decoding as for_decoding
+from .generation.optimize import optimize_for_decoding as optimize_for_decoding
 from .generation.sampling import GREEDY as GREEDY
 from .generation.sampling import Sampling as Sampling
 from .generation.speculative import Speculation as Speculation

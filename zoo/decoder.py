@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from ..layers.block import Block
 from ..layers.linear.linear import Embedding, to_logits
-from ..layers.mixers.mixer import Cache, Places
+from ..layers.mixers.mixer import Cache, Positions
 from ..layers.moe.routing import Routing
 from ..layers.norm import Norm, RMSNorm
 from ..layers.sharding import stages
@@ -161,19 +161,19 @@ class DecoderModel(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        places: Places | None = None,
+        positions: Positions | None = None,
         caches: Caches | None = None,
         *,
         dtype: Any = jnp.float32,
     ) -> tuple[Float[Array, "B T V"], Caches | None]:
         """Float32 logits of the next token, and the caches with these tokens in them."""
-        x, caches = self.hidden(tokens, places, caches, dtype=dtype)
+        x, caches = self.hidden(tokens, positions, caches, dtype=dtype)
         return self.logits(x), caches
 
     def hidden(
         self,
         tokens: Int[Array, "B T"],
-        places: Places | None = None,
+        positions: Positions | None = None,
         caches: Caches | None = None,
         *,
         dtype: Any = jnp.float32,
@@ -181,15 +181,15 @@ class DecoderModel(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Caches | None]:
         """Final hidden states, computed in `dtype`, and the caches with these tokens in them.
 
-        Without `places`, each row is one document from position 0 on. Raises ValueError where it is longer than the
+        Without `positions`, each row is one document from position 0 on. Raises ValueError where it is longer than the
         table of learned positions.
         """
-        return self.hidden_and_routing(tokens, places, caches, dtype=dtype, remat=remat)[:2]
+        return self.hidden_and_routing(tokens, positions, caches, dtype=dtype, remat=remat)[:2]
 
     def hidden_and_routing(
         self,
         tokens: Int[Array, "B T"],
-        places: Places | None = None,
+        positions: Positions | None = None,
         caches: Caches | None = None,
         *,
         dtype: Any = jnp.float32,
@@ -200,15 +200,15 @@ class DecoderModel(nnx.Module):
         That of a stack has a leading axis L.
         """
         stages.check_none()
-        if self.positions is not None and places is None and caches is None:
+        if self.positions is not None and positions is None and caches is None:
             _check_positions(tokens.shape[1], self.spec.max_positions)
-        places = plain_places(tokens) if places is None else places
-        x = self._embedded(tokens, places, dtype)
+        positions = positions_from_zero(tokens) if positions is None else positions
+        x = self._embedded(tokens, positions, dtype)
         count = len(self.first)
         rest = [] if caches is None else caches["rest"]
-        x, first, first_done = self._unrolled(list(self.first), x, places, rest[:count], remat)
-        x, stack, stack_done = self._scanned(x, places, None if caches is None else caches["stack"], remat)
-        x, last, last_done = self._unrolled(list(self.rest), x, places, rest[count:], remat)
+        x, first, first_done = self._unrolled(list(self.first), x, positions, rest[:count], remat)
+        x, stack, stack_done = self._scanned(x, positions, None if caches is None else caches["stack"], remat)
+        x, last, last_done = self._unrolled(list(self.rest), x, positions, rest[count:], remat)
         caches = None if caches is None else {"stack": stack, "rest": first + last}
         return self.normed(x), caches, routing_by_name(first_done, stack_done, last_done)
 
@@ -219,17 +219,17 @@ class DecoderModel(nnx.Module):
         return outer, self.stack
 
     def enter(
-        self, tokens: Int[Array, "B T"], places: Places, *, dtype: Any, remat: Remat
+        self, tokens: Int[Array, "B T"], positions: Positions, *, dtype: Any, remat: Remat
     ) -> tuple[Float[Array, "B T D"], list[Routing | None]]:
         """What comes before the stack, and what the routers there did."""
-        x, _, done = self._unrolled(list(self.first), self._embedded(tokens, places, dtype), places, None, remat)
+        x, _, done = self._unrolled(list(self.first), self._embedded(tokens, positions, dtype), positions, None, remat)
         return x, done
 
     def leave(
-        self, x: Float[Array, "B T D"], places: Places, *, remat: Remat
+        self, x: Float[Array, "B T D"], positions: Positions, *, remat: Remat
     ) -> tuple[Float[Array, "B T D"], list[Routing | None]]:
         """What comes after the stack, before the final norm, and what the routers there did."""
-        x, _, done = self._unrolled(list(self.rest), x, places, None, remat)
+        x, _, done = self._unrolled(list(self.rest), x, positions, None, remat)
         return x, done
 
     def normed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -247,30 +247,30 @@ class DecoderModel(nnx.Module):
         """The matrix that turns hidden states into logits: the input embedding where they are tied."""
         return (self.embedding if self.head is None else self.head).table[...]
 
-    def _embedded(self, tokens: Array, places: Places, dtype: Any) -> Array:
+    def _embedded(self, tokens: Array, positions: Positions, dtype: Any) -> Array:
         x = self.embedding(tokens, dtype)
         if self.spec.scale_embedding:
             x = x * jnp.asarray(math.sqrt(self.spec.dim), dtype)
-        return x if self.positions is None else x + self.positions(places.positions, dtype)
+        return x if self.positions is None else x + self.positions(positions.index, dtype)
 
     def _unrolled(
-        self, blocks: list[Any], x: Array, places: Places, caches: list[Any] | None, remat: Remat
+        self, blocks: list[Any], x: Array, positions: Positions, caches: list[Any] | None, remat: Remat
     ) -> tuple[Array, list[Any], list[Routing | None]]:
         after, done = [], []
         for block, cache in zip(blocks, caches or [None] * len(blocks), strict=True):
-            x, *rest = _checkpointed(_apply, remat, scanned=False)(block, x, places, cache)
+            x, *rest = _checkpointed(_apply, remat, scanned=False)(block, x, positions, cache)
             after.append(rest[0])
             done.append(rest[1])
         return x, after, done
 
     def _scanned(
-        self, x: Array, places: Places, caches: list[Any] | None, remat: Remat
+        self, x: Array, positions: Positions, caches: list[Any] | None, remat: Remat
     ) -> tuple[Array, list[Any] | None, list[Routing | None]]:
         if not self.spec.repeats:
             return x, caches, []
 
         def step(x: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
-            x, *rest = repeat(*layer, x, places, remat)
+            x, *rest = repeat(*layer, x, positions, remat)
             return x, rest
 
         x, (after, done) = jax.lax.scan(step, x, (self.stack, caches))
@@ -278,19 +278,19 @@ class DecoderModel(nnx.Module):
 
 
 def repeat(
-    blocks: Any, caches: list[Any] | None, x: Float[Array, "B T D"], places: Places, remat: Remat
+    blocks: Any, caches: list[Any] | None, x: Float[Array, "B T D"], positions: Positions, remat: Remat
 ) -> tuple[Float[Array, "B T D"], list[Any] | None, list[Routing | None]]:
     """One repeat of the pattern, inside a scan: x after it, the caches, and what its routers did."""
 
-    def apply(blocks: Any, caches: list[Any] | None, x: Array, places: Places) -> tuple[Array, Any, Any]:
+    def apply(blocks: Any, caches: list[Any] | None, x: Array, positions: Positions) -> tuple[Array, Any, Any]:
         after, done = [], []
         for block, cache in zip(blocks, caches or [None] * len(blocks), strict=True):
-            x, *rest = _apply(block, x, places, cache)
+            x, *rest = _apply(block, x, positions, cache)
             after.append(rest[0])
             done.append(rest[1])
         return x, None if caches is None else after, done
 
-    return _checkpointed(apply, remat, scanned=True)(blocks, caches, x, places)
+    return _checkpointed(apply, remat, scanned=True)(blocks, caches, x, positions)
 
 
 def routing_by_name(
@@ -306,14 +306,16 @@ def _check_positions(length: int, limit: int) -> None:
         raise ValueError(f"the model has max_positions={limit} learned positions, got rows of {length} tokens")
 
 
-def plain_places(tokens: Int[Array, "B T"]) -> Places:
+def positions_from_zero(tokens: Int[Array, "B T"]) -> Positions:
     """Each row one document from position 0 on."""
     positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=tokens.dtype)
-    return Places(positions=positions, segments=jnp.ones_like(tokens))
+    return Positions(index=positions, segments=jnp.ones_like(tokens))
 
 
-def _apply(block: Any, x: Array, places: Places, cache: Cache | None) -> tuple[Array, Cache | None, Routing | None]:
-    return block(checkpoint_name(x, "stream"), places, cache)
+def _apply(
+    block: Any, x: Array, positions: Positions, cache: Cache | None
+) -> tuple[Array, Cache | None, Routing | None]:
+    return block(checkpoint_name(x, "stream"), positions, cache)
 
 
 def _checkpointed(function: Any, remat: Remat, *, scanned: bool) -> Any:

@@ -17,7 +17,7 @@ Parameters = dict[str, jax.Array]
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Flat:
+class FlatModel:
     """A model as a list, for functions that are called often: jit takes a list apart in microseconds, a module in more
     than a millisecond.
     """
@@ -26,7 +26,7 @@ class Flat:
     structure: Any = field(metadata={"static": True})
 
     @classmethod
-    def of(cls, model: nnx.Module) -> "Flat":
+    def of(cls, model: nnx.Module) -> "FlatModel":
         """A model taken apart."""
         return cls(*jax.tree.flatten(model))
 

@@ -51,7 +51,7 @@ def _latent(heads: int, query_rank: int | None, mscale: float) -> MLA:
 
 def _deepseek_v2(mscale: float) -> Decoder:
     """The shape of DeepSeek-V2 236B."""
-    groups = Groups(groups=8, chosen=3, judged_by="best")
+    groups = Groups(groups=8, chosen=3, group_score="best")
     ffn = MoE(
         experts=160,
         expert=GatedMLP(hidden=1536),
@@ -89,7 +89,7 @@ def deepseek_coder_v2_lite() -> Decoder:
 
 def deepseek_v3() -> Decoder:
     """DeepSeek-V3 and R1 671B (2412.19437, 4.2; deepseek-ai/DeepSeek-V3), without multi-token prediction."""
-    groups = Groups(groups=8, chosen=4, judged_by="best_two")
+    groups = Groups(groups=8, chosen=4, group_score="best_two")
     ffn = MoE(
         experts=256,
         expert=GatedMLP(hidden=2048),

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from ..sharding.axes import gather_here, kept, names_of, spec, spec_of, sum_here, time_after
+from ..sharding.axes import gather_shard, names_of, reduce_shard, spec, spec_of, time_after, used_axes
 from .matmul import Kind, current, product
 
 Entries = tuple[Any, ...]
@@ -35,19 +35,19 @@ def einsums(x: Float[Array, "B T ..."], *products: tuple[str, Array], **options:
     x_spec, specs = spec_of(x), [spec_of(weight) for weight in weights]
     if not any(map(names_of, (*x_spec, *(entry for each in specs for entry in each)))):
         return [_product(text, tuple(options.items()), kind, x, weight.astype(x.dtype)) for text, weight in products]
-    used = [tuple(map(kept, each)) for each in specs]
+    used = [tuple(map(used_axes, each)) for each in specs]
     taken = {name for each in used for names in each for name in names}
     x_used = (x_spec[0], tuple(name for name in names_of(x_spec[1]) if name not in taken), *x_spec[2:])
     sums = [_summed(text, x_used, each) for text, each in zip(texts, used, strict=True)]
     results = [_result(text, x_used, each, x.shape[1]) for text, each in zip(texts, used, strict=True)]
 
     def local(x: Array, weights: list[Array]) -> list[Array]:
-        x = gather_here(x, x_spec, x_used)
-        whole = [gather_here(weight, *each) for weight, *each in zip(weights, specs, used, strict=True)]
+        x = gather_shard(x, x_spec, x_used)
+        whole = [gather_shard(weight, *each) for weight, *each in zip(weights, specs, used, strict=True)]
         found = [
             _product(text, tuple(options.items()), kind, x, weight) for text, weight in zip(texts, whole, strict=True)
         ]
-        return [sum_here(y, over, 1) for y, over in zip(found, sums, strict=True)]
+        return [reduce_shard(y, over, 1) for y, over in zip(found, sums, strict=True)]
 
     in_specs = spec(*x_spec), [spec(*each) for each in specs]
     out_specs = [spec(*each) for each in results]

@@ -12,7 +12,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ..kernels.by_platform import by_platform
-from ..sharding.axes import gather, gather_here, kept, names_of, parameter, spec, spec_of, sum_here, time_after
+from ..sharding.axes import (
+    gather,
+    gather_shard,
+    names_of,
+    parameter,
+    reduce_shard,
+    spec,
+    spec_of,
+    time_after,
+    used_axes,
+)
 from .einsum import einsum, einsums
 
 
@@ -46,7 +56,7 @@ class Linear(nnx.Module):
         return gather(self.weight[...], dtype)
 
 
-class OutputMajor(nnx.Module):
+class FusedTransposed(nnx.Module):
     """Linear maps of the same x as one matrix for decoding on a CPU, whose rows are the outputs.
 
     An output reads one stretch of memory. XLA's CPU compiler transposes a weight of more dimensions in memory at every
@@ -89,10 +99,10 @@ class OutputMajor(nnx.Module):
 def products(linears: Sequence[Any], x: Float[Array, "..."], *which: Array) -> list[Float[Array, "..."]]:
     """What each of several linear maps makes of `x`, which on a mesh is gathered once for all of them.
 
-    `OutputMajor` may stand first for all; maps of other kinds are given `which` besides.
+    `FusedTransposed` may stand first for all; maps of other kinds are given `which` besides.
     """
     first = linears[0]
-    if isinstance(first, OutputMajor):
+    if isinstance(first, FusedTransposed):
         return first.each(x)
     if not all(type(linear) is Linear for linear in linears):
         return [linear(x, *which) for linear in linears]
@@ -140,20 +150,20 @@ class Embedding(nnx.Module):
 def _rows(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """The rows of ids. Where the vocabulary is split, each device looks for all ids in its part."""
     before = spec_of(table)
-    after = tuple(map(kept, before))
+    after = tuple(map(used_axes, before))
     over = after[0]
     batch, time = spec_of(ids)
     if not any(map(names_of, (*before, batch, time))):
         return table.at[ids].get()
 
     def local(table: Array, ids: Array) -> Array:
-        table = gather_here(table, before, after)
+        table = gather_shard(table, before, after)
         if not over:
             return table.at[ids].get()
         places = ids - jax.lax.axis_index(over) * table.shape[0]
         inside = (places >= 0) & (places < table.shape[0])
         rows = table.at[jnp.where(inside, places, 0)].get()
-        return sum_here(jnp.where(inside[..., None], rows, jnp.zeros((), rows.dtype)), over, 1)
+        return reduce_shard(jnp.where(inside[..., None], rows, jnp.zeros((), rows.dtype)), over, 1)
 
     out = spec(batch, time_after(time, ids.shape[1], over), None)
     return jax.shard_map(local, in_specs=(spec(*before), spec(batch, time)), out_specs=out, check_vma=False)(table, ids)

@@ -15,7 +15,7 @@ from ..norm import Norm
 from ..positions.rope import Rope
 from ..sharding.axes import context_axis, parameter
 from .caches import KeyValueCache
-from .mixer import Cache, Mixer, Places
+from .mixer import Cache, Mixer, Positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class AttentionLayer(nnx.Module):
         return None if self.spec.qk_norm is None else self.spec.qk_norm.build(axes, *(sizes[a] for a in axes.split()))
 
     def __call__(
-        self, x: Float[Array, "B T D"], places: Places, cache: Cache | None = None
+        self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The layer's output in the dtype of `x`, and the cache with this call's keys and values written into it."""
         spec = self.spec
@@ -100,14 +100,14 @@ class AttentionLayer(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if spec.rope is not None:
-            query, key = spec.rope(query, places.positions), spec.rope(key, places.positions)
+            query, key = spec.rope(query, positions.index), spec.rope(key, positions.index)
         mask: Mask = Causal() if spec.window is None else Causal() & Window(spec.window)
         start: Any = 0
         if cache is None:
-            mask = mask & Documents(places.segments)
+            mask = mask & Documents(positions.segments)
         else:
-            start = places.positions[:, 0]
-            cache, key, value, mask = cache.extend(key, value, places, mask)
+            start = positions.index[:, 0]
+            cache, key, value, mask = cache.extend(key, value, positions, mask)
         mixed = attend(
             query,
             key,
@@ -118,6 +118,6 @@ class AttentionLayer(nnx.Module):
             scale=spec.scale,
             query_offset=start,
             context_axis=context_axis(query),
-            context=places.exchange,
+            context=positions.context_method,
         )
         return self.output(mixed), cache

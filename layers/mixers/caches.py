@@ -18,10 +18,10 @@ from jaxtyping import Array, Float, Int, Int8
 
 from ..kernels.attention.masks import KeysAt, Mask
 from ..kernels.cache_update import put
-from ..sharding.axes import as_split, locally, partition, zeros
-from .mixer import Places
+from ..sharding.axes import partition, per_device, reshard_like, zeros
+from .mixer import Positions
 
-AHEAD = 16
+SLACK = 16
 """Slots of a ring beyond its window: a call with up to so many tokens more than one finds all it sees in the ring, and
 so many latest tokens may be taken back."""
 
@@ -85,8 +85,8 @@ class KeyValueCache:
 
         `dtype` int8 stores each vector quantized; anything else is a floating-point type.
         """
-        ring = window is not None and window + AHEAD < length
-        slots = window + AHEAD if window is not None and ring else length
+        ring = window is not None and window + SLACK < length
+        slots = window + SLACK if window is not None and ring else length
         shape = (batch, kv_heads, slots, head_dim)
         if jnp.dtype(dtype) == jnp.int8:
             made: Vectors = Quantized(_zeros("B K S H", shape, jnp.int8), _zeros("B K S", shape[:3], jnp.float32))
@@ -102,35 +102,35 @@ class KeyValueCache:
     @property
     def rewinds(self) -> int:
         """How many of the latest tokens may be taken back, by going on from an earlier position."""
-        return self.slots if self.window is None else AHEAD
+        return self.slots if self.window is None else SLACK
 
     def extend(
-        self, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], places: Places, mask: Mask
+        self, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], positions: Positions, mask: Mask
     ) -> tuple["KeyValueCache", Array, Array, Mask]:
         """The cache with the keys and values of more tokens, and what attention goes over: keys, values and their mask.
 
         Each row goes on at the position of its first token. Padding (segment 0) may stand on the right, and is not
         written. `mask` is over positions; what is returned is over the keys that are returned.
         """
-        start, real = places.positions[:, 0], places.segments > 0
+        start, real = positions.index[:, 0], positions.segments > 0
         last = start + jnp.sum(real, axis=1, dtype=jnp.int32) - 1
         after = self._written(key, value, start, real)
         dtype = key.dtype
         if self.window is None:
             return after, after.key.read(dtype), after.value.read(dtype), mask
-        if key.shape[1] - 1 <= AHEAD:
-            return after, after.key.read(dtype), after.value.read(dtype), KeysAt(self._held(last), mask)
+        if key.shape[1] - 1 <= SLACK:
+            return after, after.key.read(dtype), after.value.read(dtype), KeysAt(self.positions_in_slots(last), mask)
         # The first queries see keys that the last ones overwrite: those from before this call go in front.
-        positions = start[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)
-        positions = jnp.concatenate([self._held(start - 1), jnp.where(real, positions, -1)], axis=1)
+        at = start[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)
+        at = jnp.concatenate([self.positions_in_slots(start - 1), jnp.where(real, at, -1)], axis=1)
         return (
             after,
             _joined(self.key, key),
             _joined(self.value, value),
-            KeysAt(positions, mask),
+            KeysAt(at, mask),
         )
 
-    def _held(self, last: Int[Array, " B"]) -> Int[Array, "B S"]:
+    def positions_in_slots(self, last: Int[Array, " B"]) -> Int[Array, "B S"]:
         """The position of the token in each slot, negative where there is none yet, when `last` is the latest."""
         slot = jnp.arange(self.slots, dtype=jnp.int32)
         return last[:, None] - jnp.mod(last[:, None] - slot, self.slots)
@@ -150,15 +150,17 @@ class KeyValueCache:
         return dataclasses.replace(self, **stored)
 
 
-def written(slots: Float[Array, "B K S H"], new: Float[Array, "B T K H"], places: Places) -> Float[Array, "B K S H"]:
+def written(
+    slots: Float[Array, "B K S H"], new: Float[Array, "B T K H"], positions: Positions
+) -> Float[Array, "B K S H"]:
     """`slots`, of which each is that of a position, with the vectors of more tokens; padding is not written."""
-    index = places.positions[:, :1] + jnp.arange(new.shape[1], dtype=jnp.int32)
-    return _put(slots, jnp.swapaxes(new, 1, 2), jnp.where(places.segments > 0, index, slots.shape[2]))
+    index = positions.index[:, :1] + jnp.arange(new.shape[1], dtype=jnp.int32)
+    return _put(slots, jnp.swapaxes(new, 1, 2), jnp.where(positions.segments > 0, index, slots.shape[2]))
 
 
 def _joined(old: Vectors, new: Float[Array, "B T K H"]) -> Float[Array, "B U K H"]:
     """Remembered vectors and new ones, which look as they will be remembered."""
-    return jnp.concatenate([as_split(old.read(new.dtype), new), type(old).of(new).read(new.dtype)], axis=1)
+    return jnp.concatenate([reshard_like(old.read(new.dtype), new), type(old).of(new).read(new.dtype)], axis=1)
 
 
 def _zeros(axes: str, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -176,4 +178,4 @@ def _put(slots: Array, new: Array, index: Int[Array, "B T"]) -> Array:
         return slots.at[row, :, index].set(jnp.swapaxes(new, 1, 2), mode="drop")
 
     new = new.astype(slots.dtype)
-    return locally(local, new, as_split(slots, new), index)
+    return per_device(local, new, reshard_like(slots, new), index)

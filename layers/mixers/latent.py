@@ -17,7 +17,7 @@ from ..norm import Norm, RMSNorm
 from ..positions.rope import Rope, YarnScaling, yarn_mscale
 from ..sharding.axes import between_norms, context_axis, shards, spec_of, split_as
 from .caches import written
-from .mixer import Cache, Mixer, Places
+from .mixer import Cache, Mixer, Positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,19 +115,19 @@ class MLALayer(nnx.Module):
         self.output = Linear("N H -> D", output_sizes, rngs=rngs, bias=spec.bias)
 
     def __call__(
-        self, x: Float[Array, "B T D"], places: Places, cache: Cache | None = None
+        self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The layer's output in the dtype of `x`, and the cache with this call's latent vectors written into it."""
         spec = self.spec
-        query, latent = self._query(x, places), self._latent(x, places)
+        query, latent = self._query(x, positions), self._latent(x, positions)
         mask: Mask = Causal()
         absorbs = False
-        options: dict[str, Any] = {"context_axis": context_axis(query), "context": places.exchange}
+        options: dict[str, Any] = {"context_axis": context_axis(query), "context": positions.context_method}
         if cache is None:
-            mask = mask & Documents(places.segments)
+            mask = mask & Documents(positions.segments)
         else:
-            options["query_offset"] = places.positions[:, 0]
-            cache = {"latent": written(cache["latent"], latent, places)}
+            options["query_offset"] = positions.index[:, 0]
+            cache = {"latent": written(cache["latent"], latent, positions)}
             latent = jnp.swapaxes(cache["latent"].astype(x.dtype), 1, 2)
             absorbs = spec.absorbs(x.shape[1], latent.shape[1])
         mixed = (self._absorbed if absorbs else self._expanded)(
@@ -135,17 +135,17 @@ class MLALayer(nnx.Module):
         )
         return self.output(mixed), cache
 
-    def _query(self, x: Array, places: Places) -> Float[Array, "B T N H"]:
+    def _query(self, x: Array, positions: Positions) -> Float[Array, "B T N H"]:
         if self.query_down is not None and self.query_norm is not None:
             x = self.query_norm(self.query_down(x))
         query = self.query(x)
         plain, turned = jnp.split(query, [self.spec.nope_dim], axis=-1)
-        return jnp.concatenate([plain, self.spec.rope(turned, places.positions)], axis=-1)
+        return jnp.concatenate([plain, self.spec.rope(turned, positions.index)], axis=-1)
 
-    def _latent(self, x: Array, places: Places) -> Float[Array, "B T 1 H"]:
+    def _latent(self, x: Array, positions: Positions) -> Float[Array, "B T 1 H"]:
         """What is cached, [c, r]."""
         plain, turned = jnp.split(between_norms(self.latent(x)), [self.spec.kv_rank], axis=-1)
-        turned = self.spec.rope(turned[:, :, None], places.positions)
+        turned = self.spec.rope(turned[:, :, None], positions.index)
         return jnp.concatenate([self.latent_norm(plain)[:, :, None], turned], axis=-1)
 
     def _expanded(self, query: Array, latent: Array, **options: Any) -> Float[Array, "B T N H"]:

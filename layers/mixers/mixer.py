@@ -12,28 +12,28 @@ from ..kernels.attention.context import Method
 from ..spec import Spec
 
 Cache = Any
-"""What a mixer remembers of earlier tokens: a pytree of arrays, the batch first."""
+"""What a mixer stores of earlier tokens: a pytree of arrays, batch axis first."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Places:
-    """Where each token stands: its position in its document, and the document it belongs to (0: padding)."""
+class Positions:
+    """The position of each token in its document (`index`) and the number of that document (`segments`; 0: padding)."""
 
-    positions: Int[Array, "B T"]
+    index: Int[Array, "B T"]
     segments: Int[Array, "B T"]
-    exchange: Method = field(default="ring", metadata={"static": True})
-    """How devices that share a sequence see each other's keys (`context` of `attend`)."""
+    context_method: Method = field(default="ring", metadata={"static": True})
+    """How devices that share a sequence exchange keys and values (`context` of `attend`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixer(Spec):
     """A token-mixing layer: attention, or any sequence model.
 
-    Its layer is called as `layer(x, places, cache=None)` with x: B T D, and returns (B T D, cache). With a cache, each
-    row is one document, or more of one: its positions are consecutive, and the cache has the tokens before the first of
-    them. Padding (segment 0) may stand on the right of a row; it is not remembered. A row may go back: tokens from the
-    position it goes on at are forgotten.
+    Its layer is called as `layer(x, positions, cache=None)` with x: B T D, and returns (B T D, cache). With a cache,
+    each row is one document or a continuation of one: its positions are consecutive, and the cache holds the tokens
+    before the first of them. Padding (segment 0) may follow on the right of a row and is not stored. If a call starts
+    at an earlier position, cached tokens from that position on are discarded.
     """
 
     @abc.abstractmethod

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Apply = Callable[[Array, Array], Array]
+ExpertFunction = Callable[[Array, Array], Array]
 """Maps rows in order of their experts, given how many each expert has."""
 
 
@@ -77,7 +77,7 @@ class _Plan:
         """How many rows arrive for each expert of this device."""
         self.sends, self.receives = counts[device], mine(counts)
         self.starts, self.places = starts[device], places[device]
-        self.arrivals, self.homes = mine(places), mine(starts)
+        self.receive_offsets, self.return_offsets = mine(places), mine(starts)
 
     def there(self, rows: Array, room: int, axis: Any) -> Array:
         """The rows of this device's experts, in their order."""
@@ -88,7 +88,7 @@ class _Plan:
     def back(self, rows: Array, count: int, axis: Any) -> Array:
         """The rows that this device had sent."""
         output = jnp.zeros((count, rows.shape[1]), rows.dtype)
-        numbers = self.arrivals, self.receives, self.homes, self.sends
+        numbers = self.receive_offsets, self.receives, self.return_offsets, self.sends
         return jax.lax.ragged_all_to_all(rows, output, *numbers, axis_name=axis)
 
 
@@ -108,7 +108,7 @@ def _apply(experts: Any, rows: Array, sizes: Array) -> Array:
     return experts(rows, sizes)
 
 
-def _sorted(apply: Apply, experts: int, x: Array, chosen: Array, weights: Array, first: Any = 0) -> Array:
+def _sorted(apply: ExpertFunction, experts: int, x: Array, chosen: Array, weights: Array, first: Any = 0) -> Array:
     """Rows in order of their experts, through `apply`, and back."""
     dim, top_k = x.shape[-1], chosen.shape[-1]
     owners = chosen.reshape(-1) - first
@@ -124,7 +124,7 @@ def _sorted(apply: Apply, experts: int, x: Array, chosen: Array, weights: Array,
     return jnp.einsum("btkd,btk->btd", rows, weights, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def _real(apply: Apply, rows: Array, sizes: Array) -> Array:
+def _real(apply: ExpertFunction, rows: Array, sizes: Array) -> Array:
     """`apply`, with zeros in the rows after those of experts, and in their gradients: a kernel may leave anything."""
     real = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None] < jnp.sum(sizes)
     rows = apply(jnp.where(real, rows, jnp.zeros((), rows.dtype)), sizes)

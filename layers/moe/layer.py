@@ -12,9 +12,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ..kernels.grouped.matmul import grouped_product
-from ..mixers.mixer import Places
+from ..mixers.mixer import Positions
 from ..mlp import MLP, FeedForward, GatedMLP
-from ..sharding.axes import AXES, gather_here, kept, names_of, parameter, spec, spec_of, sum_here, time_after
+from ..sharding.axes import AXES, gather_shard, names_of, parameter, reduce_shard, spec, spec_of, time_after, used_axes
 from .exchange import Exchange, dispatched
 from .routing import Router, RouterLayer, Routing
 
@@ -66,9 +66,9 @@ class MoELayer(nnx.Module):
         self.experts = spec.expert.build(dim, rngs=rngs, linear=linear)
         self.shared = None if spec.shared is None else spec.shared.build(dim, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], places: Places) -> tuple[Float[Array, "B T D"], Routing]:
+    def __call__(self, x: Float[Array, "B T D"], positions: Positions) -> tuple[Float[Array, "B T D"], Routing]:
         """The layer's output in the dtype of `x`, and what the router did with the tokens that are no padding."""
-        chosen, weights, done = self.router(x, (places.segments != 0).astype(jnp.float32))
+        chosen, weights, done = self.router(x, (positions.segments != 0).astype(jnp.float32))
         y = self._mixed(x, chosen, weights)
         return y if self.shared is None else y + self.shared(x), done
 
@@ -78,19 +78,19 @@ class MoELayer(nnx.Module):
         specs, x_spec = [spec_of(leaf) for leaf in leaves], spec_of(x)
         if jax.sharding.get_abstract_mesh().empty:
             return dispatched(tree.unflatten([leaf.astype(x.dtype) for leaf in leaves]), x, chosen, weights)
-        used = [(each[0], *map(kept, each[1:])) for each in specs]
+        used = [(each[0], *map(used_axes, each[1:])) for each in specs]
         over = max((names for each in used for names in each[1:]), key=len)
         time = tuple(name for name in names_of(x_spec[1]) if name not in over)
         mixture = Exchange(names_of(specs[0][0]), names_of(x_spec[0]))
 
         def local(leaves: list[Array], *tokens: Array) -> Array:
-            leaves = [gather_here(leaf, *each) for leaf, *each in zip(leaves, specs, used, strict=True)]
-            tokens = tuple(gather_here(each, x_spec, (x_spec[0], time, None)) for each in tokens)
-            return sum_here(mixture(tree.unflatten(leaves), tokens), over, 1)
+            leaves = [gather_shard(leaf, *each) for leaf, *each in zip(leaves, specs, used, strict=True)]
+            tokens = tuple(gather_shard(each, x_spec, (x_spec[0], time, None)) for each in tokens)
+            return reduce_shard(mixture(tree.unflatten(leaves), tokens), over, 1)
 
-        places = spec(*x_spec)
+        placement = spec(*x_spec)
         out = spec(x_spec[0], time_after(time, x.shape[1], over), None)
-        in_specs = [spec(*each) for each in specs], places, places, places
+        in_specs = [spec(*each) for each in specs], placement, placement, placement
         mapped = jax.shard_map(local, in_specs=in_specs, out_specs=out, check_vma=False)
         return mapped([leaf.astype(x.dtype) for leaf in leaves], x, chosen, weights)
 

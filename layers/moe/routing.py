@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..linear.einsum import einsum
-from ..sharding.axes import as_split, gather, locally, parameter
+from ..sharding.axes import gather, parameter, per_device, reshard_like
 from ..spec import Spec
 
 Routing = dict[str, Array]
@@ -26,7 +26,7 @@ class Groups(Spec):
 
     groups: int
     chosen: int
-    judged_by: Literal["best", "best_two"]
+    group_score: Literal["best", "best_two"]
     """A group is worth its best score (DeepSeek-V2, 2405.04434, 2.2.2) or the sum of its best two (V3, 2412.19437)."""
 
     def __post_init__(self) -> None:
@@ -37,7 +37,7 @@ class Groups(Spec):
     def limit(self, scores: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """The scores, -inf in the groups that are not chosen."""
         grouped = scores.reshape(*scores.shape[:-1], self.groups, -1)
-        count = 2 if self.judged_by == "best_two" else 1
+        count = 2 if self.group_score == "best_two" else 1
         worth = jnp.sum(jax.lax.top_k(grouped, count)[0], axis=-1)
         _, best = jax.lax.top_k(worth, self.chosen)
         open_ = jnp.any(best[..., None] == jnp.arange(self.groups, dtype=best.dtype), axis=-2)
@@ -71,14 +71,14 @@ class Router(Spec):
 
     def check(self, experts: int) -> None:
         """Raises ValueError where E = `experts` do not suffice or do not fill the groups."""
-        groups = self.groups or Groups(groups=1, chosen=1, judged_by="best")
+        groups = self.groups or Groups(groups=1, chosen=1, group_score="best")
         size, rest = divmod(experts, groups.groups)
         if rest or not 1 <= self.top_k <= size * groups.chosen:
             raise ValueError(
                 f"groups must divide the experts, and the chosen groups hold top_k of them, got experts={experts}, "
                 f"top_k={self.top_k}, groups={groups.groups}, chosen={groups.chosen}"
             )
-        if groups.judged_by == "best_two" and size < 2:
+        if groups.group_score == "best_two" and size < 2:
             raise ValueError(
                 f"a group judged by its best two needs two experts, got experts={experts}, groups={groups.groups}"
             )
@@ -109,12 +109,12 @@ class RouterLayer(nnx.Module):
     ) -> tuple[Int[Array, "B T k"], Float[Array, "B T k"], Routing]:
         """The chosen experts, their weights, and what was done with the tokens where `real` is 1, not 0."""
         spec, logits = self.spec, self.logits(x)
-        real = as_split(real[..., None], logits)
+        real = reshard_like(real[..., None], logits)
         scores = jax.nn.softmax(logits) if spec.score == "softmax" else jax.nn.sigmoid(logits)
         worth = jax.lax.stop_gradient(scores)
         if self.correction is not None:
             worth = worth + jax.lax.stop_gradient(gather(self.correction[...], jnp.float32))
-        chosen = locally(spec.choose, worth)
+        chosen = per_device(spec.choose, worth)
         experts = jnp.arange(scores.shape[-1], dtype=chosen.dtype)
         picked = (chosen[..., None] == experts).astype(jnp.float32)
         weights = jnp.sum(picked * scores[..., None, :], axis=-1)

@@ -64,7 +64,7 @@ def batch_partition(mesh: Mesh | AbstractMesh) -> PartitionSpec:
 def stream_partition(mesh: Mesh | AbstractMesh, length: int) -> PartitionSpec:
     """How the residual stream, B T D, is split: as tokens are, and along T over tensor too, if that divides it."""
     time = _there(AXES["T"], mesh)
-    return spec(_there(AXES["B"], mesh), time) if length % ways(time, mesh) == 0 else batch_partition(mesh)
+    return spec(_there(AXES["B"], mesh), time) if length % shard_count(time, mesh) == 0 else batch_partition(mesh)
 
 
 def _there(names: tuple[str, ...], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ def names_of(entry: Any) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
-def ways(entry: Any, mesh: Mesh | AbstractMesh) -> int:
+def shard_count(entry: Any, mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts an entry of a partition splits."""
     return math.prod(mesh.shape.get(name, 1) for name in names_of(entry))
 
@@ -108,7 +108,7 @@ def parameter(axes: str, value: Float[Array, "..."], inputs: int = 0, *, exact: 
 def check_divides(name: str, axes: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> None:
     """Raises ValueError where a dimension of a parameter is not a multiple of the mesh axis that splits it."""
     for letter, size, axis in zip(axes.split(), shape, partition(axes, mesh), strict=False):
-        if size % ways(axis, mesh):
+        if size % shard_count(axis, mesh):
             fits = [n for n in range(1, max(mesh.size, 64) + 1) if size % n == 0]
             raise ValueError(
                 f"mesh axis {axis}={mesh.shape[axis]} does not divide {letter}={size} of parameter {name} ({axes}); "
@@ -126,15 +126,15 @@ def gather(weight: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
     """A parameter made ready for use outside of `einsums`: cast, then gathered over fsdp and expert."""
     weight = jnp.asarray(weight, dtype)
     before = spec_of(weight)
-    return reshard(weight, spec(*map(kept, before))) if any(map(names_of, before)) else weight
+    return reshard(weight, spec(*map(used_axes, before))) if any(map(names_of, before)) else weight
 
 
-def kept(entry: Any) -> tuple[str, ...]:
+def used_axes(entry: Any) -> tuple[str, ...]:
     """The mesh axes of an entry that split a parameter also while it is used."""
     return tuple(name for name in names_of(entry) if name not in GATHERED)
 
 
-def gather_here(array: Array, before: tuple[Any, ...], after: tuple[Any, ...]) -> Array:
+def gather_shard(array: Array, before: tuple[Any, ...], after: tuple[Any, ...]) -> Array:
     """Inside `jax.shard_map`: a device's part of an array under one partition, made its part under a coarser one.
 
     It has the name "gathered", by which remat policies do not keep it.
@@ -147,7 +147,7 @@ def gather_here(array: Array, before: tuple[Any, ...], after: tuple[Any, ...]) -
     return array
 
 
-def sum_here(array: Array, over: tuple[str, ...], dim: int) -> Array:
+def reduce_shard(array: Array, over: tuple[str, ...], dim: int) -> Array:
     """Inside `jax.shard_map`: the sum over mesh axes, split over them along a dimension if they divide it."""
     if not over:
         return array
@@ -157,14 +157,14 @@ def sum_here(array: Array, over: tuple[str, ...], dim: int) -> Array:
 
 
 def time_after(entry: Any, length: int, over: tuple[str, ...]) -> tuple[str, ...]:
-    """What splits T after `sum_here` along it, where `entry` did before."""
+    """What splits T after `reduce_shard` along it, where `entry` did before."""
     names = (*names_of(entry), *over)
-    return names if length % ways(names, jax.sharding.get_abstract_mesh()) == 0 else names_of(entry)
+    return names if length % shard_count(names, jax.sharding.get_abstract_mesh()) == 0 else names_of(entry)
 
 
 def shards(array: Array, dim: int) -> int:
     """Into how many parts a dimension of an array is split."""
-    return ways(spec_of(array)[dim], jax.typeof(array).sharding.mesh)
+    return shard_count(spec_of(array)[dim], jax.typeof(array).sharding.mesh)
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, spec: tuple[Any, ...]) -> Array:
@@ -182,13 +182,13 @@ def split_as(*spec: Any) -> PartitionSpec | None:
     return None if jax.sharding.get_abstract_mesh().empty else PartitionSpec(*spec)
 
 
-def as_split(array: Array, like: Array) -> Array:
+def reshard_like(array: Array, like: Array) -> Array:
     """An array, split as another one of its shape is."""
     spec = split_as(*spec_of(like))
     return array if spec is None else reshard(array, spec)
 
 
-def locally(function: Callable[..., Array], *arrays: Array) -> Array:
+def per_device(function: Callable[..., Array], *arrays: Array) -> Array:
     """Calls `function` on each device's own part of the arrays; the result is split like the first of them.
 
     Arrays that every device has whole are no exception: a kernel may be among what it calls, of which XLA does not know

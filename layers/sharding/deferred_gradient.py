@@ -8,7 +8,7 @@ from jax.extend.core import Literal, jaxpr_as_fun
 from jax.interpreters.partial_eval import dce_jaxpr
 
 
-class Later:
+class DeferredGradient:
     """`function(weights, x, given)`, differentiable in weights and x, in two halves.
 
     Between them is kept what the gradient needs and what depends on x: no weight, nothing that is made of weights or of

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from . import stages
 from .axes import zeros_like
-from .deferred_gradient import Later
+from .deferred_gradient import DeferredGradient
 
 MicroBatch = dict[str, Array]
 """Arrays B T: `tokens`, `segments` (0: padding), `weights` (of each token in the loss) and what else there is."""
@@ -128,9 +128,9 @@ class _Stage:
         zero = jnp.zeros((), jnp.int32)
         micro = self.micro(zero)
         self.x = zeros_like(jax.eval_shape(parts.enter, outer, micro["tokens"], micro)[0])
-        self.enter = Later(parts.enter, outer, micro["tokens"], micro)
-        self.layer = Later(parts.layer, jax.tree.map(lambda leaf: leaf[0], stack), self.x, micro)
-        self.leave = Later(parts.leave, outer, self.x, micro)
+        self.enter = DeferredGradient(parts.enter, outer, micro["tokens"], micro)
+        self.layer = DeferredGradient(parts.layer, jax.tree.map(lambda leaf: leaf[0], stack), self.x, micro)
+        self.leave = DeferredGradient(parts.leave, outer, self.x, micro)
         self.ahead_shapes = jax.eval_shape(self.ahead, zero, self.x)
 
     def there(self, index: Array) -> Array:

@@ -10,7 +10,7 @@ from flaxzoo.layers.kernels.attention import attend
 from flaxzoo.layers.kernels.attention.masks import Causal, Documents, Window
 from flaxzoo.layers.kernels.attention.scores import SoftCap
 from flaxzoo.layers.mixers.attention import Attention
-from flaxzoo.layers.mixers.mixer import Places
+from flaxzoo.layers.mixers.mixer import Positions
 from flaxzoo.layers.mlp import GatedMLP
 from flaxzoo.layers.norm import RMSNorm
 from flaxzoo.layers.positions.rope import Rope
@@ -19,8 +19,8 @@ DIM = 16
 ATTENTION = Attention(heads=4, kv_heads=2, head_dim=8)
 BLOCK = Block(mixer=ATTENTION, ffn=GatedMLP(hidden=24), norm=RMSNorm())
 X = jax.random.normal(jax.random.key(0), (2, 6, DIM)) * 3
-PLACES = Places(
-    positions=jnp.asarray([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 0]], jnp.int32),
+POSITIONS = Positions(
+    index=jnp.asarray([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 0]], jnp.int32),
     segments=jnp.asarray([[1, 1, 1, 1, 1, 1], [1, 1, 1, 2, 2, 0]], jnp.int32),
 )
 NORMS = {
@@ -41,7 +41,7 @@ def build(spec):
 
 def formula(block, placement, x) -> jax.Array:
     def mixer(x):
-        return block.mixer(x, PLACES)[0]
+        return block.mixer(x, POSITIONS)[0]
 
     match placement:
         case "pre":
@@ -70,7 +70,7 @@ def test_every_placement_is_tested():
 @pytest.mark.parametrize("placement", NORMS)
 def test_placement(placement):
     block = build(BLOCK.replace(placement=placement))
-    np.testing.assert_allclose(block(X, PLACES)[0], formula(block, placement, X), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(block(X, POSITIONS)[0], formula(block, placement, X), rtol=1e-5, atol=1e-5)
     assert {name for name in NORMS["sandwich"] if getattr(block, name) is not None} == NORMS[placement]
 
 
@@ -101,21 +101,21 @@ def test_attention_layer(name):
         q, k = (x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 0.1) for x in (q, k))
         q, k = q * layer.query_norm.scale[...], k * layer.key_norm.scale[...]
     if spec.rope is not None:
-        q, k = (Rope()(x, PLACES.positions) for x in (q, k))
-    mask = Causal() & Documents(PLACES.segments)
+        q, k = (Rope()(x, POSITIONS.index) for x in (q, k))
+    mask = Causal() & Documents(POSITIONS.segments)
     mask = mask & Window(spec.window) if spec.window else mask
     sinks = layer.sinks[...] if spec.sinks else None
     score = SoftCap(spec.soft_cap) if spec.soft_cap else None
     mixed = attend(q, k, v, mask=mask, score=score, sinks=sinks, scale=spec.scale)
     wanted = jnp.einsum("BTNH,NHD->BTD", mixed, layer.output.weight[...])
     wanted = wanted if layer.output.bias is None else wanted + layer.output.bias[...]
-    np.testing.assert_allclose(layer(X, PLACES)[0], wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(layer(X, POSITIONS)[0], wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_changing_a_later_token_changes_no_earlier_one():
     layer = build(ATTENTION)
     changed = X.at[:, 4].add(1.0)
-    before, after = (np.asarray(layer(x, PLACES)[0]) for x in (X, changed))
+    before, after = (np.asarray(layer(x, POSITIONS)[0]) for x in (X, changed))
     np.testing.assert_array_equal(before[:, :4], after[:, :4])
     assert np.abs(before[0, 4:] - after[0, 4:]).min() > 0
 

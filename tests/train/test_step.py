@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from flaxzoo.configs import Run
-from flaxzoo.layers.mixers.mixer import Places
+from flaxzoo.layers.mixers.mixer import Positions
 from flaxzoo.train.distributed import mesh as meshes
 from flaxzoo.train.step import State, _gradients, best_parameters, initial_state, make_step
 from flaxzoo.zoo.parameters import Parameters, merge, split
@@ -141,8 +141,8 @@ def test_padding_may_hold_anything(tiny: Run) -> None:
 
 def plain_loss(run: Run, params: Parameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The weighted mean likelihood and squared log-partition, from all logits at once."""
-    places = Places(positions=batch["positions"], segments=batch["segments"])
-    logits, _ = merge(run.model.abstract(), params)(batch["tokens"], places)
+    positions = Positions(index=batch["positions"], segments=batch["segments"])
+    logits, _ = merge(run.model.abstract(), params)(batch["tokens"], positions)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
     share = batch["weights"] / jnp.sum(batch["weights"])
     return -jnp.sum(chosen * share), jnp.sum(jax.nn.logsumexp(logits, -1) ** 2 * share)

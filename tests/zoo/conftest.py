@@ -25,7 +25,7 @@ LATENT = Block(
         experts=8,
         expert=GatedMLP(hidden=16),
         router=Router(
-            top_k=3, score="sigmoid", correction=True, groups=Groups(groups=4, chosen=2, judged_by="best_two")
+            top_k=3, score="sigmoid", correction=True, groups=Groups(groups=4, chosen=2, group_score="best_two")
         ),
         shared=GatedMLP(hidden=16),
     ),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flaxzoo.layers.loss import cross_entropy
-from flaxzoo.layers.mixers.mixer import Places
+from flaxzoo.layers.mixers.mixer import Positions
 from flaxzoo.layers.sharding.axes import batch_partition
 from flaxzoo.zoo.decoder import POLICIES
 from flaxzoo.zoo.parameters import describe, merge, partitions, shardings, split
@@ -20,9 +20,9 @@ BATCH = jax.random.randint(jax.random.key(4), (8, T), 0, 48, jnp.int32)
 TOKENS = jax.random.randint(jax.random.key(3), (2, T), 0, 48, jnp.int32)
 
 
-def logits(model, tokens=TOKENS, places=None, dtype=jnp.float32):
+def logits(model, tokens=TOKENS, positions=None, dtype=jnp.float32):
     return np.asarray(
-        jax.jit(lambda model, tokens, places: model(tokens, places, dtype=dtype)[0])(model, tokens, places)
+        jax.jit(lambda model, tokens, positions: model(tokens, positions, dtype=dtype)[0])(model, tokens, positions)
     )
 
 
@@ -156,10 +156,10 @@ def test_packed_documents_are_each_as_alone(name, models):
     cuts = [(0, 4), (4, 5), (5, 11)]  # then 2 of padding
     positions = np.array([0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5, 0, 1])
     segments = np.array([1] * 4 + [2] + [3] * 6 + [0] * 2)
-    places = Places(
-        positions=jnp.asarray([positions, range(T)], jnp.int32), segments=jnp.asarray([segments, [1] * T], jnp.int32)
+    positions = Positions(
+        index=jnp.asarray([positions, range(T)], jnp.int32), segments=jnp.asarray([segments, [1] * T], jnp.int32)
     )
-    packed = logits(models[name], TOKENS, places)
+    packed = logits(models[name], TOKENS, positions)
     assert np.isfinite(packed).all()
     rows = jnp.stack([jnp.pad(TOKENS[0, first:last], (0, 6 - (last - first))) for first, last in cuts])
     for (first, last), alone in zip(cuts, logits(models[name], rows), strict=True):
@@ -183,7 +183,7 @@ def test_bfloat16_is_close_to_float32(name, models):
 
 def test_learned_positions_are_read_at_the_places(models):
     model = models["learned"]
-    shifted = Places(positions=jnp.arange(T)[None] + jnp.asarray([[0], [5]]), segments=jnp.ones_like(TOKENS))
+    shifted = Positions(index=jnp.arange(T)[None] + jnp.asarray([[0], [5]]), segments=jnp.ones_like(TOKENS))
     found, plain = logits(model, TOKENS, shifted), logits(model)
     np.testing.assert_allclose(found[0], plain[0], rtol=1e-5, atol=1e-5)
     assert np.abs(found[1] - plain[1]).max() > 0.1
@@ -209,8 +209,8 @@ def stepwise(model, tokens, lengths, dtype=jnp.float32):
         def step(caches, index):
             at = lengths + index
             token = jnp.take_along_axis(tokens, jnp.minimum(at, total - 1)[:, None], axis=1)
-            places = Places(positions=at[:, None], segments=jnp.ones((batch, 1), jnp.int32))
-            logits, caches = model(token, places, caches, dtype=dtype)
+            positions = Positions(index=at[:, None], segments=jnp.ones((batch, 1), jnp.int32))
+            logits, caches = model(token, positions, caches, dtype=dtype)
             return caches, logits[:, 0]
 
         _, later = jax.lax.scan(step, caches, jnp.arange(total - int(min(lengths)), dtype=jnp.int32))
@@ -233,8 +233,8 @@ def test_decoding_on_a_mesh(name, decoders, models):
     wanted = logits(models[name])
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"))
     with jax.set_mesh(mesh):
-        places = shardings(describe(decoders[name].abstract()), mesh)
-        placed = {n: jax.device_put(np.asarray(x), places[n]) for n, x in split(models[name]).items()}
+        placement = shardings(describe(decoders[name].abstract()), mesh)
+        placed = {n: jax.device_put(np.asarray(x), placement[n]) for n, x in split(models[name]).items()}
         found = stepwise(merge(decoders[name].abstract(), placed), np.asarray(TOKENS), [6, 3])
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
 
@@ -261,8 +261,8 @@ MESHES = [{"data": 8}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp"
 
 def on_mesh(decoder, model, mesh, batch=BATCH):
     """Parameters and tokens where they live on the (ambient) mesh."""
-    places = shardings(describe(decoder.abstract()), mesh)
-    parameters = {n: jax.device_put(np.asarray(x), places[n]) for n, x in split(model).items()}
+    placement = shardings(describe(decoder.abstract()), mesh)
+    parameters = {n: jax.device_put(np.asarray(x), placement[n]) for n, x in split(model).items()}
     return parameters, jax.device_put(np.asarray(batch), jax.sharding.NamedSharding(mesh, batch_partition(mesh)))
 
 

@@ -102,7 +102,7 @@ def generate(
         place: where and in what the model computes.
         guess: so many tokens are guessed at a time from the text so far, which changes nothing but the speed.
     """
-    writer = place.open(source).for_decoding()
+    writer = place.open(source).optimize_for_decoding()
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "sampling": draw.sampling,
@@ -152,7 +152,7 @@ def chat(
         place: where and in what the model computes.
         guess: so many tokens are guessed at a time from the text so far, which changes nothing but the speed.
     """
-    writer = place.open(source).for_decoding()
+    writer = place.open(source).optimize_for_decoding()
     made = writer.template if template is None else ChatTemplate(template.read_text(encoding="utf-8"))
     if made is None:
         raise ValueError(f"{source} has no chat template; give one by --template FILE, or use `zoo generate`")

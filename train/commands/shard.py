@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...configs.run import Run
-from ...layers.sharding.axes import batch_partition, names_of, stream_partition, ways
+from ...layers.sharding.axes import batch_partition, names_of, shard_count, stream_partition
 from ...layers.spec import missing_package
 from ...zoo.decoder import Decoder
 from ...zoo.parameters import describe, partitions
@@ -106,8 +106,8 @@ def layout(name: str, found: Decoder | Run, mesh_text: str) -> Layout:
 def tensor_of(name: str, axes: str, shape: tuple[int, ...], dtype: Any, spec: Any, mesh: AbstractMesh) -> Tensor:
     """An array with these axis letters on a mesh."""
     split = tuple(names_of(entry) for entry in (*spec, *[None] * (len(shape) - len(spec))))
-    shard = tuple(size // ways(names, mesh) for size, names in zip(shape, split, strict=True))
-    shards = math.prod(ways(names, mesh) for names in split)
+    shard = tuple(size // shard_count(names, mesh) for size, names in zip(shape, split, strict=True))
+    shards = math.prod(shard_count(names, mesh) for names in split)
     size = dtype.itemsize
     whole, own = math.prod(shape) * size, math.prod(shard) * size
     return Tensor(name, axes, shape, str(dtype), split, shard, shards, mesh.size // shards, whole, own)

@@ -13,7 +13,7 @@ from ... import zoo
 from ...layers.spec import unknown
 from ...zoo.decoder import DecoderModel
 from ...zoo.families import family
-from ...zoo.formats.hugging_face import Described, read_json
+from ...zoo.formats.hugging_face import CheckpointFolder, read_json
 from ...zoo.formats.source import token_of
 from ...zoo.generation.chat import ChatTemplate
 from ..data import separator
@@ -35,9 +35,9 @@ class Writer:
     dtype: Any
     """What the model computes in."""
 
-    def for_decoding(self) -> "Writer":
+    def optimize_for_decoding(self) -> "Writer":
         """The same with the model in the form that decodes fastest, which takes the place of this one's model."""
-        return dataclasses.replace(self, model=zoo.for_decoding(self.model, self.dtype, donate=True))
+        return dataclasses.replace(self, model=zoo.optimize_for_decoding(self.model, self.dtype, donate=True))
 
 
 def open_writer(
@@ -90,7 +90,7 @@ def _described(source: Any, tokenizer: Tokenizer) -> tuple[dict[str, Any], str |
     config, template = dict(source.config), source.chat_template
     named: dict[str, Any] = {}
     stop: list[str] = []
-    if isinstance(source, Described):
+    if isinstance(source, CheckpointFolder):
         folder = source.path
         described = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
         if (folder / "generation_config.json").is_file():

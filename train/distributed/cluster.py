@@ -14,7 +14,7 @@ import jax
 
 from . import hardware
 from .signals import Interrupted
-from .watchdog import Roll, stop
+from .watchdog import Watchdog, stop
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Where process 0 listens (HOST:PORT), how many processes there are, and which of them this is."""
@@ -65,7 +65,7 @@ def joined(told: Callable[[BaseException], tuple[str, int]] | None = None) -> It
     _connect(group)
     try:
         _check_devices()
-        roll = Roll()
+        roll = Watchdog()
     except (ValueError, ConnectionError):  # in all of them
         jax.distributed.shutdown()
         raise
@@ -85,7 +85,7 @@ def joined(told: Callable[[BaseException], tuple[str, int]] | None = None) -> It
     _leave(roll)
 
 
-def _leave(roll: Roll) -> None:
+def _leave(roll: Watchdog) -> None:
     jax.distributed.shutdown()  # waits for all of them
     roll.end()
 

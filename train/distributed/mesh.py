@@ -13,7 +13,7 @@ from jaxlib._jax import Device
 
 from ...configs.run import Run
 from ...layers.sharding import stages
-from ...layers.sharding.axes import AXES, MESH_AXES, batch_partition, names_of, stream_partition, ways
+from ...layers.sharding.axes import AXES, MESH_AXES, batch_partition, names_of, shard_count, stream_partition
 from ...layers.spec import unknown
 from ...zoo.decoder import Decoder
 from ...zoo.parameters import Description, describe, partitions
@@ -90,7 +90,7 @@ def check(run: Run, mesh: Mesh | AbstractMesh) -> None:
     known = describe(run.model.abstract())
     rows = run.batch // run.accumulate
     batch, context = batch_partition(mesh)
-    shards = ways(batch, mesh)
+    shards = shard_count(batch, mesh)
     if rows % shards:
         fits = [n for n in range(1, rows + 1) if rows % n == 0]
         raise ValueError(
@@ -106,11 +106,11 @@ def check(run: Run, mesh: Mesh | AbstractMesh) -> None:
         )
     # The stages share the loss of what each of the other parts of T holds.
     time = (*names_of(stream_partition(mesh, 0)[1]), *([stages.AXIS] if parts > 1 else []))
-    if run.length % ways(time, mesh):
+    if run.length % shard_count(time, mesh):
         raise ValueError(
-            f"the mesh splits each sequence {ways(time, mesh)} ways ({' x '.join(time)}), which does not "
+            f"the mesh splits each sequence {shard_count(time, mesh)} ways ({' x '.join(time)}), which does not "
             f"divide its length of {run.length} tokens; the nearest lengths that fit are "
-            f"{', '.join(str(n) for n in _nearest(run.length, ways(time, mesh)))}"
+            f"{', '.join(str(n) for n in _nearest(run.length, shard_count(time, mesh)))}"
         )
     specs = partitions(known, mesh)
     used = {*names_of(batch), *names_of(context)} - set(AXES["E"])

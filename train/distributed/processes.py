@@ -18,7 +18,7 @@ _alone = contextvars.ContextVar("alone", default=False)
 """Whether only this process is where it is, and must not wait for the others."""
 
 
-class Elsewhere(OSError, ValueError):
+class RemoteError(OSError, ValueError):
     """What went wrong in another process, in its words."""
 
 
@@ -46,7 +46,7 @@ def gather[T](value: T) -> list[T]:
 def first[T](make: Callable[[], T]) -> T:
     """What `make()` returns in the first process, told to all; plain JSON data. The others wait for it meanwhile.
 
-    Raises what `make` raises; in the other processes, `Elsewhere` with its text. `make` may not ask the others.
+    Raises what `make` raises; in the other processes, `RemoteError` with its text. `make` may not ask the others.
     """
     _assert_all_here()
     if jax.process_count() == 1:
@@ -65,7 +65,7 @@ def first[T](make: Callable[[], T]) -> T:
         raise problem
     answer = json.loads(told[:size].tobytes())
     if "error" in answer:
-        raise Elsewhere(answer["error"])
+        raise RemoteError(answer["error"])
     return answer["value"]
 
 

@@ -1,9 +1,9 @@
 """The roll of a job: its processes watch each other, and when one fails or is lost, all end with one message.
 
-Every process holds a connection to the first one and says now and then that it is there. A process that is killed
-closes its connection, so the others know at once; one whose machine or network is gone falls silent, and is lost after
-`SILENT` seconds. A process may be stuck in a collective that will never end when it hears of it, so it is ended from
-a thread.
+Every process holds a connection to the first one and sends a heartbeat at intervals. A process that is killed closes
+its connection, so the others are notified at once. One whose machine or network is down sends nothing, and counts as failed
+after `HEARTBEAT_TIMEOUT` seconds. A process that is notified may be blocked in a collective that never ends, so it is
+ended from a thread.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ import jax
 
 from . import processes
 
-SILENT = 60.0
+HEARTBEAT_TIMEOUT = 60.0
 """Seconds after which a process that says nothing is lost."""
-BEAT = 5.0
+HEARTBEAT = 5.0
 """Seconds between two signs of life."""
-PATIENCE = 1.0
+GRACE = 1.0
 """Seconds between the first report and the end: the cause may arrive after its consequences."""
 LONGEST = 1 << 20
 """Bytes of a message at most."""
@@ -94,7 +94,7 @@ class Line:
                 pass
 
 
-class Roll:
+class Watchdog:
     """This process's part of it; every process makes one at the same place.
 
     Raises ConnectionError, in all of them, where one cannot reach the first.
@@ -155,7 +155,7 @@ class Roll:
             self._reports.append(report)
         else:
             self._line.send(rank=report.rank, text=text, code=code)
-        self._thread.join(SILENT + 2 * PATIENCE)
+        self._thread.join(HEARTBEAT_TIMEOUT + 2 * GRACE)
         stop(text, code)  # nobody answered
 
     # In the first process.
@@ -172,16 +172,16 @@ class Roll:
                         except OSError:  # whoever it was is gone, or there are too many of them
                             time.sleep(0.1)
                             continue
-                        connection.settimeout(BEAT)
+                        connection.settimeout(HEARTBEAT)
                         selector.register(connection, selectors.EVENT_READ, Line(connection))
                     elif not self._answer(key.data):
                         selector.unregister(key.fileobj)
                         key.data.connection.close()
                 now = time.monotonic()
                 for process, last in self._heard.items():
-                    if now - last > SILENT:
-                        self._lost(process, f"nothing was heard of it for {SILENT:.0f} seconds")
-                if now - beat > BEAT:
+                    if now - last > HEARTBEAT_TIMEOUT:
+                        self._lost(process, f"nothing was heard of it for {HEARTBEAT_TIMEOUT:.0f} seconds")
+                if now - beat > HEARTBEAT:
                     beat = now
                     for line in self._lines.values():
                         line.send()
@@ -226,7 +226,7 @@ class Roll:
             return
         self._since = self._since or now
         report = min(self._reports, key=lambda report: (report.rank, report.process))
-        if report.rank and now - self._since < PATIENCE:
+        if report.rank and now - self._since < GRACE:
             return
         for line in self._lines.values():
             line.send(stop=report.code)
@@ -246,11 +246,11 @@ class Roll:
     def _watch_first(self) -> None:
         heard = time.monotonic()
         beat = 0.0
-        self._line.connection.settimeout(BEAT)
+        self._line.connection.settimeout(HEARTBEAT)
         selector = selectors.DefaultSelector()
         selector.register(self._line.connection, selectors.EVENT_READ)
         while True:
-            if selector.select(timeout=min(BEAT, 1.0)):
+            if selector.select(timeout=min(HEARTBEAT, 1.0)):
                 messages = self._line.read()
                 if messages is None:
                     if self._over.is_set():
@@ -263,11 +263,11 @@ class Roll:
                     if "over" in message:
                         return
             now = time.monotonic()
-            if now - beat > BEAT:
+            if now - beat > HEARTBEAT:
                 beat = now
                 self._line.send()
-            if now - heard > SILENT:
-                how = f"nothing was heard of it for {SILENT:.0f} seconds"
+            if now - heard > HEARTBEAT_TIMEOUT:
+                how = f"nothing was heard of it for {HEARTBEAT_TIMEOUT:.0f} seconds"
                 stop(f"error: {self._named(0)} was lost: {how}", advise=True)
 
 

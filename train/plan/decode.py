@@ -17,7 +17,7 @@ from ...zoo.decoder import Decoder
 from ...zoo.generation import session
 from ...zoo.generation.sampling import Sampling
 from ...zoo.generation.state import STRIDE
-from ...zoo.parameters import Flat, describe, merge, partitions, shardings
+from ...zoo.parameters import FlatModel, describe, merge, partitions, shardings
 from ..distributed import mesh as meshes
 from .chips import Chip, chip_of, slice_of
 from .hlo import Operation, Program
@@ -153,7 +153,7 @@ def _divides(spec: Decoder, devices: list[Any]) -> int:
     return next(count for count in range(len(devices), 0, -1) if fits(count))
 
 
-def _lowered(decoding: Decoding, mesh: Mesh) -> tuple[Flat, Any, Any]:
+def _lowered(decoding: Decoding, mesh: Mesh) -> tuple[FlatModel, Any, Any]:
     """Parameters, caches, and the program of `zoo.Session.advance` for them; nothing is computed."""
     spec = decoding.model.unstacked()  # as `zoo.for_decoding` makes it
     known, abstract = describe(spec.abstract()), spec.abstract()
@@ -170,7 +170,7 @@ def _lowered(decoding: Decoding, mesh: Mesh) -> tuple[Flat, Any, Any]:
     def shapes(function: Any) -> Any:
         return jax.tree.map(placed, jax.eval_shape(function))
 
-    flat = Flat.of(jax.tree.map(placed, jax.eval_shape(partial(merge, abstract), parameters)))
+    flat = FlatModel.of(jax.tree.map(placed, jax.eval_shape(partial(merge, abstract), parameters)))
     room = session.rounded(decoding.length)
     caches = shapes(partial(session.empty_caches, spec, decoding.batch, room, jnp.dtype(decoding.cache_dtype)))
     rest = shapes(

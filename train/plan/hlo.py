@@ -131,7 +131,7 @@ class Operation:
         return []
 
 
-Told = Callable[[Operation], float | None]
+TripCounts = Callable[[Operation], float | None]
 """What is not in a program: how often a loop runs, or the number of the branch that a conditional takes; None for
 others."""
 
@@ -175,7 +175,7 @@ class Program:
         compares = [op for op in condition if op.code == "compare" and "direction=LT" in op.rest]
         return numbers[0] if len(numbers) == 1 and len(compares) == 1 else None
 
-    def branch(self, op: Operation, told: Told | None = None) -> str | None:
+    def branch(self, op: Operation, told: TripCounts | None = None) -> str | None:
         """The computation that a conditional takes, where the program says which, or else `told`; None if neither."""
         found = re.search(r"branch_computations=\{(.*?)\}", op.rest)
         branches = re.findall(r"[\w.\-]+", found[1]) if found else []
@@ -234,14 +234,16 @@ class Program:
         inside = self.computations.get(op.called("calls"), []) if op.code == "fusion" else []
         return sum(self.flops(one) for one in inside)
 
-    def walk(self, told: Told | None = None) -> Iterator[tuple[Operation, float | None]]:
+    def walk(self, told: TripCounts | None = None) -> Iterator[tuple[Operation, float | None]]:
         """Every operation in the order of the program, and how often it runs; None where that is not known.
 
         `told` says what is not in the program.
         """
         yield from self._walk(self.entry, 1, told)
 
-    def _walk(self, name: str, times: float | None, told: Told | None) -> Iterator[tuple[Operation, float | None]]:
+    def _walk(
+        self, name: str, times: float | None, told: TripCounts | None
+    ) -> Iterator[tuple[Operation, float | None]]:
         for op in self.computations.get(name, []):
             yield op, times
             if op.code == "while":

@@ -15,7 +15,7 @@ from ...layers.moe.layer import MoE
 from ...layers.sharding import stages
 from ...zoo.decoder import Decoder
 from .chips import Chip, Tpu
-from .hlo import ARRAY, Operation, Program, Told, bytes_of
+from .hlo import ARRAY, Operation, Program, TripCounts, bytes_of
 from .time import Kernel
 
 PUT = 1.0e-6, 45e-9
@@ -78,7 +78,7 @@ class Kernels:
 
         return seconds
 
-    def loops(self, length: int) -> Told:
+    def loops(self, length: int) -> TripCounts:
         """Attention by blocks over documents of a length: a block of queries goes over those of keys that it sees on
         average, and in each takes the branch that looks at no mask, the shortest one that computes.
         """

@@ -19,7 +19,7 @@ from ...layers.spec import missing_package
 from ..runs.progress import amount, print_whole
 from .chips import Chip
 from .plan import Memory, Plan, first_that_fits, plan
-from .search import front, picture, search
+from .search import pareto, picture, search
 from .time import PARTS as TIMES
 from .time import Time
 
@@ -97,7 +97,7 @@ def search_command(
     named = (("", "right"), ("mesh", "left"), ("remat", "left"))
     for heading, side in (*named, *((h, "right") for h in SEARCHED)):
         rows.add_column(heading, justify=side, no_wrap=True)  # pyright: ignore[reportArgumentType]
-    best = front(plans)
+    best = pareto(plans)
     for number, one in enumerate(plans, 1):
         memory = _gib(one.memory.used)
         told = one.time is not None and not one.time.unknown and one.fits

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 from ...configs.run import Run
 from ...layers.loss import tokens_at_a_time
 from ...layers.moe.layer import MoE
-from ...layers.sharding.axes import MESH_AXES, batch_partition, ways
+from ...layers.sharding.axes import MESH_AXES, batch_partition, shard_count
 from ...zoo.parameters import Description, describe, partitions
 from ..distributed import mesh as meshes
 from .chips import Chip, chip_of
@@ -64,10 +64,10 @@ def guess(run: Run, chip: Chip, known: dict[str, Description]) -> Guess:
     mesh = _abstract(run)
     into = {axis: mesh.shape.get(axis, 1) for axis in MESH_AXES}
     splits = partitions(known, mesh)
-    share = {name: math.prod(ways(entry, mesh) for entry in spec) for name, spec in splits.items()}
+    share = {name: math.prod(shard_count(entry, mesh) for entry in spec) for name, spec in splits.items()}
     held = sum(what.size / share[name] for name, what in known.items())
     batch, time = batch_partition(mesh)
-    tokens = run.batch * run.length / run.accumulate / ways(batch, mesh) / ways(time, mesh)
+    tokens = run.batch * run.length / run.accumulate / shard_count(batch, mesh) / shard_count(time, mesh)
     model, layers = run.model, len(run.model.all_blocks)
     # What is kept of a layer: its input; or what its matrices make, too; or twice that, with what is between.
     wide = sum(_outputs(what) / into["tensor"] for what in known.values()) / layers
@@ -134,7 +134,7 @@ def _wide(run: Run) -> Run:
     return run.replace(**{"optimizer.momentum_dtype": "float32"})
 
 
-def front(plans: Iterable[Plan]) -> list[Plan]:
+def pareto(plans: Iterable[Plan]) -> list[Plan]:
     """Those that fit and that no other one beats in both speed and memory."""
     kept: list[Plan] = []
     for one in sorted((one for one in plans if _timed(one)), key=lambda one: -one.tokens_per_second):
@@ -149,7 +149,7 @@ def picture(plans: list[Plan], file: Path) -> None:
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    best = front(plans)
+    best = pareto(plans)
     others = [one for one in plans if _timed(one) and one not in best]
     for line, style, color, name in ((best, "o-", "tab:blue", "front"), (others, "o", "tab:gray", None)):
         places = [_gib(one) for one in line], [one.tokens_per_second for one in line]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .chips import Chip
-from .hlo import Operation, Program, Told
+from .hlo import Operation, Program, TripCounts
 
 HOP = 1e-6
 """Seconds that a step of a ring takes beside its bytes."""
@@ -103,7 +103,7 @@ class Time:
         return {**parts, "traffic": traffic, "unknown": self.unknown}
 
 
-def time_of(program: Program, chip: Chip, mesh: dict[str, int], kernel: Kernel, told: Told | None = None) -> Time:
+def time_of(program: Program, chip: Chip, mesh: dict[str, int], kernel: Kernel, told: TripCounts | None = None) -> Time:
     """The time of a compiled program.
 
     Args:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from ...configs.run import (LAYOUT, Run)
 from ...layers.spec import unknown
 from ...zoo.decoder import DecoderModel
-from ...zoo.formats.hugging_face import Described
+from ...zoo.formats.hugging_face import CheckpointFolder
 from ...zoo.formats.load import is_run
 from ...zoo.parameters import (describe, merge, shardings)
 from ...zoo.formats.save import (ModelSource, write_description)
@@ -73,9 +73,9 @@ class Folder:
         return self.path / "pretrained"
 
     @property
-    def described(self) -> Described | None:
+    def described(self) -> CheckpointFolder | None:
         """What is in `description`; None where the run started from random parameters."""
-        return Described(self.description) if self.run().weights and self.description.is_dir() else None
+        return CheckpointFolder(self.description) if self.run().weights and self.description.is_dir() else None
 
     def run(self) -> Run:
         """The run this folder holds. Raises ValueError where it holds none, or one that this version can't read."""
@@ -167,7 +167,7 @@ class Folder:
         """Writes the tokenizer, whole or not at all."""
         _write(self.tokenizer, tokenizer.to_str(pretty=True))
 
-    def write_pretrained(self, tokenizer: Tokenizer, source: Source | Described | None) -> None:
+    def write_pretrained(self, tokenizer: Tokenizer, source: Source | CheckpointFolder | None) -> None:
         """Writes what belongs to the weights that the run starts from, in place of what may be there."""
         self.write_tokenizer(tokenizer)
         shutil.rmtree(self.description, ignore_errors=True)

@@ -29,9 +29,9 @@ from ..distributed import mesh as meshes
 from ..checkpoints.checkpoints import (Checkpoints, check_space)
 from ..data.cache import (CacheError, cache_folder)
 from .folder import Folder
-from .metrics import (Muted, Recorder)
+from .metrics import (NullRecorder, Recorder)
 from .pretrained import (Pretrained, open_pretrained)
-from .progress import (Board, amount, duration)
+from .progress import (ProgressDisplay, amount, duration)
 from ..distributed.signals import (Interrupted, Signals)
 from ..step import (State, abstract_state, all_finite, best_parameters, initial_state, make_evaluation, make_step)
 from ..checkpoints.step_folders import (cause, command, free)
@@ -85,7 +85,7 @@ def train(
     place = Folder(Path(folder))
     mesh, devices_line = meshes.make(run, devices)
     with (
-        _explained(place.path),
+        with_disk_advice(place.path),
         roll.advised(lambda: step_folders.saved(place.checkpoints)),
         place.open(run, fresh=fresh) as checkpoints,
     ):
@@ -100,7 +100,7 @@ def train(
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def with_disk_advice(folder: Path) -> Iterator[None]:
     """Says what to do about an error of the disk, where the error itself does not."""
     try:
         yield
@@ -165,8 +165,8 @@ class Job:
     batches: datasets.Batches
     iterator: Any
     checkpoints: Checkpoints
-    recorder: Recorder | Muted
-    board: Board
+    recorder: Recorder | NullRecorder
+    board: ProgressDisplay
     last: dict[str, float] = field(default_factory=dict)
     saved: int = 0
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=20))
@@ -222,9 +222,9 @@ class Job:
                 if pretrained is None:
                     processes.first(lambda: folder.write_tokenizer(batches.tokenizer))
             recorder = opened.enter_context(
-                contextlib.closing(Recorder(folder.path, start) if processes.writes() else Muted())
+                contextlib.closing(Recorder(folder.path, start) if processes.writes() else NullRecorder())
             )
-            board = Board(run.steps, start, console)
+            board = ProgressDisplay(run.steps, start, console)
             job = cls(run, folder, mesh, devices, state, batches, iterator, checkpoints, recorder, board)
             job.saved = start
             job.opened = opened.pop_all()
@@ -302,7 +302,7 @@ class Job:
             raise Diverged(
                 f"loss or gradient was not finite in {self.run.max_bad_steps} steps in a row, up to step {step} (loss "
                 f"{values['loss']}, gradient norm {values['gradient_norm']}); none of them changed the model; "
-                + self._calmer()
+                + self.divergence_advice()
             )
         pace = statistics.median(self.recent or [seconds])
         speed = self.run.batch * self.run.length / pace
@@ -319,7 +319,7 @@ class Job:
             facts["skipped"] = f"{values['skipped']:.0f}"
         self.board.update(step, facts)
 
-    def _calmer(self) -> str:
+    def divergence_advice(self) -> str:
         """What to try when training diverges."""
         rate, warmup = self.run.optimizer.learning_rate, self.run.optimizer.warmup_steps
         precise = "" if self.run.dtype == "float32" else ", or float32"
@@ -368,7 +368,7 @@ class Job:
         if self.saved == step:
             return
         if not all_finite(self.state["params"]):
-            raise Diverged(f"the parameters are not finite after step {step}, so they were not saved; {self._calmer()}")
+            raise Diverged(f"the parameters are not finite after step {step}, so they were not saved; {self.divergence_advice()}")
         self.recorder.flush()  # what is recorded up to a checkpoint is on disk before it
         extra = {"data": self.iterator.get_state(), "config": self.run.to_dict()}
         self.checkpoints.save(step, self.state, extra, loss=self.last.get("heldout_bits_per_byte"))

@@ -81,7 +81,7 @@ class Recorder:
         self._board.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
 
 
-class Muted:
+class NullRecorder:
     """Takes the records of a process that does not write them."""
 
     def write(self, step: int, **values: float) -> None:

@@ -12,7 +12,7 @@ from ... import zoo
 from ...configs.run import Run
 from ...zoo.families import family
 from ...zoo.decoder import Decoder
-from ...zoo.formats.hugging_face import Described
+from ...zoo.formats.hugging_face import CheckpointFolder
 from ...zoo.formats.load import is_run
 from ...zoo.parameters import (Parameters, split)
 from ...zoo.formats.source import (Source, token_of)
@@ -28,7 +28,7 @@ class Pretrained:
     """What `zoo.load` reads."""
     model: Decoder
     tokenizer: Tokenizer
-    described: Source | Described | None
+    described: Source | CheckpointFolder | None
     """Config, chat template and companions; None for the folder of a run that started from nothing."""
 
     def parameters(self, mesh: Mesh, progress: Callable[[int, int], None] | None = None) -> Parameters:

@@ -37,7 +37,7 @@ def print_whole(console: Console, rows: Table) -> None:
     Console(file=console.file, width=max(console.width, wide)).print(rows)
 
 
-class Board:
+class ProgressDisplay:
     """Shows the progress of a run; a context manager."""
 
     def __init__(self, steps: int, start: int, console: Console | None = None):
@@ -50,7 +50,7 @@ class Board:
         self._live = Live(self._bar, console=self.console, refresh_per_second=4, transient=True)
         self._printed = 0.0
 
-    def __enter__(self) -> "Board":
+    def __enter__(self) -> "ProgressDisplay":
         if self.console.is_terminal:
             self._live.start()
         return self

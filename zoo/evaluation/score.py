@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from ...layers.sharding.axes import whole
 from ..decoder import DecoderModel
 from ..generation.session import check_vocabulary, rounded
-from ..generation.state import places_from
-from ..parameters import Flat
+from ..generation.state import positions_from
+from ..parameters import FlatModel
 
 LOGITS_BYTES = 2**26
 """Of the logits that exist at a time."""
@@ -98,7 +98,7 @@ class Scorer:
                 f"least 1, got length={length}, batch={batch}"
             )
         self.length, self.batch, self.dtype = length, batch, dtype
-        self._flat, self._vocab = Flat.of(model), model.spec.vocab
+        self._flat, self._vocab = FlatModel.of(model), model.spec.vocab
 
     def rows(self, rows: Sequence[Row], progress: Callable[[int], None] | None = None) -> list[Likelihood]:
         """The likelihood of each row; rows of similar length go together. `progress` is told how many more are done.
@@ -185,7 +185,7 @@ class Scorer:
 
 @partial(jax.jit, static_argnums=5)
 def _likelihoods(
-    flat: Flat,
+    flat: FlatModel,
     tokens: Int[Array, "B T"],
     targets: Int[Array, "B T"],
     scored: Bool[Array, "B T"],
@@ -198,7 +198,7 @@ def _likelihoods(
     """
     batch, length = tokens.shape
     model: DecoderModel = flat.model
-    hidden, _ = model.hidden(tokens, places_from(counts * 0, counts, length), dtype=dtype)
+    hidden, _ = model.hidden(tokens, positions_from(counts * 0, counts, length), dtype=dtype)
     size = min(length, max(1, LOGITS_BYTES // (4 * batch * model.spec.vocab)))
     missing = -length % size
 

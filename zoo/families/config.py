@@ -74,7 +74,7 @@ class Config:
     """
 
     def __init__(self, fields: Mapping[str, Any], ignore: Collection[str] = ()):
-        given = modern(fields)
+        given = to_v5_fields(fields)
         self.fields = {name: value for name, value in given.items() if value is not None}
         self._nulls = given.keys() - self.fields.keys()
         self._left = set(self.fields) - INFORMATIONAL - set(ignore)
@@ -152,7 +152,7 @@ class Config:
         return value
 
 
-def modern(fields: Mapping[str, Any]) -> dict[str, Any]:
+def to_v5_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A config in the style of transformers 5, whichever it was written in."""
     result = {str(name): _plain(value) for name, value in fields.items()}
     rope = result.pop("rope_scaling", None) or result.get("rope_parameters") or {}

@@ -12,7 +12,7 @@ from ..decoder import Decoder
 from . import llama, qwen3_moe, rope_config
 from .config import LAYERS, Config
 from .family import Family
-from .layer_pattern import experts, part, per_layer
+from .layer_pattern import expect, experts, per_layer
 
 MIXER, SHARED = "model.layers.{layer}.self_attn", "model.layers.{layer}.mlp.shared_experts"
 NAMES = (
@@ -90,7 +90,7 @@ def read_v2(config: Config) -> Decoder:
         top_k=config.count("num_experts_per_tok"),
         normalise=False,
         scale=config.number("routed_scaling_factor", 1.0),
-        groups=Groups(groups=groups, chosen=chosen, judged_by="best") if limited else None,
+        groups=Groups(groups=groups, chosen=chosen, group_score="best") if limited else None,
     )
     return _read(config, router, 2, interleaved=True)
 
@@ -105,7 +105,7 @@ def read_v3(config: Config) -> Decoder:
         score="sigmoid",
         normalise=config.flag("norm_topk_prob", True),
         scale=config.number("routed_scaling_factor", 2.5),
-        groups=Groups(groups=groups, chosen=chosen, judged_by="best_two") if groups > 1 else None,
+        groups=Groups(groups=groups, chosen=chosen, group_score="best_two") if groups > 1 else None,
         correction=True,
     )
     return _read(config, router, 1, interleaved=config.flag("rope_interleave", True))
@@ -113,8 +113,8 @@ def read_v3(config: Config) -> Decoder:
 
 def _write(decoder: Decoder) -> dict[str, Any]:
     blocks, moe = decoder.all_blocks, experts(decoder)
-    mixer, expert = part(blocks[0].mixer, MLA), part(moe.expert, GatedMLP)
-    dense = next((part(block.ffn, GatedMLP) for block in blocks if not block.ffn.routed), expert)
+    mixer, expert = expect(blocks[0].mixer, MLA), expect(moe.expert, GatedMLP)
+    dense = next((expect(block.ffn, GatedMLP) for block in blocks if not block.ffn.routed), expert)
     fields = {
         "vocab_size": decoder.vocab,
         "hidden_size": decoder.dim,
@@ -133,7 +133,7 @@ def _write(decoder: Decoder) -> dict[str, Any]:
         "hidden_act": llama.activation_name(expert.activation),
         "moe_intermediate_size": expert.hidden,
         "n_routed_experts": moe.experts,
-        "n_shared_experts": part(moe.shared, GatedMLP).hidden // expert.hidden if moe.shared else None,
+        "n_shared_experts": expect(moe.shared, GatedMLP).hidden // expert.hidden if moe.shared else None,
         "num_experts_per_tok": moe.router.top_k,
         "routed_scaling_factor": moe.router.scale,
         "first_k_dense_replace": sum(not block.ffn.routed for block in blocks),
@@ -157,7 +157,7 @@ def write_v2(decoder: Decoder) -> dict[str, Any]:
 
 def write_v3(decoder: Decoder) -> dict[str, Any]:
     """The fields that `read_v3` takes."""
-    mixer = part(decoder.all_blocks[0].mixer, MLA)
+    mixer = expect(decoder.all_blocks[0].mixer, MLA)
     return _write(decoder) | {
         "norm_topk_prob": experts(decoder).router.normalise,
         "rope_interleave": mixer.rope.interleaved,

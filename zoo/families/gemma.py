@@ -9,7 +9,7 @@ from ..decoder import Decoder
 from . import llama, rope_config
 from .config import Config
 from .family import Family
-from .layer_pattern import attentions, layer_types, part, per_layer, window_of, windowed
+from .layer_pattern import attentions, expect, layer_types, per_layer, window_of, windowed
 
 KINDS = ("full_attention", "sliding_attention")
 SANDWICH = (
@@ -29,7 +29,7 @@ def read(config: Config) -> Decoder:
     """The decoder of a Gemma 1 config."""
     decoder = _read(config, config.rope())
     # The first files say gelu, and mean its approximation.
-    activation = part(decoder.block[0].ffn, GatedMLP).activation
+    activation = expect(decoder.block[0].ffn, GatedMLP).activation
     return decoder.replace(**{"block.0.ffn.activation": "gelu_tanh" if activation == "gelu" else activation})
 
 

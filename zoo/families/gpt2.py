@@ -9,7 +9,7 @@ from ...layers.norm import LayerNorm
 from ..decoder import Decoder
 from .config import LAYERS, Config
 from .family import Family
-from .layer_pattern import part
+from .layer_pattern import expect
 
 # Its matrices are stored as in x W: input first.
 NAMES = {
@@ -60,7 +60,7 @@ def read(config: Config) -> Decoder:
 def write(decoder: Decoder) -> dict[str, Any]:
     """The fields that `read` takes."""
     block = decoder.all_blocks[0]
-    attention, ffn = part(block.mixer, Attention), part(block.ffn, MLP)
+    attention, ffn = expect(block.mixer, Attention), expect(block.ffn, MLP)
     return {
         "vocab_size": decoder.vocab,
         "n_embd": decoder.dim,

@@ -9,7 +9,7 @@ from ..decoder import Decoder
 from . import llama
 from .config import Config
 from .family import Family
-from .layer_pattern import attentions, experts, fed, layer_types, part, window_of, windowed
+from .layer_pattern import attentions, expect, experts, layer_types, window_of, windowed, with_ffn
 
 MOE = "model.layers.{layer}.mlp"
 NAMES = (
@@ -48,7 +48,7 @@ def read(config: Config) -> Decoder:
     ffn = MoE(
         experts=config.count("num_local_experts", config.count("num_experts", 128)),
         expert=GatedMLP(
-            hidden=part(decoder.block[0].ffn, GatedMLP).hidden,
+            hidden=expect(decoder.block[0].ffn, GatedMLP).hidden,
             activation="quick_gelu",
             bias=True,
             limit=config.number("swiglu_limit", 7.0),
@@ -71,8 +71,8 @@ def read(config: Config) -> Decoder:
 def write(decoder: Decoder) -> dict[str, Any]:
     """The fields that `read` takes."""
     moe = experts(decoder)
-    expert = part(moe.expert, GatedMLP)
-    return llama.shared(fed(decoder, expert)) | {
+    expert = expect(moe.expert, GatedMLP)
+    return llama.shared(with_ffn(decoder, expert)) | {
         "head_dim": attentions(decoder)[0].head_dim,
         "attention_bias": True,
         "hidden_act": "silu",

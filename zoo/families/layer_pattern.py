@@ -17,7 +17,7 @@ class Inexpressible(ValueError):
     """No family, or not the one asked for, has such a decoder."""
 
 
-def part[T: Spec](spec: Spec, *kinds: type[T]) -> T:
+def expect[T: Spec](spec: Spec, *kinds: type[T]) -> T:
     """`spec`, which must be of one of these kinds for the family to express it."""
     if not isinstance(spec, kinds):
         names = " or ".join(kind.__name__ for kind in kinds)
@@ -27,16 +27,16 @@ def part[T: Spec](spec: Spec, *kinds: type[T]) -> T:
 
 def attentions(decoder: Decoder) -> list[Attention]:
     """The mixer of each layer, which must be attention for the family to express it."""
-    return [part(block.mixer, Attention) for block in decoder.all_blocks]
+    return [expect(block.mixer, Attention) for block in decoder.all_blocks]
 
 
 def experts(decoder: Decoder) -> MoE:
     """The feed-forward layer of the blocks that route, which must exist for the family to express the decoder."""
     found = next((block.ffn for block in decoder.all_blocks if block.ffn.routed), decoder.all_blocks[0].ffn)
-    return part(found, MoE)
+    return expect(found, MoE)
 
 
-def fed(decoder: Decoder, ffn: FeedForward) -> Decoder:
+def with_ffn(decoder: Decoder, ffn: FeedForward) -> Decoder:
     """The decoder with this feed-forward layer in every block."""
     blocks = decoder.all_blocks
     return per_layer(decoder, lambda i, _: blocks[i].replace(ffn=ffn))

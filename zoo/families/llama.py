@@ -12,7 +12,7 @@ from ..decoder import Decoder
 from . import rope_config
 from .config import LAYERS, Config
 from .family import Family
-from .layer_pattern import attentions, part
+from .layer_pattern import attentions, expect
 
 OUTSIDE = {
     "model.embed_tokens.weight": ("V D", "embedding.table"),
@@ -89,7 +89,7 @@ def activation_name(activation: str) -> str:
 def shared(decoder: Decoder) -> dict[str, Any]:
     """The fields that configs of Llama and of its descendants have; their MLPs may be gated or not."""
     block = decoder.all_blocks[0]
-    attention, ffn = attentions(decoder)[0], part(block.ffn, GatedMLP, mlp.MLP)
+    attention, ffn = attentions(decoder)[0], expect(block.ffn, GatedMLP, mlp.MLP)
     fields: dict[str, Any] = {
         "vocab_size": decoder.vocab,
         "hidden_size": decoder.dim,
@@ -109,7 +109,7 @@ def shared(decoder: Decoder) -> dict[str, Any]:
 def write(decoder: Decoder) -> dict[str, Any]:
     """The fields that `read` takes."""
     block = decoder.all_blocks[0]
-    attention, ffn = attentions(decoder)[0], part(block.ffn, GatedMLP)
+    attention, ffn = attentions(decoder)[0], expect(block.ffn, GatedMLP)
     own = {"head_dim": attention.head_dim, "attention_bias": attention.bias, "mlp_bias": ffn.bias}
     return shared(decoder) | own
 

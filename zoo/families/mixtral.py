@@ -9,7 +9,7 @@ from ..decoder import Decoder
 from . import llama
 from .config import Config
 from .family import Family
-from .layer_pattern import experts, fed, part, window_of
+from .layer_pattern import expect, experts, window_of, with_ffn
 
 MOE = "model.layers.{layer}.block_sparse_moe"
 NAMES = (
@@ -32,7 +32,7 @@ def read(config: Config) -> Decoder:
     decoder = llama.read(config, rope=config.rope(1_000_000.0), eps=1e-5)
     ffn = MoE(
         experts=config.count("num_local_experts", config.count("num_experts", 8)),
-        expert=part(decoder.block[0].ffn, GatedMLP),
+        expert=expect(decoder.block[0].ffn, GatedMLP),
         router=Router(top_k=config.count("num_experts_per_tok", 2)),
     )
     return decoder.replace(**{"block.0.ffn": ffn, "block.0.mixer.window": config.count("sliding_window", None)})
@@ -41,7 +41,7 @@ def read(config: Config) -> Decoder:
 def write(decoder: Decoder) -> dict[str, Any]:
     """The fields that `read` takes."""
     moe = experts(decoder)
-    return llama.shared(fed(decoder, moe.expert)) | {
+    return llama.shared(with_ffn(decoder, moe.expert)) | {
         "sliding_window": window_of(decoder),
         "num_local_experts": moe.experts,
         "num_experts_per_tok": moe.router.top_k,

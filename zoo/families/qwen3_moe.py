@@ -10,7 +10,7 @@ from ..decoder import Decoder
 from . import llama
 from .config import Config
 from .family import Family
-from .layer_pattern import attentions, experts, fed, part, per_layer
+from .layer_pattern import attentions, expect, experts, per_layer, with_ffn
 
 MOE = "model.layers.{layer}.mlp"
 EXPERTS = {
@@ -28,7 +28,7 @@ def read(config: Config) -> Decoder:
     config.natural("max_window_layers", None)
     config.only("mlp_bias", False)
     decoder = llama.read(config)
-    dense = part(decoder.block[0].ffn, GatedMLP)
+    dense = expect(decoder.block[0].ffn, GatedMLP)
     router = Router(top_k=config.count("num_experts_per_tok", 8), normalise=config.flag("norm_topk_prob", False))
     ffn = MoE(
         experts=config.count("num_experts", config.count("num_local_experts", 128)),
@@ -46,10 +46,10 @@ def read(config: Config) -> Decoder:
 def write(decoder: Decoder) -> dict[str, Any]:
     """The fields that `read` takes."""
     moe, attention = experts(decoder), attentions(decoder)[0]
-    expert = part(moe.expert, GatedMLP)
+    expert = expect(moe.expert, GatedMLP)
     plain = [layer for layer, block in enumerate(decoder.all_blocks) if not block.ffn.routed]
     dense = decoder.all_blocks[plain[0]].ffn if plain else expert
-    return llama.shared(fed(decoder, dense)) | {
+    return llama.shared(with_ffn(decoder, dense)) | {
         "head_dim": attention.head_dim,
         "attention_bias": attention.bias,
         "use_sliding_window": False,

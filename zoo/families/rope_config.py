@@ -124,14 +124,14 @@ def write(rope: Rope | None) -> dict[str, Any]:
     return fields
 
 
-def older(config: Mapping[str, Any]) -> dict[str, Any]:
+def to_v4_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields by which transformers 4, and what was written for it, knows the `rope_parameters` of a config."""
     parameters = config.get("rope_parameters")
     if not parameters:
         return {}
     if "full_attention" in parameters:  # one for each kind of layer, as only Gemma 3 had it
         local = parameters["sliding_attention"]["rope_theta"]
-        return older({"rope_parameters": parameters["full_attention"]}) | {"rope_local_base_freq": local}
+        return to_v4_fields({"rope_parameters": parameters["full_attention"]}) | {"rope_local_base_freq": local}
     fields = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
     scaling = {name: value for name, value in parameters.items() if name not in fields}
     if scaling.get("original_max_position_embeddings") == config.get("original_max_position_embeddings"):

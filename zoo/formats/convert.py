@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ...layers.spec import unknown
 from .load import Plan, open_source
 from .save import write_folder
-from .source import Progress, Source, Watched
+from .source import Progress, Source, WithProgress
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("F16", "Q8_0")
@@ -48,7 +48,7 @@ def convert(
         raise ValueError(f"{destination} exists already; choose another place")
     opened = open_source(source)
     Plan(opened, ignore)  # every tensor is accounted for, as in loading
-    opened = opened if progress is None else Watched(opened, progress)
+    opened = opened if progress is None else WithProgress(opened, progress)
     if to_gguf:
         from .gguf import save_gguf  # which needs the `gguf` extra
 

@@ -19,7 +19,7 @@ MOST_JSON = 64 * 1024 * 1024
 """Bytes that a JSON file beside the weights may have; the largest index on the hub has 8 MB."""
 
 
-class Described:
+class CheckpointFolder:
     """A folder as Hugging Face's transformers writes it, without its weights: what there is to know of config and text.
 
     Raises ValueError where it has no config, or a damaged one.
@@ -49,7 +49,7 @@ class Described:
         return found if isinstance(found, str) else None
 
 
-class HuggingFaceFolder(Described):
+class HuggingFaceFolder(CheckpointFolder):
     """A folder as Hugging Face's transformers writes it; a `Source`.
 
     Raises ValueError where a file is missing, damaged, or names one outside of the folder.

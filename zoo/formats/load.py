@@ -19,7 +19,7 @@ from ..families.family import find, read
 from ..families.names import Part, units
 from ..parameters import Description, Parameters, describe, merge, shardings
 from .hugging_face import HuggingFaceFolder, read_json
-from .source import Progress, Source, Watched, check_fits, floating, widest
+from .source import Progress, Source, WithProgress, check_fits, floating, widest
 
 KEPT = tuple(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 """What parameters stay in where the caller gives no dtype."""
@@ -72,7 +72,7 @@ def load(
     if isinstance(source, str | Path) and is_run(source):
         return _runs(source).load(source, dtype=dtype, mesh=mesh)
     source = open_source(source)
-    source = source if progress is None else Watched(source, progress)
+    source = source if progress is None else WithProgress(source, progress)
     return model_of(source, dtype=dtype, mesh=mesh, ignore=ignore), source.tokenizer()
 
 

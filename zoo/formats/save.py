@@ -14,15 +14,15 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
-from ...layers.linear.linear import OutputMajor
+from ...layers.linear.linear import FusedTransposed
 from ..decoder import Decoder, DecoderModel
 from ..families import rope_config
 from ..families.family import differences, read, write
 from ..families.names import Unit, units
 from ..parameters import describe, split
-from .hugging_face import Described
+from .hugging_face import CheckpointFolder
 from .safetensors import NAMES
-from .source import Progress, Source, TensorInfo, Watched, check_fits, floating, token_of, widest
+from .source import Progress, Source, TensorInfo, WithProgress, check_fits, floating, token_of, widest
 
 SHARD_BYTES = 5_000_000_000
 """How large a file of weights becomes, as in transformers."""
@@ -62,7 +62,7 @@ def save(
         OSError: where the disk is full or does not let us.
     """
     source: Source = ModelSource(model, tokenizer=tokenizer, config=config)
-    source = source if progress is None else Watched(source, progress)
+    source = source if progress is None else WithProgress(source, progress)
     write_folder(source, folder, dtype=dtype, shard_bytes=shard_bytes)
 
 
@@ -78,9 +78,9 @@ class ModelSource:
         *,
         tokenizer: Tokenizer | None = None,
         config: Mapping[str, Any] | None = None,
-        described: Described | None = None,
+        described: CheckpointFolder | None = None,
     ):
-        if any(isinstance(module, OutputMajor) for _, module in nnx.iter_modules(model)):
+        if any(isinstance(module, FusedTransposed) for _, module in nnx.iter_modules(model)):
             raise ValueError("a model in the form for decoding is not saved: save the one that it was made of")
         carried = dict(config or (described.config if described else {}))
         self.companions = described.companions if described else {}
@@ -175,9 +175,9 @@ def _write_weights(source: Source, tensors: Mapping[str, TensorInfo], folder: Pa
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def write_description(source: Source | Described, folder: Path, dtype: np.dtype | None = None) -> None:
+def write_description(source: Source | CheckpointFolder, folder: Path, dtype: np.dtype | None = None) -> None:
     """Writes all of a checkpoint but weights and tokenizer: the config (with the dtype of the weights that are beside
-    it), the chat template and the companions. `Described` reads it.
+    it), the chat template and the companions. `CheckpointFolder` reads it.
     """
     config = dict(source.config)
     config.pop("auto_map", None)  # names code that is not written with it
@@ -218,7 +218,7 @@ def _merged(carried: dict[str, Any], fields: dict[str, Any], decoder: Decoder) -
     kept = {name: value for name, value in carried.items() if name not in OLDER}
     # Absent, ids of tokens would be those of the family's first model; and transformers 4, which does not know
     # rope_parameters, would not ask for them.
-    return dict.fromkeys(TOKENS) | kept | fields | rope_config.older(fields)
+    return dict.fromkeys(TOKENS) | kept | fields | rope_config.to_v4_fields(fields)
 
 
 def _shards(tensors: Mapping[str, TensorInfo], most: int) -> list[list[str]]:

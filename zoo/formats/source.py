@@ -73,7 +73,7 @@ Progress = Callable[[int, int], None]
 """Is told how many bytes of how many are done."""
 
 
-class Watched:
+class WithProgress:
     """A source that tells `progress` of every tensor that is read, in bytes of what the source holds."""
 
     def __init__(self, source: Source, progress: Progress):

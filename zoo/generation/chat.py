@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from ...layers.spec import missing_package
 from ..decoder import DecoderModel
-from .generate import Pace, Writing, check_length
+from .generate import Generation, StreamInterval, check_length
 from .sampling import Sampling
 from .session import Session, Speed
 from .speculative import Speculation
@@ -188,7 +188,7 @@ class Conversation:
         session = self._ready(ids, max_tokens)
         stream = TextStream(self.tokenizer, self.stop, self.ends)
         self.messages = messages
-        pieces = Writing(session, [stream]).pieces([ids[self.reused :]], max_tokens, Pace(session))
+        pieces = Generation(session, [stream]).pieces([ids[self.reused :]], max_tokens, StreamInterval(session))
         try:
             for (piece,) in pieces:
                 if piece:

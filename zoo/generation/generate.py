@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from ...layers.spec import unknown
 from ..decoder import DecoderModel
 from .sampling import Sampling
-from .session import Drawn, Session, Speed
+from .session import NewTokens, Session, Speed
 from .speculative import Speculation
 from .state import STRIDE
 from .stream import TextStream
@@ -130,7 +130,7 @@ class stream:
         self._max_tokens = max_tokens
 
     def __iter__(self) -> Iterator[str]:
-        pace = Pace(self._writing.session)
+        pace = StreamInterval(self._writing.session)
         for (piece,) in self._writing.pieces(self._rows, self._max_tokens, pace):
             if piece:
                 yield piece
@@ -141,7 +141,7 @@ class stream:
         return self._writing.completions()[0]
 
 
-class Pace:
+class StreamInterval:
     """How many tokens to draw before the next piece: what a tenth of a second is enough for."""
 
     def __init__(self, session: Session):
@@ -154,7 +154,7 @@ class Pace:
 
 def _begin(
     model: DecoderModel, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: int, options: Options
-) -> tuple["Writing", list[list[int]]]:
+) -> tuple["Generation", list[list[int]]]:
     """A session for prompts, and their tokens."""
     _check_names(options)
     rest: dict[str, Any] = {"sampling": Sampling(), **options}
@@ -170,10 +170,10 @@ def _begin(
     session = Session(model, batch=len(rows), length=length, key=key, ends=ends, **rest)
     # What follows an empty prompt is the beginning of a text.
     before = [row if prompt else [] for row, prompt in zip(rows, prompts, strict=True)]
-    return Writing(session, [TextStream(tokenizer, stop, ends, row) for row in before]), rows
+    return Generation(session, [TextStream(tokenizer, stop, ends, row) for row in before]), rows
 
 
-class Writing:
+class Generation:
     """Rows of a session on their way to texts."""
 
     def __init__(self, session: Session, streams: Sequence[TextStream]):
@@ -195,7 +195,7 @@ class Writing:
         if any(rest):
             yield rest
 
-    def _push(self, row: int, new: Drawn) -> str:
+    def _push(self, row: int, new: NewTokens) -> str:
         stream, before = self.streams[row], len(self.streams[row].ids)
         piece = stream.push(new.ids)
         self.log_probs[row].extend(new.log_probs[: len(stream.ids) - before])

@@ -10,13 +10,13 @@ from typing import Any
 import jax
 from flax import nnx
 
-from ...layers.linear.linear import Linear, OutputMajor
+from ...layers.linear.linear import FusedTransposed, Linear
 from ...layers.sharding import stages
 from ..decoder import Decoder, DecoderModel
-from ..parameters import Flat, Parameters, describe, merge, split
+from ..parameters import FlatModel, Parameters, describe, merge, split
 
 
-def for_decoding(model: DecoderModel, dtype: Any, *, donate: bool = False) -> DecoderModel:
+def optimize_for_decoding(model: DecoderModel, dtype: Any, *, donate: bool = False) -> DecoderModel:
     """The same model with its layers apart and its matrices in `dtype`, on the devices it is on.
 
     It is a copy, unless the model is in this form already. Whoever generates many times makes it once. With `donate`
@@ -27,7 +27,7 @@ def for_decoding(model: DecoderModel, dtype: Any, *, donate: bool = False) -> De
         return model
     known, on_cpu = describe(model), _on_cpu(model)
     apart: Parameters = {}
-    with Flat.of(model).on_mesh():
+    with FlatModel.of(model).on_mesh():
         stages.check_none()
         for name, value in split(model).items():
             kind = dtype if known[name].inputs and not known[name].exact else value.dtype
@@ -45,7 +45,7 @@ def for_decoding(model: DecoderModel, dtype: Any, *, donate: bool = False) -> De
 
 
 def is_for_decoding(model: DecoderModel, dtype: Any) -> bool:
-    """Whether this is what `for_decoding` makes."""
+    """Whether this is what `optimize_for_decoding` makes."""
     as_linear = any(isinstance(module, Linear) for _, module in nnx.iter_modules(model))
     cast = model.embedding.table[...].dtype == dtype
     return not model.spec.repeats and cast and not (as_linear and _on_cpu(model))
@@ -77,6 +77,6 @@ def _output_major(module: nnx.Module) -> None:
     together = [name for name in getattr(module, "same_input", ()) if name in linears]
     alone = [[name] for name in linears if name not in together]
     for first, *others in [together, *alone] if together else alone:
-        setattr(module, first, OutputMajor(*(linears[name] for name in (first, *others))))
+        setattr(module, first, FusedTransposed(*(linears[name] for name in (first, *others))))
         for name in others:
             setattr(module, name, None)

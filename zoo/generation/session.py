@@ -18,12 +18,12 @@ from jaxtyping import Array, Float, Int, Key
 from ...layers.mixers.caches import KeyValueCache
 from ...layers.sharding.axes import whole
 from ..decoder import Caches, Decoder, DecoderModel
-from ..parameters import Flat
+from ..parameters import FlatModel
 from .compiling import compiled_for
 from .sampling import Filters, Sampling, row_keys
 from .speculative import Speculation
 from .speculative import advance as _advance_by_guesses
-from .state import STRIDE, State, log_prob_of, places_from
+from .state import STRIDE, State, log_prob_of, positions_from
 
 CHUNK = 512
 """Tokens of a prompt that are read at once: so many bound the memory of a long one."""
@@ -50,7 +50,7 @@ class Speed:
 
 
 @dataclass
-class Drawn:
+class NewTokens:
     """Tokens of one row that were drawn in one go."""
 
     ids: list[int]
@@ -125,8 +125,8 @@ class Session:
         self.speed = Speed()
         self._by_length = any(_by_length(one.spec) for one in (model, draft) if one is not None)
         vocab = model.spec.vocab
-        self._flat = Flat.of(model)
-        self._flat_draft = None if draft is None else Flat.of(draft)
+        self._flat = FlatModel.of(model)
+        self._flat_draft = None if draft is None else FlatModel.of(draft)
         with self._flat.on_mesh():
             self.filters = sampling.traced(vocab)
             self.end_ids = jnp.asarray([*ends, -1], jnp.int32)
@@ -136,7 +136,7 @@ class Session:
             looks_up = speculation is not None and draft is None
             self.state = start(key, batch, vocab if self.filters.penalised else None, self.room if looks_up else None)
 
-    def read(self, rows: Sequence[Sequence[int]], max_tokens: int) -> list[Drawn]:
+    def read(self, rows: Sequence[Sequence[int]], max_tokens: int) -> list[NewTokens]:
         """Reads more tokens of every row, one at least, and draws the first of up to `max_tokens` new ones.
 
         Raises ValueError where a token is not of the model's vocabulary.
@@ -192,7 +192,7 @@ class Session:
             self.state = replace(self.state, lengths=self.state.lengths * 0 + shared, seen=seen)
         return shared
 
-    def advance(self, limit: int = STRIDE) -> list[Drawn]:
+    def advance(self, limit: int = STRIDE) -> list[NewTokens]:
         """Draws up to `limit` more tokens of each row that is not done."""
         began = time.perf_counter()
         with self._flat.on_mesh():
@@ -226,10 +226,10 @@ class Session:
         with self._flat.on_mesh():
             self.state = replace(self.state, left=self.state.left.at[row].set(0))
 
-    def _taken(self, tokens: np.ndarray, log_probs: np.ndarray, counts: np.ndarray) -> list[Drawn]:
+    def _taken(self, tokens: np.ndarray, log_probs: np.ndarray, counts: np.ndarray) -> list[NewTokens]:
         found = []
         for ids, row, probs, count in zip(self.ids, tokens, log_probs, counts, strict=True):
-            found.append(Drawn(row[:count].tolist(), probs[:count].tolist()))
+            found.append(NewTokens(row[:count].tolist(), probs[:count].tolist()))
             ids.extend(found[-1].ids)
         return found
 
@@ -257,7 +257,7 @@ def start(key: Key[Array, ""], batch: int, penalised: int | None, looked_up: int
 
 @partial(jax.jit, static_argnames="dtype", donate_argnames="caches")
 def _prefill(
-    flat: Flat,
+    flat: FlatModel,
     caches: Caches,
     state: State,
     tokens: Int[Array, "B T"],
@@ -270,9 +270,9 @@ def _prefill(
     """Reads right-padded stretches of rows; the logits after the last token of each row that has any here."""
     model: DecoderModel = flat.model
     some = counts > 0
-    places = places_from(jnp.where(some, starts, state.lengths), counts, tokens.shape[1])
-    real = places.segments > 0
-    hidden, after = model.hidden(tokens, places, caches, dtype=dtype)
+    positions = positions_from(jnp.where(some, starts, state.lengths), counts, tokens.shape[1])
+    real = positions.segments > 0
+    hidden, after = model.hidden(tokens, positions, caches, dtype=dtype)
     assert after is not None
     last = jnp.take_along_axis(whole(hidden), jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
     logits = jnp.where(some[:, None], whole(model.logits(last)[:, 0]), logits)
@@ -281,7 +281,7 @@ def _prefill(
     if seen is not None:
         seen = seen.at[row, tokens].max(real)
     if history is not None:
-        history = history.at[row, jnp.where(real, places.positions, history.shape[1])].set(tokens, mode="drop")
+        history = history.at[row, jnp.where(real, positions.index, history.shape[1])].set(tokens, mode="drop")
     lengths = jnp.where(some, starts + counts, state.lengths)
     return logits, after, replace(state, lengths=lengths, seen=seen, history=history)
 
@@ -296,7 +296,7 @@ def _first(
 
 @compiled_for(static_argnames=("log_probs", "dtype"), donate_argnames="caches")
 def advance(
-    flat: Flat,
+    flat: FlatModel,
     caches: Caches,
     state: State,
     filters: Filters,
@@ -313,8 +313,8 @@ def advance(
     def step(carry: Any) -> Any:
         step, caches, state, tokens, logs, counts = carry
         active = state.left > 0
-        places = places_from(state.lengths, active.astype(jnp.int32), 1)
-        logits, caches = model(state.token[:, None], places, caches, dtype=dtype)
+        positions = positions_from(state.lengths, active.astype(jnp.int32), 1)
+        logits, caches = model(state.token[:, None], positions, caches, dtype=dtype)
         logits = whole(logits[:, 0])
         state = replace(state, lengths=state.lengths + active.astype(jnp.int32))
         token = filters.choose(logits, state.seen, row_keys(state.keys, state.drawn))

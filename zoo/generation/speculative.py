@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ...layers.mixers.caches import AHEAD
+from ...layers.mixers.caches import SLACK
 from ...layers.sharding.axes import whole
 from ...layers.spec import Spec
 from ..decoder import Caches, DecoderModel
-from ..parameters import Flat
+from ..parameters import FlatModel
 from .compiling import compiled_for
 from .sampling import Filters, row_keys
-from .state import STRIDE, State, log_prob_of, places_from
+from .state import STRIDE, State, log_prob_of, positions_from
 
 GUESS, KEEP, REPLACE = 1, 2, 3
 """Salts of the random draws."""
@@ -36,16 +36,16 @@ class Speculation(Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.tokens <= AHEAD:
-            raise ValueError(f"speculation guesses from 1 to {AHEAD} tokens, got tokens={self.tokens}")
+        if not 1 <= self.tokens <= SLACK:
+            raise ValueError(f"speculation guesses from 1 to {SLACK} tokens, got tokens={self.tokens}")
         if self.ngram < 1:
             raise ValueError(f"ngram must be at least 1, got {self.ngram}")
 
 
 @compiled_for(static_argnames=("speculation", "dtype"), donate_argnames=("caches", "draft_caches"))
 def advance(
-    flat: Flat,
-    flat_draft: Flat | None,
+    flat: FlatModel,
+    flat_draft: FlatModel | None,
     caches: Caches,
     draft_caches: Caches | None,
     state: State,
@@ -74,8 +74,8 @@ def advance(
         # No row reads further than it may go on.
         room = jnp.minimum(count, state.left - 1)
         read = jnp.concatenate([state.token[:, None], guesses], axis=1)
-        places = places_from(state.lengths, room + 1, count + 1)
-        logits, caches = model(read, places, caches, dtype=dtype)
+        positions = positions_from(state.lengths, room + 1, count + 1)
+        logits, caches = model(read, positions, caches, dtype=dtype)
         logits = whole(logits)
         weights = jax.nn.softmax(filters.filter(_penalised(filters, logits, state.seen, guesses)), axis=-1)
         kept, next_token = _judged(state, filters, guesses, shares, weights, room)
@@ -103,7 +103,7 @@ def _drafted(
     def step(carry: Any, index: Array) -> Any:
         token, seen, caches = carry
         active = (index < state.left).astype(jnp.int32)  # the last guess of a row is read for its cache alone
-        logits, caches = draft(token[:, None], places_from(state.lengths + index, active, 1), caches, dtype=dtype)
+        logits, caches = draft(token[:, None], positions_from(state.lengths + index, active, 1), caches, dtype=dtype)
         weights = filters.filter(filters.penalise(whole(logits[:, 0]), seen))
         guess = filters.draw(weights, row_keys(state.keys, state.drawn + index, GUESS))
         if seen is not None:
@@ -120,13 +120,13 @@ def _looked_up(state: State, speculation: Speculation) -> Int[Array, "B G"]:
     assert state.history is not None
 
     def row(history: Int[Array, " S"], length: Int[Array, ""]) -> Int[Array, " G"]:
-        places = jnp.arange(history.shape[0], dtype=jnp.int32)
+        positions = jnp.arange(history.shape[0], dtype=jnp.int32)
         # After `size` steps, `match` says for each place whether the `size` tokens up to it are the latest ones.
-        best, match = jnp.int32(-1), places < length
+        best, match = jnp.int32(-1), positions < length
         for size in range(speculation.ngram):
             latest = history[jnp.maximum(length - size, 0)]
-            match = match & (jnp.roll(history, size) == latest) & (places >= size) & (length >= size)
-            found = jnp.max(jnp.where(match, places, -1))
+            match = match & (jnp.roll(history, size) == latest) & (positions >= size) & (length >= size)
+            found = jnp.max(jnp.where(match, positions, -1))
             best = jnp.where(found >= 0, found, best)
         after = best + 1 + jnp.arange(speculation.tokens, dtype=jnp.int32)
         # Past the end of the text the guess repeats what was guessed before: the text may be a loop.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ...layers.mixers.mixer import Places
+from ...layers.mixers.mixer import Positions
 
 STRIDE = 32
 """Tokens drawn at most before the host looks at them."""
@@ -49,14 +49,14 @@ class State:
         )
 
 
-def places_from(starts: Int[Array, " B"], counts: Int[Array, " B"], width: int) -> Places:
-    """Places of the next `counts` tokens of each row, padded on the right.
+def positions_from(starts: Int[Array, " B"], counts: Int[Array, " B"], width: int) -> Positions:
+    """Positions of the next `counts` tokens of each row, padded on the right.
 
     Padding stands at its row's last place: scalings of RoPE that look at the largest position do not see it.
     """
     index = jnp.arange(width, dtype=jnp.int32)
     positions = starts[:, None] + jnp.minimum(index, jnp.maximum(counts[:, None] - 1, 0))
-    return Places(positions=positions, segments=(index < counts[:, None]).astype(jnp.int32))
+    return Positions(index=positions, segments=(index < counts[:, None]).astype(jnp.int32))
 
 
 def log_prob_of(logits: Float[Array, "... V"], token: Int[Array, "..."]) -> Float[Array, "..."]:

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 from flaxzoo.layers.kernels.attention.masks import Causal
 from flaxzoo.layers.mixers.attention import Attention
-from flaxzoo.layers.mixers.caches import AHEAD, KeyValueCache, Quantized
-from flaxzoo.layers.mixers.mixer import Places
+from flaxzoo.layers.mixers.caches import SLACK, KeyValueCache, Quantized
+from flaxzoo.layers.mixers.mixer import Positions
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 T, DIM, WINDOW = 70, 16, 5
@@ -28,14 +28,14 @@ def layer(name):
 
 
 @jax.jit
-def call(layer, x, places, cache):
-    return layer(x, places, cache)
+def call(layer, x, positions, cache):
+    return layer(x, positions, cache)
 
 
 @functools.cache
 def whole(name):
-    places = Places(positions=jnp.tile(jnp.arange(T), (2, 1)), segments=jnp.ones((2, T), jnp.int32))
-    return np.asarray(call(layer(name), X, places, None)[0])
+    positions = Positions(index=jnp.tile(jnp.arange(T), (2, 1)), segments=jnp.ones((2, T), jnp.int32))
+    return np.asarray(call(layer(name), X, positions, None)[0])
 
 
 def in_pieces(name, pieces, dtype=jnp.float32):
@@ -49,11 +49,11 @@ def in_pieces(name, pieces, dtype=jnp.float32):
             x[row, :count] = X[row, at[row] : at[row] + count]
         index = np.arange(width)
         positions = at[:, None] + np.minimum(index, np.maximum(np.array(counts)[:, None] - 1, 0))
-        places = Places(
-            positions=jnp.asarray(positions, jnp.int32),
+        positions = Positions(
+            index=jnp.asarray(positions, jnp.int32),
             segments=jnp.asarray(index < np.array(counts)[:, None], jnp.int32),
         )
-        y, cache = call(layer(name), x, places, cache)
+        y, cache = call(layer(name), x, positions, cache)
         for row, count in enumerate(counts):
             out[row, at[row] : at[row] + count] = y[row, :count]
             at[row] += count
@@ -67,7 +67,7 @@ PIECES = {
     "a prefill with padding": [(50, 9), *[(1, 1)] * 20, *[(0, 1)] * 41],
     "chunks": [(20, 20), (20, 3), (20, 20), (10, 27)],
     "a chunk that is all padding for a row": [(20, 3), (20, 0), (30, 67)],
-    "as long as the ring allows without a copy": [(AHEAD + 1, AHEAD + 1)] * 4 + [(2, 2)],
+    "as long as the ring allows without a copy": [(SLACK + 1, SLACK + 1)] * 4 + [(2, 2)],
 }
 
 
@@ -88,7 +88,7 @@ def test_int8_is_close_and_the_same_in_any_pieces(name):
 def test_memory():
     long, ring = (SPECS[name].cache(1, 1000, jnp.float32) for name in ("plain", "window"))
     assert (long.slots, long.window, long.rewinds) == (1000, None, 1000)
-    assert (ring.slots, ring.window, ring.rewinds) == (WINDOW + AHEAD, WINDOW, AHEAD)
+    assert (ring.slots, ring.window, ring.rewinds) == (WINDOW + SLACK, WINDOW, SLACK)
     assert SPECS["window"].cache(1, 20, jnp.float32).window is None
     sizes = {
         dtype: sum(x.nbytes for x in jax.tree.leaves(SPECS["plain"].cache(1, 10, dtype)))
@@ -106,7 +106,7 @@ def test_quantization_rounds_to_the_nearest():
     assert np.abs(np.asarray(made.values)).max(-1)[1].min() == 127
 
 
-@pytest.mark.parametrize("back", [1, 5, AHEAD])
+@pytest.mark.parametrize("back", [1, 5, SLACK])
 @pytest.mark.parametrize("name", ["plain", "window"])
 def test_tokens_are_taken_back(name, back):
     """A row goes on from an earlier position, as if what came later had never been."""
@@ -114,12 +114,12 @@ def test_tokens_are_taken_back(name, back):
 
     def read(x, start, cache):
         positions = jnp.arange(start, start + x.shape[1], dtype=jnp.int32)[None]
-        return call(layer_, x, Places(positions=positions, segments=jnp.ones_like(positions)), cache)
+        return call(layer_, x, Positions(index=positions, segments=jnp.ones_like(positions)), cache)
 
     _, cache = read(X[:1, :30], 0, cache)
-    for start in range(30, 30 + AHEAD, 4):
+    for start in range(30, 30 + SLACK, 4):
         _, cache = read(jnp.ones((1, 4, DIM)), start, cache)  # a draft
-    start = 30 + AHEAD - back
+    start = 30 + SLACK - back
     assert start >= 30
     x = jnp.concatenate([X[:1, :30], jnp.ones((1, start - 30, DIM)), X[:1, 30:40]], axis=1)
     wanted, _ = read(x, 0, SPECS[name].cache(1, T, jnp.float32))
@@ -131,6 +131,6 @@ def test_tokens_are_taken_back(name, back):
 def test_a_ring_is_never_more_than_it_has_to_be():
     cache = KeyValueCache.empty(1, 100, 2, 8, jnp.float32, window=7)
     key = jnp.ones((1, 1, 2, 8))
-    places = Places(positions=jnp.zeros((1, 1), jnp.int32), segments=jnp.ones((1, 1), jnp.int32))
-    _, found, _, _ = cache.extend(key, key, places, Causal())
-    assert found.shape == (1, 7 + AHEAD, 2, 8)
+    positions = Positions(index=jnp.zeros((1, 1), jnp.int32), segments=jnp.ones((1, 1), jnp.int32))
+    _, found, _, _ = cache.extend(key, key, positions, Causal())
+    assert found.shape == (1, 7 + SLACK, 2, 8)

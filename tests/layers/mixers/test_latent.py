@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flaxzoo.layers.mixers.latent import MLA
-from flaxzoo.layers.mixers.mixer import Places
+from flaxzoo.layers.mixers.mixer import Positions
 from flaxzoo.layers.positions.rope import Rope, YarnScaling, yarn_mscale
 from flaxzoo.layers.sharding.axes import batch_partition
 from flaxzoo.zoo.parameters import describe, merge, shardings, split
@@ -18,8 +18,8 @@ YARN = YarnScaling(factor=4.0, original_length=8, mscale=0.7, mscale_all_dim=0.7
 V3 = V2.replace(query_rank=9, bias=True, rope=Rope(interleaved=True, scaling=YARN))
 LAYERS = {"v2 lite": V2, "v3": V3, "half rope": V2.replace(rope=Rope(), scale=0.3)}
 X = jax.random.normal(jax.random.key(0), (B, T, DIM))
-PLACES = Places(
-    positions=jnp.zeros((B, T), jnp.int32) + jnp.arange(T, dtype=jnp.int32), segments=jnp.ones((B, T), jnp.int32)
+POSITIONS = Positions(
+    index=jnp.zeros((B, T), jnp.int32) + jnp.arange(T, dtype=jnp.int32), segments=jnp.ones((B, T), jnp.int32)
 )
 
 
@@ -42,7 +42,7 @@ def formula(spec, layer, x):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.norm.eps) * scale
 
     def turned(x):
-        return np.asarray(spec.rope(jnp.asarray(x, jnp.float32)[:, :, None], PLACES.positions))[:, :, 0]
+        return np.asarray(spec.rope(jnp.asarray(x, jnp.float32)[:, :, None], POSITIONS.index))[:, :, 0]
 
     x = np.asarray(x, np.float64)
     latent = x @ weights["latent.weight"] + weights.get("latent.bias", 0.0)
@@ -67,7 +67,7 @@ def formula(spec, layer, x):
 @pytest.mark.parametrize("name", LAYERS)
 def test_output_is_that_of_the_formulas(name):
     spec, layer = LAYERS[name], build(LAYERS[name])
-    np.testing.assert_allclose(layer(X, PLACES)[0], formula(spec, layer, X), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(layer(X, POSITIONS)[0], formula(spec, layer, X), rtol=1e-5, atol=1e-5)
 
 
 def test_the_scale_of_the_logits():
@@ -88,13 +88,13 @@ def test_absorbed_is_expanded(name, monkeypatch):
         monkeypatch.setattr(MLA, "absorbs", lambda *_: absorbs)
 
         def mixed(parameters, x):
-            return merge(layer, parameters)(x, PLACES, spec.cache(B, T + 3, jnp.float32))[0]
+            return merge(layer, parameters)(x, POSITIONS, spec.cache(B, T + 3, jnp.float32))[0]
 
         y, pull = jax.vjp(mixed, split(layer), X)
         return y, pull(g)
 
     expanded, absorbed = jax.jit(lambda: run(False))(), jax.jit(lambda: run(True))()
-    np.testing.assert_allclose(expanded[0], layer(X, PLACES)[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(expanded[0], layer(X, POSITIONS)[0], rtol=1e-5, atol=1e-5)
     for (path, one), other in zip(jax.tree.leaves_with_path(expanded), jax.tree.leaves(absorbed), strict=True):
         np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * np.abs(one).max(), err_msg=str(path))
 
@@ -112,12 +112,12 @@ def test_token_by_token_is_all_at_once(name):
     spec, layer = LAYERS[name], build(LAYERS[name])
     cache = spec.cache(B, T, jnp.float32)
     assert sum(x.size for x in cache.values()) == B * T * (spec.kv_rank + spec.rope_dim)
-    step = jax.jit(lambda x, places, cache: layer(x, places, cache))
+    step = jax.jit(lambda x, positions, cache: layer(x, positions, cache))
     found = []
     for first, last in [(0, 5), *((t, t + 1) for t in range(5, T))]:
-        y, cache = step(X[:, first:last], jax.tree.map(lambda x, a=first, b=last: x[:, a:b], PLACES), cache)
+        y, cache = step(X[:, first:last], jax.tree.map(lambda x, a=first, b=last: x[:, a:b], POSITIONS), cache)
         found.append(y)
-    np.testing.assert_allclose(np.concatenate(found, axis=1), layer(X, PLACES)[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(found, axis=1), layer(X, POSITIONS)[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("absorbs", [False, True])
@@ -126,20 +126,22 @@ def test_a_mesh_changes_nothing(absorbs, monkeypatch):
     layer = build(V3)
     g = jax.random.normal(jax.random.key(1), X.shape)
 
-    def run(parameters, x, places, g):
+    def run(parameters, x, positions, g):
         def loss(parameters, x):
-            y, _ = merge(layer, parameters)(x, places, V3.cache(B, T + 3, jnp.float32))
+            y, _ = merge(layer, parameters)(x, positions, V3.cache(B, T + 3, jnp.float32))
             return jnp.sum(y * g), y
 
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(parameters, x)
 
-    wanted = jax.jit(run)(split(layer), X, PLACES, g)
+    wanted = jax.jit(run)(split(layer), X, POSITIONS, g)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
     with jax.set_mesh(mesh):
-        places = shardings(describe(layer), mesh)
-        parameters = {n: jax.device_put(np.asarray(x), places[n]) for n, x in split(layer).items()}
+        placement = shardings(describe(layer), mesh)
+        parameters = {n: jax.device_put(np.asarray(x), placement[n]) for n, x in split(layer).items()}
         batch = jax.sharding.NamedSharding(mesh, batch_partition(mesh))
-        found = jax.jit(run)(parameters, *jax.tree.map(lambda x: jax.device_put(np.asarray(x), batch), (X, PLACES, g)))
+        found = jax.jit(run)(
+            parameters, *jax.tree.map(lambda x: jax.device_put(np.asarray(x), batch), (X, POSITIONS, g))
+        )
     for (path, one), other in zip(jax.tree.leaves_with_path(wanted), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * np.abs(one).max() + 1e-6, err_msg=str(path))
 
@@ -148,8 +150,8 @@ def test_documents_are_apart():
     layer = build(V2)
     segments = jnp.zeros((B, T), jnp.int32) + jnp.asarray([1] * 6 + [2] * 5, jnp.int32)
     positions = jnp.zeros((B, T), jnp.int32) + jnp.asarray([*range(6), *range(5)], jnp.int32)
-    packed, _ = layer(X, Places(positions=positions, segments=segments))
-    alone, _ = layer(X[:, 6:], Places(positions=positions[:, 6:], segments=segments[:, 6:]))
+    packed, _ = layer(X, Positions(index=positions, segments=segments))
+    alone, _ = layer(X[:, 6:], Positions(index=positions[:, 6:], segments=segments[:, 6:]))
     np.testing.assert_allclose(packed[:, 6:], alone, rtol=1e-5, atol=1e-5)
 
 
@@ -166,15 +168,15 @@ def test_padding_is_not_remembered():
     """A prompt padded on the right, in a cache that the padding would not fit into, and then the rest."""
     layer, cache = build(V2), V2.cache(B, T, jnp.float32)
     padded = jnp.pad(X[:, 5:T], ((0, 0), (0, 4), (0, 0)), constant_values=9.0)
-    places = Places(
-        positions=jnp.zeros((B, 10), jnp.int32) + jnp.arange(5, 15, dtype=jnp.int32),
+    positions = Positions(
+        index=jnp.zeros((B, 10), jnp.int32) + jnp.arange(5, 15, dtype=jnp.int32),
         segments=jnp.zeros((B, 10), jnp.int32) + jnp.asarray([1] * 6 + [0] * 4, jnp.int32),
     )
-    first = jax.tree.map(lambda x: x[:, :5], PLACES)
+    first = jax.tree.map(lambda x: x[:, :5], POSITIONS)
     _, cache = layer(X[:, :5], first, cache)
-    found, cache = layer(padded, places, cache)
-    np.testing.assert_allclose(found[:, :6], layer(X, PLACES)[0][:, 5:], rtol=1e-5, atol=1e-5)
-    _, whole = layer(X, PLACES, V2.cache(B, T, jnp.float32))
+    found, cache = layer(padded, positions, cache)
+    np.testing.assert_allclose(found[:, :6], layer(X, POSITIONS)[0][:, 5:], rtol=1e-5, atol=1e-5)
+    _, whole = layer(X, POSITIONS, V2.cache(B, T, jnp.float32))
     np.testing.assert_allclose(cache["latent"], whole["latent"], rtol=1e-5, atol=1e-5)
 
 

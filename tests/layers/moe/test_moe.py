@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flaxzoo.layers.mixers.mixer import Places
+from flaxzoo.layers.mixers.mixer import Positions
 from flaxzoo.layers.mlp import MLP, GatedMLP
 from flaxzoo.layers.moe.exchange import Exchange
 from flaxzoo.layers.moe.layer import MoE
@@ -16,18 +16,18 @@ from flaxzoo.zoo.parameters import describe, merge, shardings, split
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 DIM, EXPERTS, B, T = 12, 8, 8, 10
 X = jax.random.normal(jax.random.key(0), (B, T, DIM))
-PLACES = Places(
-    positions=jnp.zeros((B, T), jnp.int32) + jnp.arange(T, dtype=jnp.int32), segments=jnp.ones((B, T), jnp.int32)
+POSITIONS = Positions(
+    index=jnp.zeros((B, T), jnp.int32) + jnp.arange(T, dtype=jnp.int32), segments=jnp.ones((B, T), jnp.int32)
 )
 EXPERT = GatedMLP(hidden=16)
 GPT_OSS = GatedMLP(hidden=16, activation="quick_gelu", bias=True, limit=1.0, offset=1.0)
-BEST_TWO = Groups(groups=4, chosen=2, judged_by="best_two")
+BEST_TWO = Groups(groups=4, chosen=2, group_score="best_two")
 LAYERS = {
     "mixtral": MoE(experts=EXPERTS, expert=EXPERT, router=Router(top_k=2)),
     "deepseek_v2": MoE(
         experts=EXPERTS,
         expert=EXPERT,
-        router=Router(top_k=3, normalise=False, scale=1.5, groups=Groups(groups=4, chosen=2, judged_by="best")),
+        router=Router(top_k=3, normalise=False, scale=1.5, groups=Groups(groups=4, chosen=2, group_score="best")),
         shared=GatedMLP(hidden=32),
     ),
     "deepseek_v3": MoE(
@@ -66,7 +66,7 @@ def routed(spec, layer, x):
         worth = scores + parameters.get("correction", 0.0)
         if router.groups is not None:
             grouped = np.split(worth, router.groups.groups)
-            count = {"best": 1, "best_two": 2}[router.groups.judged_by]
+            count = {"best": 1, "best_two": 2}[router.groups.group_score]
             best = np.argsort([-np.sort(group)[-count:].sum() for group in grouped])[: router.groups.chosen]
             closed = ~np.isin(np.arange(router.groups.groups), best)
             worth = np.where(np.repeat(closed, len(grouped[0])), -np.inf, worth)
@@ -110,7 +110,7 @@ def test_output_and_gradients_are_those_of_a_loop_over_experts(name):
     parameters = split(layer)
 
     def ours(parameters, x):
-        return merge(layer, parameters)(x, PLACES)[0]
+        return merge(layer, parameters)(x, POSITIONS)[0]
 
     def plain(parameters, x):
         made = merge(layer, parameters)
@@ -135,7 +135,7 @@ def test_no_token_is_dropped_when_all_go_to_one_expert():
     spec = LAYERS["mixtral"].replace(**{"router.top_k": 1, "router.bias": True})
     layer = build(spec)
     layer.router.bias[...] = jnp.where(jnp.arange(EXPERTS) == 5, 1e3, 0.0)
-    y, done = layer(X, PLACES)
+    y, done = layer(X, POSITIONS)
     np.testing.assert_array_equal(done["load"], np.where(np.arange(EXPERTS) == 5, B * T, 0))
     one = {name.removeprefix("experts."): v[5] for name, v in split(layer).items() if name.startswith("experts.")}
     np.testing.assert_allclose(y, merge(EXPERT.build(DIM, rngs=nnx.Rngs(0)), one)(X), rtol=1e-5, atol=1e-5)
@@ -144,9 +144,9 @@ def test_no_token_is_dropped_when_all_go_to_one_expert():
 def test_what_a_router_did_leaves_padding_out():
     spec = LAYERS["deepseek_v3"]
     layer = build(spec)
-    segments = PLACES.segments.at[:, 6:].set(0)
-    done = layer(X, Places(positions=PLACES.positions, segments=segments))[1]
-    alone = layer(X[:, :6], Places(positions=PLACES.positions[:, :6], segments=segments[:, :6]))[1]
+    segments = POSITIONS.segments.at[:, 6:].set(0)
+    done = layer(X, Positions(index=POSITIONS.index, segments=segments))[1]
+    alone = layer(X[:, :6], Positions(index=POSITIONS.index[:, :6], segments=segments[:, :6]))[1]
     chosen, _ = routed(spec, layer, X[:, :6])
     np.testing.assert_array_equal(done["load"], np.bincount(chosen.ravel(), minlength=EXPERTS))
     for name, value in done.items():
@@ -163,9 +163,9 @@ def test_the_router_computes_in_float32():
     x = X.astype(jnp.bfloat16)
     assert layer.router.logits(x).dtype == jnp.float32
     np.testing.assert_array_equal(layer.router.logits(x), layer.router.logits(x.astype(jnp.float32)))
-    y, _ = layer(x, PLACES)
+    y, _ = layer(x, POSITIONS)
     assert y.dtype == jnp.bfloat16
-    wide = np.asarray(layer(x.astype(jnp.float32), PLACES)[0])
+    wide = np.asarray(layer(x.astype(jnp.float32), POSITIONS)[0])
     assert np.abs(np.asarray(y, np.float32) - wide).max() < 0.03 * np.abs(wide).max()
 
 
@@ -179,20 +179,20 @@ def test_a_mesh_changes_nothing(name, sizes):
     parameters = split(layer)
     g = jax.random.normal(jax.random.key(1), X.shape)
 
-    def run(parameters, x, places, g):
+    def run(parameters, x, positions, g):
         def loss(parameters, x):
-            y, done = merge(layer, parameters)(x, places)
+            y, done = merge(layer, parameters)(x, positions)
             return jnp.sum(y * g) + done["z"], (y, done)
 
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(parameters, x)
 
-    wanted = jax.jit(run)(parameters, X, PLACES, g)
+    wanted = jax.jit(run)(parameters, X, POSITIONS, g)
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes))
     with jax.set_mesh(mesh):
-        places = shardings(describe(layer), mesh)
-        split_parameters = {n: jax.device_put(np.asarray(x), places[n]) for n, x in parameters.items()}
+        placement = shardings(describe(layer), mesh)
+        split_parameters = {n: jax.device_put(np.asarray(x), placement[n]) for n, x in parameters.items()}
         batch, stream = batch_partition(mesh), stream_partition(mesh, X.shape[1])
-        at = jax.tree.map(lambda x: jax.device_put(np.asarray(x), batch), PLACES)
+        at = jax.tree.map(lambda x: jax.device_put(np.asarray(x), batch), POSITIONS)
         x, gradient = (jax.device_put(np.asarray(x), stream) for x in (X, g))
         found = jax.jit(run)(split_parameters, x, at, gradient)
         for n, one in found[1][0].items():
@@ -202,9 +202,9 @@ def test_a_mesh_changes_nothing(name, sizes):
         np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * scale + 1e-6, err_msg=str(path))
 
 
-def ragged_all_to_all(rows, output, starts, sends, places, receives, *, axis_name):
+def ragged_all_to_all(rows, output, starts, sends, offsets, receives, *, axis_name):
     """What XLA has no code for on CPU: every device is given everything, and takes what is its own."""
-    everyone = [jax.lax.all_gather(x, axis_name) for x in (rows, starts, sends, places)]
+    everyone = [jax.lax.all_gather(x, axis_name) for x in (rows, starts, sends, offsets)]
     slices, me = len(sends) // len(everyone[0]), jax.lax.axis_index(axis_name)
     line, received = jnp.arange(len(output), dtype=jnp.int32), jnp.zeros_like(receives)
     for device in range(len(everyone[0])):
@@ -257,4 +257,4 @@ def test_impossible_choices_are_refused(change, message):
 
 def test_impossible_groups_are_refused():
     with pytest.raises(ValueError, match="got chosen=5, groups=4"):
-        Groups(groups=4, chosen=5, judged_by="best")
+        Groups(groups=4, chosen=5, group_score="best")

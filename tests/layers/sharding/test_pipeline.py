@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flaxzoo.layers.sharding import pipeline, stages
-from flaxzoo.layers.sharding.deferred_gradient import Later
+from flaxzoo.layers.sharding.deferred_gradient import DeferredGradient
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -165,7 +165,7 @@ def test_bubble() -> None:
 
 
 def grads_later(function: Any, weights: Any, x: Any, given: Any) -> tuple[Any, Any, list[Any]]:
-    later = Later(function, weights, x, given)
+    later = DeferredGradient(function, weights, x, given)
     y, kept = later.forward(weights, x, given)
     return y, later.backward(weights, given, kept, jax.tree.map(jnp.ones_like, y)), kept
 

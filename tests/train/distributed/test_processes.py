@@ -484,7 +484,7 @@ def test_strangers_are_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
     made, create = [], socket.create_server
     monkeypatch.setattr(socket, "create_server", lambda *a, **k: made.append(create(*a, **k)) or made[-1])
     monkeypatch.setattr(roll, "stop", lambda text: pytest.fail(text))
-    watch = roll.Roll()
+    watch = roll.Watchdog()
     for said in (b"GET / HTTP/1.1\n", b'{"process": 1}\n', b"[" * 100_000 + b"\n", b"x" * (roll.LONGEST + 1)):
         with socket.create_connection(("127.0.0.1", made[0].getsockname()[1]), timeout=20) as stranger:
             with contextlib.suppress(OSError):
@@ -499,7 +499,7 @@ def test_no_watch_is_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(roll, "stop", told.append)
     monkeypatch.setattr(selectors, "DefaultSelector", lambda: {}["none left"])
-    roll.Roll().end()
+    roll.Watchdog().end()
     assert told == ["error: the processes of this job cannot watch each other: KeyError('none left')"]
 
 

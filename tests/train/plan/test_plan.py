@@ -477,7 +477,7 @@ def test_the_front_is_what_nothing_beats() -> None:
         return Plan(run(), "v5e:2x2", chip, {"fsdp": 4}, memory, Time(compute=1 / speed))
 
     plans = [made(5, 9), made(4, 10), made(3, 4), made(2, 4), made(1, 1), made(9, 20, missing=1.0)]
-    assert plan_search.front(plans) == [plans[0], plans[2], plans[4]]
+    assert plan_search.pareto(plans) == [plans[0], plans[2], plans[4]]
 
 
 @needs_libtpu

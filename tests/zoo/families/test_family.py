@@ -11,7 +11,7 @@ from flaxzoo import zoo
 from flaxzoo.layers.positions import rope
 from flaxzoo.layers.spec import Spec
 from flaxzoo.zoo.families import FAMILIES, family, rope_config
-from flaxzoo.zoo.families.config import ACTIVATIONS, INFORMATIONAL, LAYERS, Config, modern
+from flaxzoo.zoo.families.config import ACTIVATIONS, INFORMATIONAL, LAYERS, Config, to_v5_fields
 from flaxzoo.zoo.families.layer_pattern import pattern
 from flaxzoo.zoo.families.names import units
 from flaxzoo.zoo.parameters import describe
@@ -38,7 +38,7 @@ def test_both_styles_say_the_same(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_written_are_the_fields_that_were_read(name):
-    fields = modern(fields_of(name))
+    fields = to_v5_fields(fields_of(name))
     _, written = family.write(family.read(fields), fields["model_type"])
     silent = INFORMATIONAL | DEFAULTS | UNUSED.get(name, set())
     matter = {n: v for n, v in fields.items() if n not in silent and v is not None}

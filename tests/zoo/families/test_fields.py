@@ -23,7 +23,7 @@ TINY = Decoder(vocab=20, dim=16, layers=2, block=(BLOCK,))
 TOKENS = jnp.asarray([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]], jnp.int32)
 MIXER, SCALING = "block.0.mixer", "block.0.mixer.rope.scaling"
 LATENT = MLA(heads=2, kv_rank=8, nope_dim=8, rope_dim=4, value_dim=8)
-ROUTER = Router(top_k=2, score="sigmoid", groups=Groups(groups=4, chosen=2, judged_by="best_two"))
+ROUTER = Router(top_k=2, score="sigmoid", groups=Groups(groups=4, chosen=2, group_score="best_two"))
 EXPERTS = MoE(experts=8, expert=GatedMLP(hidden=8), router=ROUTER)
 SHORT, LONG = (1.0, 1.5, 2.0, 3.0), (1.0, 4.0, 8.0, 16.0)
 LONGROPE = rope.LongRopeScaling(short_factors=SHORT, long_factors=LONG, original_length=12, length=64)
@@ -121,7 +121,7 @@ SPECS: dict[str, tuple[str, Spec, dict[str, object]]] = {
     ),
     "Groups": (
         "block.0.ffn.router.groups",
-        Groups(groups=4, chosen=2, judged_by="best_two"),
+        Groups(groups=4, chosen=2, group_score="best_two"),
         {"groups": 2, "chosen": 3, "judged_by": "best"},
     ),
     "RMSNorm": ("block.0.norm", RMSNorm(), {"eps": 0.5, "zero_centered": True}),

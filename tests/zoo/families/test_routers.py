@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flaxzoo import zoo
-from flaxzoo.layers.mixers.mixer import Places
-from flaxzoo.zoo.decoder import DecoderModel, plain_places
+from flaxzoo.layers.mixers.mixer import Positions
+from flaxzoo.zoo.decoder import DecoderModel, positions_from_zero
 from flaxzoo.zoo.parameters import split
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -29,13 +29,13 @@ def test_router_logits(name: str) -> None:
         [jax.tree.map(lambda x, at=at: x[at], stack) for stack in model.stack] for at in range(model.spec.repeats)
     ]
     tokens = jnp.asarray(data["input_ids"])
-    x, places, found = model.embedding(tokens, jnp.float32), plain_places(tokens), []
+    x, positions, found = model.embedding(tokens, jnp.float32), positions_from_zero(tokens), []
     blocks: Any = itertools.chain(model.first, *stacks, model.rest)
     for block in blocks:
         if block.spec.ffn.routed:
-            mixed, _ = block.mixer(block.mixer_norm(x), places)
+            mixed, _ = block.mixer(block.mixer_norm(x), positions)
             found.append(block.ffn.router.logits(block.ffn_norm(x + mixed)))
-        x, _, _ = block(x, places)
+        x, _, _ = block(x, positions)
     valid = data["attention_mask"] == 1
     np.testing.assert_allclose(np.stack(found)[:, valid], data["router_logits"][:, valid], rtol=0, atol=1e-4)
 
@@ -51,8 +51,8 @@ def test_loads_and_probabilities(name: str) -> None:
     """Over all layers together they give transformers' balance loss."""
     model, data = case(name)
     tokens, mask = jnp.asarray(data["input_ids"]), jnp.asarray(data["attention_mask"])
-    places = Places(positions=plain_places(tokens).positions, segments=mask)
-    routing = jax.jit(lambda model: model.hidden_and_routing(tokens, places)[2])(model)
+    positions = Positions(index=positions_from_zero(tokens).index, segments=mask)
+    routing = jax.jit(lambda model: model.hidden_and_routing(tokens, positions)[2])(model)
     load = np.concatenate([one["load"] for one in routing.values()]).sum(axis=0)
     probability = np.concatenate([one["probability"] for one in routing.values()]).sum(axis=0)
     count = data["attention_mask"].sum() * model.spec.layers

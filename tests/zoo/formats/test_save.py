@@ -193,7 +193,7 @@ def test_what_is_no_folder_or_no_checkpoint_is_told(tmp_path):
     with pytest.raises(ValueError, match=r"out.gguf would be a folder: save_gguf and `zoo convert` write .gguf files"):
         zoo.save(model, tmp_path / "out.gguf")
     with pytest.raises(ValueError, match="a model in the form for decoding is not saved"):
-        zoo.save(zoo.for_decoding(model, "float32"), tmp_path / "out")
+        zoo.save(zoo.optimize_for_decoding(model, "float32"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

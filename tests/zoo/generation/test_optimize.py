@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flaxzoo.zoo import GREEDY, complete, for_decoding
+from flaxzoo.zoo import GREEDY, complete, optimize_for_decoding
 from flaxzoo.zoo.parameters import describe, merge, shardings, split
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -15,12 +15,12 @@ TOKENS = jax.random.randint(jax.random.key(3), (2, 9), 0, 48, jnp.int32)
 
 @pytest.mark.parametrize("name", ["mixed", "learned", "routed"])
 def test_it_is_the_same_model(name, models):
-    made = for_decoding(models[name], jnp.float32)
+    made = optimize_for_decoding(models[name], jnp.float32)
     assert made.spec.all_blocks == models[name].spec.all_blocks
     assert made.spec.repeats == 0
     found, wanted = (jax.jit(lambda m, t: m(t)[0])(model, TOKENS) for model in (made, models[name]))
     np.testing.assert_allclose(found, wanted, atol=2e-5)
-    assert for_decoding(made, jnp.float32) is made
+    assert optimize_for_decoding(made, jnp.float32) is made
 
 
 @pytest.mark.parametrize("name", ["mixed", "routed"])
@@ -29,7 +29,9 @@ def test_it_generates_the_same(name, models):
     options = {"max_tokens": 30, "sampling": GREEDY, "stop": (), "log_probs": True}
     plain = complete(models[name], tokenizer, [[1, 2], [3]], **options)
     for found, wanted in zip(
-        complete(for_decoding(models[name], jnp.float32), tokenizer, [[1, 2], [3]], **options), plain, strict=True
+        complete(optimize_for_decoding(models[name], jnp.float32), tokenizer, [[1, 2], [3]], **options),
+        plain,
+        strict=True,
     ):
         assert found.ids == wanted.ids
         np.testing.assert_allclose(found.log_probs, wanted.log_probs, atol=1e-4)
@@ -42,14 +44,14 @@ def test_on_a_mesh_it_is_split_as_before(name, models):
     places = shardings(describe(models[name]), mesh)
     placed = {n: jax.device_put(np.asarray(x), places[n]) for n, x in split(models[name]).items()}
     model = merge(models[name].spec.abstract(), placed)
-    made = for_decoding(model, jnp.float32, donate=True)
+    made = optimize_for_decoding(model, jnp.float32, donate=True)
     assert {n: x.sharding for n, x in split(made).items()} == shardings(describe(made), mesh)
     stacked = {n for n in placed if n.startswith("stack.")}
     assert {n for n, x in placed.items() if x.is_deleted()} == stacked
     with jax.set_mesh(mesh):
         found = jax.jit(lambda m, t: m(t)[0])(made, TOKENS)
     np.testing.assert_allclose(found, jax.jit(lambda m, t: m(t)[0])(models[name], TOKENS), atol=2e-5)
-    assert for_decoding(made, jnp.float32) is made
+    assert optimize_for_decoding(made, jnp.float32) is made
 
 
 def test_stages_are_not_called(models):
@@ -59,14 +61,14 @@ def test_stages_are_not_called(models):
     placed = {n: jax.device_put(np.asarray(x), places[n]) for n, x in split(whole).items()}
     model = merge(whole.spec.abstract(), placed)
     with pytest.raises(ValueError, match="layers on the stages of a mesh with pipeline=2 can be trained, and not"):
-        for_decoding(model, jnp.float32, donate=True)
+        optimize_for_decoding(model, jnp.float32, donate=True)
     assert not any(x.is_deleted() for x in placed.values())
 
 
 def test_a_copy_takes_the_place_of_what_is_donated(models):
     model = jax.tree.map(jnp.copy, models["mixed"])
     before = split(model)
-    made = for_decoding(model, jnp.bfloat16, donate=True)
+    made = optimize_for_decoding(model, jnp.bfloat16, donate=True)
     known = describe(models["mixed"])
     kept = {name for name, what in known.items() if not what.inputs and not name.startswith("stack.")}
     assert {name for name, x in before.items() if not x.is_deleted()} == kept
@@ -74,7 +76,7 @@ def test_a_copy_takes_the_place_of_what_is_donated(models):
 
 
 def test_routers_stay_exact(models):
-    made = split(for_decoding(models["routed"], jnp.bfloat16))
+    made = split(optimize_for_decoding(models["routed"], jnp.bfloat16))
     kept = {name for name, value in made.items() if value.dtype == jnp.float32}
     routers = {name for name in made if name.endswith("router.weight")}
     assert routers <= kept
@@ -83,7 +85,7 @@ def test_routers_stay_exact(models):
 
 def test_bfloat16_for_few_tokens_is_as_for_many(models):
     """Sums of products in place of matmuls: as close to float32 as these are."""
-    model = for_decoding(models["learned"], jnp.bfloat16)
+    model = optimize_for_decoding(models["learned"], jnp.bfloat16)
     known = describe(model)
     assert {one.dtype for one in known.values() if one.inputs} == {jnp.dtype(jnp.bfloat16)}
     assert {one.dtype for one in known.values() if not one.inputs} == {jnp.dtype(jnp.float32)}

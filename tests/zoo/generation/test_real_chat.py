@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flaxzoo.train.commands.evaluate import start_token
 from flaxzoo.train.commands.writer import Writer, open_writer
-from flaxzoo.zoo import GREEDY, Conversation, Scorer, Speculation, complete, for_decoding
+from flaxzoo.zoo import GREEDY, Conversation, Scorer, Speculation, complete, optimize_for_decoding
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parents[3]
@@ -41,7 +41,7 @@ def test_conversation(guess: int, writers: dict[str, Writer]) -> None:
     assert writer.stop == ("<|im_end|>",)
     assert writer.template is not None
     options: dict[str, Any] = {"speculation": Speculation(tokens=guess) if guess else None, "sampling": GREEDY}
-    model = writer.model if guess else for_decoding(writer.model, writer.dtype)
+    model = writer.model if guess else optimize_for_decoding(writer.model, writer.dtype)
     talk = Conversation(model, writer.tokenizer, writer.template, stop=writer.stop, **options)
     for turn in truth(CHATS)["talk"]:
         prompt = writer.template.render([*talk.messages, {"role": "user", "content": turn["question"]}])

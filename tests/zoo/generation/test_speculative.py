@@ -14,7 +14,7 @@ from flaxzoo.zoo import GREEDY, Sampling, Speculation, complete
 from flaxzoo.zoo.generation.sampling import row_keys
 from flaxzoo.zoo.generation.speculative import _judged, advance
 from flaxzoo.zoo.generation.state import State
-from flaxzoo.zoo.parameters import Flat
+from flaxzoo.zoo.parameters import FlatModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -150,7 +150,7 @@ def test_texts_of_five_tokens_follow_the_model(sampling, guesser):
         seen=jnp.zeros((rows, vocab), bool).at[:, 0].set(True) if filters.penalised else None,
         history=jnp.zeros((rows, 16), jnp.int32) if guesser == "lookup" else None,
     )
-    model, draft = (Flat(*jax.tree.flatten(Bigrams(table))) for table in tables)
+    model, draft = (FlatModel(*jax.tree.flatten(Bigrams(table))) for table in tables)
     draft = draft if guesser == "draft" else None
     options: Any = {"speculation": Speculation(tokens=3), "dtype": jnp.float32}
     raw: Any = inspect.unwrap(advance("cpu"))  # whose annotations ask for caches
