@@ -1,9 +1,9 @@
 """The roll of a job: its processes watch each other, and when one fails or is lost, all end with one message.
 
 Every process holds a connection to the first one and sends a heartbeat at intervals. A process that is killed closes
-its connection, so the others are notified at once. One whose machine or network is down sends nothing, and counts as failed
-after `HEARTBEAT_TIMEOUT` seconds. A process that is notified may be blocked in a collective that never ends, so it is
-ended from a thread.
+its connection, so the others are notified at once. One whose machine or network is down sends nothing, and counts as
+failed after `HEARTBEAT_TIMEOUT` seconds. A process that is notified may be blocked in a collective that never ends, so
+it is ended from a thread.
 """
 
 import contextlib
