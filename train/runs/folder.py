@@ -13,18 +13,18 @@ import jax
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from ...configs.run import (LAYOUT, Run)
+from ...configs.run import LAYOUT, Run
 from ...layers.spec import unknown
 from ...zoo.decoder import DecoderModel
 from ...zoo.formats.hugging_face import CheckpointFolder
 from ...zoo.formats.load import is_run
-from ...zoo.parameters import (describe, merge, shardings)
-from ...zoo.formats.save import (ModelSource, write_description)
+from ...zoo.formats.save import ModelSource, write_description
 from ...zoo.formats.source import Source
+from ...zoo.parameters import describe, merge, shardings
+from ..checkpoints import step_folders
+from ..checkpoints.checkpoints import LOCK, Checkpoints
 from ..distributed import mesh as meshes
 from ..distributed import processes
-from ..checkpoints import step_folders
-from ..checkpoints.checkpoints import (LOCK, Checkpoints)
 
 VISIBLE = 30.0
 """Seconds that a shared disk may take to show one machine what another one wrote."""

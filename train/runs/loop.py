@@ -20,21 +20,22 @@ from rich.console import Console
 
 from ... import zoo
 from ...configs.run import Run
-from ...zoo.parameters import (describe, merge, shardings)
+from ...zoo.parameters import describe, merge, shardings
 from .. import data as datasets
-from ..distributed import (hardware, processes, watchdog as roll)
-from . import report
 from ..checkpoints import step_folders
+from ..checkpoints.checkpoints import Checkpoints, check_space
+from ..checkpoints.step_folders import cause, command, free
+from ..data.cache import CacheError, cache_folder
+from ..distributed import hardware, processes
 from ..distributed import mesh as meshes
-from ..checkpoints.checkpoints import (Checkpoints, check_space)
-from ..data.cache import (CacheError, cache_folder)
+from ..distributed import watchdog as roll
+from ..distributed.signals import Interrupted, Signals
+from ..step import State, abstract_state, all_finite, best_parameters, initial_state, make_evaluation, make_step
+from . import report
 from .folder import Folder
-from .metrics import (NullRecorder, Recorder)
-from .pretrained import (Pretrained, open_pretrained)
-from .progress import (ProgressDisplay, amount, duration)
-from ..distributed.signals import (Interrupted, Signals)
-from ..step import (State, abstract_state, all_finite, best_parameters, initial_state, make_evaluation, make_step)
-from ..checkpoints.step_folders import (cause, command, free)
+from .metrics import NullRecorder, Recorder
+from .pretrained import Pretrained, open_pretrained
+from .progress import ProgressDisplay, amount, duration
 
 
 class Diverged(ValueError):
@@ -368,7 +369,9 @@ class Job:
         if self.saved == step:
             return
         if not all_finite(self.state["params"]):
-            raise Diverged(f"the parameters are not finite after step {step}, so they were not saved; {self.divergence_advice()}")
+            raise Diverged(
+                f"the parameters are not finite after step {step}, so they were not saved; {self.divergence_advice()}"
+            )
         self.recorder.flush()  # what is recorded up to a checkpoint is on disk before it
         extra = {"data": self.iterator.get_state(), "config": self.run.to_dict()}
         self.checkpoints.save(step, self.state, extra, loss=self.last.get("heldout_bits_per_byte"))

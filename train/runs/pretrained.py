@@ -10,12 +10,12 @@ from tokenizers import Tokenizer
 
 from ... import zoo
 from ...configs.run import Run
-from ...zoo.families import family
 from ...zoo.decoder import Decoder
+from ...zoo.families import family
 from ...zoo.formats.hugging_face import CheckpointFolder
 from ...zoo.formats.load import is_run
-from ...zoo.parameters import (Parameters, split)
-from ...zoo.formats.source import (Source, token_of)
+from ...zoo.formats.source import Source, token_of
+from ...zoo.parameters import Parameters, split
 from ..data.tokenizer import ids
 from .folder import Folder
 

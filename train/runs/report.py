@@ -9,7 +9,7 @@ import numpy as np
 
 from ...configs.run import Run
 from . import metrics
-from .progress import (amount, duration)
+from .progress import amount, duration
 
 PICTURE = "loss.png"
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from flaxzoo import zoo
 from flaxzoo.configs import Run
-from flaxzoo.train.runs import (loop, metrics, report)
-from flaxzoo.train.distributed import mesh as meshes
 from flaxzoo.train.checkpoints.checkpoints import Checkpoints
 from flaxzoo.train.data import load as load_data
-from flaxzoo.train.runs.folder import (Folder, load)
-from flaxzoo.train.step import (abstract_state, initial_state, make_evaluation)
+from flaxzoo.train.distributed import mesh as meshes
+from flaxzoo.train.runs import loop, metrics, report
+from flaxzoo.train.runs.folder import Folder, load
+from flaxzoo.train.step import abstract_state, initial_state, make_evaluation
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flaxzoo.train.runs import (metrics, report)
+from flaxzoo.train.runs import metrics, report
 from flaxzoo.train.runs.metrics import Recorder
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto import event_pb2

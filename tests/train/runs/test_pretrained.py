@@ -11,20 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from chat_checkpoint import TEMPLATE, checkpoint, tokenizer_of_bytes
-from flaxzoo import (configs, zoo)
-from flaxzoo.configs import (Run, models)
-from flaxzoo.train.commands import cli
+from flaxzoo import configs, zoo
+from flaxzoo.configs import Run, models
 from flaxzoo.train import data
-from flaxzoo.train.runs import (folder, loop, metrics)
-from flaxzoo.train.plan import report as plan_report
-from flaxzoo.train.distributed import signals
-from flaxzoo.train.distributed import mesh as meshes
+from flaxzoo.train.commands import cli
+from flaxzoo.train.commands.writer import open_writer
 from flaxzoo.train.data.tokenizer import ends
+from flaxzoo.train.distributed import mesh as meshes
+from flaxzoo.train.distributed import signals
+from flaxzoo.train.plan import report as plan_report
+from flaxzoo.train.runs import folder, loop, metrics
 from flaxzoo.train.runs.pretrained import open_pretrained
 from flaxzoo.train.step import initial_state
-from flaxzoo.train.commands.writer import open_writer
-from flaxzoo.zoo.parameters import (describe, partitions, split)
-from flaxzoo.zoo.evaluation.score import (Row, Scorer)
+from flaxzoo.zoo.evaluation.score import Row, Scorer
+from flaxzoo.zoo.parameters import describe, partitions, split
 from rich.console import Console
 from safetensors.numpy import load_file
 from tokenizers.processors import TemplateProcessing

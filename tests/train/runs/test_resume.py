@@ -18,10 +18,10 @@ import jax
 import numpy as np
 import pytest
 from flaxzoo.configs import Run
-from flaxzoo.train.runs import (loop, metrics)
+from flaxzoo.train.checkpoints.checkpoints import Checkpoints, DamagedCheckpoint
 from flaxzoo.train.distributed import mesh as meshes
-from flaxzoo.train.checkpoints.checkpoints import (Checkpoints, DamagedCheckpoint)
-from flaxzoo.train.runs.folder import (Folder, load)
+from flaxzoo.train.runs import loop, metrics
+from flaxzoo.train.runs.folder import Folder, load
 from flaxzoo.train.step import abstract_state
 from rich.console import Console
 
