@@ -61,15 +61,18 @@ def greedy(model: Any, ids: list[int]) -> tuple[list[int], bool, float]:
     return found, found[-1] in ends, least
 
 
-def nll(model: Any, ids: list[int]) -> float:
-    """Of all tokens but the first, in nats: each given half of LENGTH or more before it, where there are so many."""
-    total, done = 0.0, 1
-    while done < len(ids):
-        end = min(len(ids), LENGTH if done == 1 else done + LENGTH // 2)
-        row = torch.tensor(ids[max(0, end - LENGTH) : end])
-        logs = model(row[None]).logits[0, :-1].log_softmax(-1)
-        total -= float(logs.gather(1, row[1:, None])[-(end - done) :].double().sum())
-        done = end
+def nll(model: Any, prefix: int, ids: list[int], bos: bool) -> float:
+    """Of all ids, in nats. The model reads LENGTH tokens at once, and windows move by half of it.
+
+    Each window starts with `prefix` if this is a BOS that the tokenizer adds, otherwise the first alone.
+    """
+    total, scored = 0.0, 0
+    while scored < len(ids):
+        end = min(len(ids), LENGTH if scored == 0 else scored + LENGTH // 2)
+        row = [prefix, *ids[max(0, end - LENGTH) : end]] if bos or end <= LENGTH else ids[end - LENGTH - 1 : end]
+        logs = model(torch.tensor([row[:-1]])).logits[0].log_softmax(-1)
+        total -= float(logs.gather(1, torch.tensor(row[1:])[:, None])[-(end - scored) :].double().sum())
+        scored = end
     return total
 
 
@@ -88,11 +91,12 @@ def write(name: str, path: Path) -> None:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         talk.append({"question": question} | told(tokenizer(text, add_special_tokens=False)["input_ids"]))
         messages.append({"role": "assistant", "content": talk[-1]["text"]})
-    start = tokenizer("")["input_ids"] or [tokenizer.eos_token_id]
+    added = tokenizer("")["input_ids"]
+    prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     texts = {}
     for key, text in TEXTS.items():
-        ids = [*start, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-        texts[key] = {"text": text, "ids": ids, "nll": nll(model, ids)}
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        texts[key] = {"text": text, "ids": [prefix, *ids], "nll": nll(model, prefix, ids, added == [prefix])}
     found = {
         "by": f"transformers {transformers.__version__}, torch {torch.__version__}, float32",
         "talk": talk,

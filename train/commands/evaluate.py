@@ -9,20 +9,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ...zoo.evaluation.harness import Candidate, harness_model
+from ...zoo.evaluation.harness import HarnessBackend, harness_lm
 from ...zoo.evaluation.score import Score, Scorer
 from ..data.cache import cache_folder
 from ..data.sources import open_source
 from .writer import Writer
 
 
-def start_token(writer: Writer) -> int:
-    """The token that stands before a document: what the tokenizer puts there, or else what ends a text."""
-    added = writer.tokenizer.encode("").ids
-    found = [*added, *(writer.tokenizer.token_to_id(token) for token in writer.stop)]
-    if not found or found[0] is None:
-        raise ValueError("scoring starts after a special token, and the model's tokenizer has none")
-    return found[0]
+def prefix_of(writer: Writer) -> int:
+    """Token on which the first token of a text is conditioned. Raises ValueError if the tokenizer has none."""
+    if writer.prefix is None:
+        raise ValueError(
+            "scoring needs a token before the text: the tokenizer has neither BOS nor EOS (tokenizer_config.json)"
+        )
+    return writer.prefix
 
 
 def score_files(
@@ -44,7 +44,7 @@ def score_files(
             found[source.name] = scorer.text(
                 writer.tokenizer,
                 source.documents(split),
-                start=start_token(writer),
+                start=prefix_of(writer),
                 stride=stride or None,
                 progress=lambda size, task=task: bar.advance(task, size),
             )
@@ -79,17 +79,17 @@ def as_json(found: dict[str, Score]) -> str:
 def run_tasks(writer: Writer, tasks: Sequence[str], folder: Path | None, *, length: int, batch: int, limit: int) -> Any:
     """Results of tasks of lm-evaluation-harness by name; `folder` has YAML files of more of them."""
     limit_of_model = writer.model.spec.max_positions
-    candidate = Candidate(
+    backend = HarnessBackend(
         writer.model,
         writer.tokenizer,
         stop=writer.stop,
-        start=start_token(writer),
+        prefix=prefix_of(writer),
         template=writer.template,
         length=min(length, limit_of_model or length),
         batch=batch,
         dtype=writer.dtype,
     )
-    model = harness_model(candidate)
+    model = harness_lm(backend)
     import lm_eval  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 

@@ -193,8 +193,8 @@ def eval_(
         text: files, folders or globs of .txt, .jsonl or .parquet, or a dataset as in training.
         tasks: names of tasks (with the `eval` extra).
         task_folder: a folder of YAML files of more tasks.
-        length: tokens of a window, at most.
-        stride: tokens that a window moves on by; half of the length if not given.
+        length: tokens that the model reads at once, at most.
+        stride: tokens that windows move by, at most the length. 0: half of the length.
         batch: windows at a time.
         text_field: the field of a record that holds the text.
         limit: only so many examples of a task.

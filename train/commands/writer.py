@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from ... import zoo
 from ...layers.spec import unknown
 from ...zoo.decoder import DecoderModel
+from ...zoo.evaluation.windows import prefix_token
 from ...zoo.families import family
 from ...zoo.formats.hugging_face import CheckpointFolder, read_json
 from ...zoo.formats.source import token_of
@@ -34,6 +35,8 @@ class Writer:
     template: ChatTemplate | None
     dtype: Any
     """What the model computes in."""
+    prefix: int | None
+    """Token on which the first token of a text is conditioned, in scoring."""
 
     def optimize_for_decoding(self) -> "Writer":
         """The same with the model in the form that decodes fastest, which takes the place of this one's model."""
@@ -61,8 +64,10 @@ def open_writer(
         model, tokenizer = folders.load(path, step=step, mesh=mesh)
         described = folders.Folder(path).described
         stop, template = ((), None) if described is None else _text_of(described, tokenizer)
-        stop = tuple(dict.fromkeys((str(tokenizer.id_to_token(separator(tokenizer))), *stop)))
-        return Writer(model, tokenizer, stop, template, jnp.dtype(dtype or "float32"))
+        end = str(tokenizer.id_to_token(separator(tokenizer)))
+        prefix = prefix_token(tokenizer, None, [end]) if described is None else _prefix(described, tokenizer, stop)
+        stop = tuple(dict.fromkeys((end, *stop)))
+        return Writer(model, tokenizer, stop, template, jnp.dtype(dtype or "float32"), prefix)
     if step is not None:
         raise ValueError(f"step is of the checkpoints of a run, and {source} is none; leave it out")
     opened = zoo.open_source(source)
@@ -75,7 +80,22 @@ def open_writer(
     stop, template = _text_of(opened, tokenizer)
     stored = jax.tree.leaves(model)[0].dtype
     computed = jnp.float32 if stored == jnp.float16 else stored
-    return Writer(model, tokenizer, stop, template, jnp.dtype(dtype) if dtype else computed)
+    prefix = _prefix(opened, tokenizer, stop)
+    return Writer(model, tokenizer, stop, template, jnp.dtype(dtype) if dtype else computed, prefix)
+
+
+def _prefix(source: Any, tokenizer: Tokenizer, stop: tuple[str, ...]) -> int | None:
+    """`prefix_token` of a source, by the BOS and EOS that tokenizer_config.json names, else by those of the config."""
+    folder = source.path if isinstance(source, CheckpointFolder) else None
+    if folder is not None and (folder / "tokenizer_config.json").is_file():
+        named = _named_tokens(read_json(folder / "tokenizer_config.json"))
+        return prefix_token(tokenizer, named.get("bos_token"), [*filter(None, [named.get("eos_token")]), *stop])
+    return prefix_token(tokenizer, token_of(tokenizer, source.config.get("bos_token_id")), stop)
+
+
+def _named_tokens(described: dict[str, Any]) -> dict[str, str]:
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in described.items()}
+    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
 
 
 def _text_of(source: Any, tokenizer: Tokenizer) -> tuple[tuple[str, ...], ChatTemplate | None]:
@@ -95,10 +115,7 @@ def _described(source: Any, tokenizer: Tokenizer) -> tuple[dict[str, Any], str |
         described = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
         if (folder / "generation_config.json").is_file():
             config |= {k: v for k, v in read_json(folder / "generation_config.json").items() if k == "eos_token_id"}
-        for name, token in described.items():
-            text = token.get("content") if isinstance(token, dict) else token
-            if name.endswith("_token") and isinstance(text, str):
-                named[name] = text
+        named |= _named_tokens(described)
     for name in ("bos_token", "eos_token"):
         ids = config.get(f"{name}_id")
         texts = [token_of(tokenizer, number) for number in (ids if isinstance(ids, list) else [ids])]

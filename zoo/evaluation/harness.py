@@ -1,31 +1,46 @@
-"""A model for lm-evaluation-harness (the `eval` extra): tasks by likelihoods of continuations, or by generated text."""
+"""A model for lm-evaluation-harness (the `eval` extra), with the results of the harness's own Hugging Face backend."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
 from ...layers.spec import missing_package
 from ..decoder import DecoderModel
 from ..generation.chat import ChatTemplate
 from ..generation.generate import complete
-from ..generation.sampling import Sampling
-from .score import Row, Scorer
+from ..generation.sampling import GREEDY, Sampling
+from .score import Scorer
+from .windows import Window, split_into_windows
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+
+DEFAULT_NEW_TOKENS = 256
+LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names of the most tokens to generate, the first one given counts."""
+SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+END_OF_CHAT = "END_OF_CHAT "
+"""Marks the end of a message that the model continues. Its space shows whether the template strips messages."""
 
 
-class Candidate:
-    """What the harness asks of a model, in plain Python; `harness_model` makes it an `lm_eval.api.model.LM`.
+class HarnessBackend:
+    """Answers the requests of lm-evaluation-harness. `harness_lm` makes it an `lm_eval.api.model.LM`.
+
+    Tokens, windows and cuts are those of the harness's Hugging Face backend, HFLM in lm_eval/models/huggingface.py:
+    texts get the special tokens that the tokenizer adds, unless they begin with the prefix token as text.
 
     Args:
         model: the decoder.
-        tokenizer: of the model.
-        stop: strings that end a generated text.
-        start: the token before a text that has nothing before it.
-        template: of chats, for tasks that ask for it.
-        length: tokens a row has at most.
-        batch: rows at a time.
-        dtype: what the model computes in.
+        tokenizer: tokenizer of the model.
+        prefix: token on which the first token of a text is conditioned: BOS, or EOS for a tokenizer without BOS.
+        stop: strings that end a generated text, beside those of a request.
+        template: chat template, for tasks that use one.
+        length: tokens that the model reads at once, at most.
+        batch: windows in a batch.
+        dtype: dtype of the computation.
     """
 
     def __init__(
@@ -33,86 +48,134 @@ class Candidate:
         model: DecoderModel,
         tokenizer: Tokenizer,
         *,
-        stop: Sequence[str],
-        start: int,
+        prefix: int,
+        stop: Sequence[str] = (),
         template: ChatTemplate | None = None,
         length: int = 1024,
         batch: int = 4,
-        dtype: Any = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ):
         self.scorer = Scorer(model, length=length, batch=batch, dtype=dtype)
-        self.model, self.tokenizer, self.stop, self.start, self.template = (
-            model,
-            tokenizer,
-            tuple(stop),
-            start,
-            template,
-        )
-        self._adds_start = tokenizer.encode("").ids[:1] == [start]
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.prefix, self.stop = prefix, tuple(stop)
+        self._prefix_text = tokenizer.decode([prefix], skip_special_tokens=False)
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """For each (context, continuation): the log-probability of the continuation, and whether greedy gives it.
+        """For each (context, continuation): log-probability of the continuation, and whether greedy decoding gives it.
 
-        What is too long is cut on the left. Raises ValueError where a continuation is empty or longer than a row.
+        Whitespace between context and continuation counts as part of the continuation. Tokens of the context beyond
+        `length` are cut off at its start. An empty context is the prefix token.
+
+        Raises ValueError if a continuation has no token of its own or more than `length` tokens.
         """
-        found = self.scorer.rows([self._row(*pair) for pair in pairs])
-        return [(one.log_prob, one.greedy) for one in found]
+        likelihoods = self.scorer.likelihoods([self._window(*pair) for pair in pairs])
+        return [(likelihood.log_prob, likelihood.greedy) for likelihood in likelihoods]
 
-    def rolling(self, texts: Sequence[str]) -> list[float]:
-        """The log-probability of each text, of every token once, in windows without overlap where it is long."""
-        rows = [list(self.scorer.windows([self.start, *self._ids(text)], self.scorer.length - 1)) for text in texts]
-        found = iter(self.scorer.rows([row for part in rows for row in part]))
-        return [sum(next(found).log_prob for _ in part) for part in rows]
+    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
+        """The log-probability of each text: of each of its tokens once, BOS included where the tokenizer adds it.
+
+        The first token is conditioned on the prefix token. Windows move by `length` tokens, and later ones do not
+        start with the prefix token.
+        """
+        length = self.scorer.length
+        split = [
+            list(split_into_windows(self._encode(text), prefix=self.prefix, length=length, stride=length))
+            for text in texts
+        ]
+        likelihoods = iter(self.scorer.likelihoods([window for windows in split for window in windows]))
+        return [sum((next(likelihoods).log_prob for _ in windows), 0.0) for windows in split]
 
     def generate_until(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-        """The text after each context, up to one of the strings `until`; greedy unless the request samples.
+        """The text after each context, up to one of the strings `until`. Greedy unless the request samples.
 
-        Raises ValueError where a request has settings that mean nothing here.
+        The context and the new tokens together have at most `length` tokens, so a long context is cut at its start.
+
+        Raises ValueError on generation settings that are not supported.
         """
-        texts: list[str] = []
-        for context, settings in requests:
-            given = dict(settings)
-            until = given.pop("until", None) or []
-            until = [until] if isinstance(until, str) else list(until)
-            tokens = int(given.pop("max_gen_toks", given.pop("max_new_tokens", 256)))
-            sampled = bool(given.pop("do_sample", float(given.get("temperature", 0.0)) > 0))
-            names = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"} & given.keys()
-            values = {name: given.pop(name) for name in names}
-            if not sampled:
-                values["temperature"] = 0.0
-            if given:
-                raise ValueError(f"generation settings {sorted(given)} mean nothing here, got {given}")
-            ids = self._ids(context)
-            begin = [] if ids and not self._adds_start else self._before(ids)
-            prompt = [*begin, *ids[-max(1, self.scorer.length - tokens - len(begin)) :]]
-            stop = tuple(dict.fromkeys([*until, *self.stop]))
-            options: dict[str, Any] = {"sampling": Sampling(**values), "stop": stop, "dtype": self.scorer.dtype}
-            texts.append(complete(self.model, self.tokenizer, [prompt], max_tokens=tokens, **options)[0].text)
-        return texts
+        return [self._generate(context, settings) for context, settings in requests]
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """The text of a chat up to where the model answers or, without a generation prompt, continues the last message.
 
-    def _before(self, ids: Sequence[int]) -> list[int]:
-        """The token before a text; none where the text has it, as a chat template may have put it there."""
-        return [] if ids[:1] == [self.start] else [self.start]
+        Raises ValueError if the model has no chat template, or the template leaves out the last message.
+        """
+        if self.template is None:
+            raise ValueError("this task uses a chat template, and the model has none")
+        if add_generation_prompt:
+            return self.template.render(messages)
+        last = {**messages[-1], "content": messages[-1]["content"] + END_OF_CHAT}
+        text = self.template.render([*messages[:-1], last], prompt=False)
+        end = text.rfind(END_OF_CHAT.strip())
+        if end < 0:
+            raise ValueError(f"the chat template leaves out the last message: {messages[-1]['content'][:60]!r}")
+        return text[:end] if text[end:].startswith(END_OF_CHAT) else text[:end].rstrip()
 
-    def _row(self, context: str, continuation: str) -> Row:
-        """Spaces between the two belong to the continuation, and both are tokenized as one text."""
-        kept = context.rstrip()
-        before, ids = self._ids(kept), self._ids(context + continuation)
-        count = len(ids) - len(before)
-        if not continuation or not 0 < count < self.scorer.length:
+    def _encode(self, text: str) -> list[int]:
+        special = not text.startswith(self._prefix_text)
+        return self.tokenizer.encode(text, add_special_tokens=special).ids
+
+    def _window(self, context: str, continuation: str) -> Window:
+        length = self.scorer.length
+        if context:
+            before = self._encode(context.rstrip())
+            scored = self._encode(context + continuation)[len(before) :]
+        else:
+            before, scored = [], self.tokenizer.encode(continuation, add_special_tokens=False).ids
+            if scored[:1] == [self.prefix]:
+                before, scored = scored[:1], scored[1:]
+        if not 0 < len(scored) <= length:
             raise ValueError(
-                f"a continuation has at least 1 token and at most {self.scorer.length - 1}, got {count}: "
-                f"{continuation[:60]!r}"
+                f"a continuation needs at least 1 token beyond its context and at most {length}, got {len(scored)} for "
+                f"the continuation {continuation[:60]!r} of {context[-60:]!r}"
             )
-        before = self._before(ids) if count < len(ids) else [self.start]
-        return Row(tuple([*before, *ids][-self.scorer.length :]), count)
+        ids = [*(before or [self.prefix]), *scored]
+        return Window(tuple(ids[-(length + 1) :]), len(scored))
+
+    def _generate(self, context: str, settings: Mapping[str, Any]) -> str:
+        until, new_tokens, sampling = _generation_settings(settings)
+        room = self.scorer.length - new_tokens
+        if room < 1:
+            raise ValueError(
+                f"max_gen_toks must be below the length of {self.scorer.length}, so that the model can read the "
+                f"context, got {new_tokens}"
+            )
+        prompt = self._encode(context)[-room:] or [self.prefix]
+        stop = tuple(dict.fromkeys([*until, *self.stop]))
+        (completion,) = complete(
+            self.model,
+            self.tokenizer,
+            [prompt],
+            max_tokens=new_tokens,
+            sampling=sampling,
+            stop=stop,
+            dtype=self.scorer.dtype,
+        )
+        # HFLM decodes new tokens without those before, which drops the leading space of sentencepiece tokenizers.
+        text = self.tokenizer.decode(completion.ids)
+        return text[: min((at for at in map(text.find, stop) if at >= 0), default=None)]
 
 
-def harness_model(candidate: Candidate) -> Any:
-    """The candidate as an `lm_eval.api.model.LM`. Raises ValueError where lm-eval is not installed."""
+def _generation_settings(settings: Mapping[str, Any]) -> tuple[list[str], int, Sampling]:
+    """Stop strings, most new tokens, and sampling of a request. Raises ValueError on any other setting."""
+    rest = dict(settings)
+    until = rest.pop("until", None) or []
+    lengths = [rest.pop(name) for name in LENGTH_NAMES if name in rest]
+    samples = rest.pop("do_sample", None)
+    values = {name: rest.pop(name) for name in SAMPLING_NAMES if name in rest}
+    if rest:
+        raise ValueError(f"generation settings {sorted(rest)} are not supported, got {rest}")
+    if samples is None:
+        samples = float(values.get("temperature", 0.0)) > 0
+    values["temperature"] = values.get("temperature", 1.0) if samples else GREEDY.temperature
+    return (
+        [string for string in ([until] if isinstance(until, str) else until) if string],
+        next((int(length) for length in lengths if length is not None), DEFAULT_NEW_TOKENS),
+        Sampling(**values),
+    )
+
+
+def harness_lm(backend: HarnessBackend) -> "LM":
+    """The backend as an `lm_eval.api.model.LM`. Raises ValueError if lm-eval is not installed."""
     try:
         from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -120,24 +183,22 @@ def harness_model(candidate: Candidate) -> Any:
 
     class HarnessModel(LM):
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            return candidate.loglikelihood([request.args for request in requests])
+            return backend.loglikelihood([request.args for request in requests])
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            return candidate.rolling([request.args[0] for request in requests])
+            return backend.loglikelihood_rolling([request.args[0] for request in requests])
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            return candidate.generate_until([request.args for request in requests])
+            return backend.generate_until([request.args for request in requests])
 
         @property
         def tokenizer_name(self) -> str:
             return "flaxzoo"
 
         def chat_template(self, chat_template: bool | str = False) -> str:
-            return "" if candidate.template is None or not chat_template else candidate.template.source
+            return "" if backend.template is None or not chat_template else backend.template.source
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            if candidate.template is None:
-                raise ValueError("the model has no chat template, and the task asks for one")
-            return candidate.template.render(chat_history, prompt=add_generation_prompt)
+            return backend.render_chat(chat_history, add_generation_prompt=add_generation_prompt)
 
     return HarnessModel()

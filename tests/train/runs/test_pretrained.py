@@ -23,7 +23,8 @@ from flaxzoo.train.plan import report as plan_report
 from flaxzoo.train.runs import folder, loop, metrics
 from flaxzoo.train.runs.pretrained import open_pretrained
 from flaxzoo.train.step import initial_state
-from flaxzoo.zoo.evaluation.score import Row, Scorer
+from flaxzoo.zoo.evaluation.score import Scorer
+from flaxzoo.zoo.evaluation.windows import Window
 from flaxzoo.zoo.parameters import describe, partitions, split
 from rich.console import Console
 from safetensors.numpy import load_file
@@ -109,12 +110,12 @@ def test_before_the_first_step_the_score_is_that_of_the_checkpoint(run: Run, sou
     assert tokenizer is not None
     texts = run.data.replace(tokenizer=str(source / "tokenizer.json"))
     batches = data.load(texts, vocab=272, length=64, batch=4, seed=0)
-    scorer, nats = Scorer(model, length=65), 0.0
+    scorer, nats = Scorer(model, length=64), 0.0
     for texts in batches.heldout_texts:
         end = tokenizer.token_to_id("<|endoftext|>")
         stream = [end, *tokenizer.encode("".join(texts), add_special_tokens=False).ids, end]
         rows = [stream[start : start + 65] for start in range(0, len(stream) - 1, 64)]
-        nats -= sum(found.log_prob for found in scorer.rows([Row(tuple(ids), len(ids) - 1) for ids in rows]))
+        nats -= sum(found.log_prob for found in scorer.likelihoods([Window(tuple(ids), len(ids) - 1) for ids in rows]))
     scores = values(done, "heldout_bits_per_byte")
     assert scores[0] == pytest.approx(nats / math.log(2) / batches.heldout_bytes, rel=1e-5)
     assert scores[12] < 0.8 * scores[0]

@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flaxzoo.train.commands.evaluate import start_token
+from flaxzoo.train.commands.evaluate import prefix_of
 from flaxzoo.train.commands.writer import Writer, open_writer
 from flaxzoo.zoo import GREEDY, Conversation, Scorer, Speculation, complete, optimize_for_decoding
 
@@ -88,8 +88,8 @@ def test_scores(name: str, writers: dict[str, Writer]) -> None:
     writer, wanted = writers[name], truth(name)
     scorer = Scorer(writer.model, length=wanted["window"])
     for one in wanted["scores"].values():
-        assert [start_token(writer), *writer.tokenizer.encode(one["text"], add_special_tokens=False).ids] == one["ids"]
-        found = scorer.text(writer.tokenizer, [one["text"]], start=start_token(writer))
+        assert [prefix_of(writer), *writer.tokenizer.encode(one["text"], add_special_tokens=False).ids] == one["ids"]
+        found = scorer.text(writer.tokenizer, [one["text"]], start=prefix_of(writer))
         count = len(one["ids"]) - 1
         assert found.tokens == count
         np.testing.assert_allclose(found.perplexity, math.exp(one["nll"] / count), rtol=5e-5)
