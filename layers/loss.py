@@ -93,9 +93,9 @@ def _forward(
 def _backward(
     soft_cap: float | None, z_loss: float, chunk: int, saved: tuple[Array, Array], cotangents: tuple[Array, Array]
 ) -> tuple[Any, ...]:
-    hidden_grad, head_grad = saved
-    scale = cotangents[0]
-    return (hidden_grad * scale.astype(hidden_grad.dtype), head_grad * scale.astype(head_grad.dtype), None, None)
+    # The scale, often 1 / tokens, is not rounded to the dtype of a gradient: all of it would be off by as much.
+    scaled = [(gradient.astype(jnp.float32) * cotangents[0]).astype(gradient.dtype) for gradient in saved]
+    return *scaled, None, None
 
 
 _sums.defvjp(_forward, _backward)

@@ -24,6 +24,7 @@ from ..sharding.axes import (
     used_axes,
 )
 from .einsum import einsum, einsums
+from .expand import add_bias, expand
 
 
 class Linear(nnx.Module):
@@ -49,7 +50,7 @@ class Linear(nnx.Module):
         """A product with the weight, named and with the bias."""
         # By this name a remat policy keeps y: it sees no matmul inside a function that has a gradient of its own.
         y = checkpoint_name(y, "product")
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y if self.bias is None else add_bias(y, self.bias[...])
 
     def matrix(self, dtype: Any) -> Float[Array, "..."]:
         """W made ready for use, its input axes first."""
@@ -85,7 +86,7 @@ class FusedTransposed(nnx.Module):
         rows = self.rows[...].astype(x.dtype)
         flat = x.reshape(*x.shape[:2], -1)
         y = _rows_product(flat, rows).astype(x.dtype) if _few(x, rows) else jnp.einsum("BTD,FD->BTF", flat, rows)
-        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = y if self.bias is None else add_bias(y, self.bias[...])
         ends = list(itertools.accumulate(math.prod(shape) for _, shape in self.shapes))
         parts = zip(jnp.split(y, ends[:-1], axis=2), self.shapes, strict=True)
         return [part.reshape(*x.shape[:2], *outputs) for part, (_, outputs) in parts]
@@ -144,26 +145,33 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
         """The rows of `ids`, in `dtype`, as the residual stream is split."""
-        return _rows(self.table[...].astype(dtype), ids)
+        return _rows(self.table[...], ids, dtype)
 
 
-def _rows(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+def _rows(table: Float[Array, "V D"], ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
     """The rows of ids. Where the vocabulary is split, each device looks for all ids in its part."""
     before = spec_of(table)
     after = tuple(map(used_axes, before))
     over = after[0]
     batch, time = spec_of(ids)
     if not any(map(names_of, (*before, batch, time))):
-        return table.at[ids].get()
+        return expand(_lookup, table, ids, dtype=dtype)
 
-    def local(table: Array, ids: Array) -> Array:
+    def lookup(table: Array, ids: Array) -> Array:
         table = gather_shard(table, before, after)
         if not over:
-            return table.at[ids].get()
-        places = ids - jax.lax.axis_index(over) * table.shape[0]
-        inside = (places >= 0) & (places < table.shape[0])
-        rows = table.at[jnp.where(inside, places, 0)].get()
-        return reduce_shard(jnp.where(inside[..., None], rows, jnp.zeros((), rows.dtype)), over, 1)
+            return _lookup(table, ids)
+        index = ids - jax.lax.axis_index(over) * table.shape[0]
+        inside = (index >= 0) & (index < table.shape[0])
+        rows = _lookup(table, jnp.where(inside, index, 0))
+        return jnp.where(inside[..., None], rows, jnp.zeros((), rows.dtype))
+
+    def local(table: Array, ids: Array) -> Array:
+        return reduce_shard(expand(lookup, table, ids, dtype=dtype), over, 1)
 
     out = spec(batch, time_after(time, ids.shape[1], over), None)
     return jax.shard_map(local, in_specs=(spec(*before), spec(batch, time)), out_specs=out, check_vma=False)(table, ids)
+
+
+def _lookup(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    return table.at[ids].get()

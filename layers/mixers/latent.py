@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 from ..kernels.attention import attend
 from ..kernels.attention.masks import Causal, Documents, Mask
 from ..linear.einsum import einsum
+from ..linear.expand import expand
 from ..linear.linear import Linear
 from ..norm import Norm, RMSNorm
 from ..positions.rope import Rope, YarnScaling, yarn_mscale
@@ -170,4 +172,5 @@ def _of_heads(x: Float[Array, "B S 1 H"], heads: int, like: Array) -> Float[Arra
     """`x`, B S 1 H, once for each head, with heads split as those of `like`."""
     split = split_as(*spec_of(x)[:2], spec_of(like)[2], None)
     shape = (*x.shape[:2], heads, x.shape[3])
-    return jax.lax.broadcast_in_dim(x, shape, (0, 1, 2, 3), out_sharding=split)
+    function = partial(jax.lax.broadcast_in_dim, shape=shape, broadcast_dimensions=(0, 1, 2, 3), out_sharding=split)
+    return expand(function, x, dtype=x.dtype)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ..linear.expand import expand
+
 ExpertFunction = Callable[[Array, Array], Array]
 """Maps rows in order of their experts, given how many each expert has."""
 
@@ -116,7 +118,7 @@ def _sorted(apply: ExpertFunction, experts: int, x: Array, chosen: Array, weight
     order = jnp.argsort(owners)
     back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
     sizes = jnp.zeros(experts, jnp.int32).at[owners].add(1, mode="drop")
-    rows = jnp.broadcast_to(x.reshape(-1, 1, dim), (x.size // dim, top_k, dim)).reshape(-1, dim)
+    rows = expand(partial(jnp.repeat, repeats=top_k, axis=0), x.reshape(-1, dim), dtype=x.dtype)
     rows = _permuted(rows, order)
     most = x.size // dim * min(top_k, experts)  # a token goes to an expert once
     rows = _real(apply, rows[:most], sizes)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -12,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ..kernels.grouped.matmul import grouped_product
+from ..linear.expand import expand
 from ..mixers.mixer import Positions
 from ..mlp import MLP, FeedForward, GatedMLP
 from ..sharding.axes import AXES, gather_shard, names_of, parameter, reduce_shard, spec, spec_of, time_after, used_axes
@@ -75,9 +77,11 @@ class MoELayer(nnx.Module):
     def _mixed(self, x: Array, chosen: Array, weights: Array) -> Array:
         """The weighted sum of the chosen experts, which stay where they are; on a mesh, rows travel to them."""
         leaves, tree = jax.tree.flatten(self.experts)
+        # Biases stay as they are: their gradients are summed over devices too.
+        leaves = [leaf.astype(x.dtype) if leaf.ndim > 2 else leaf for leaf in leaves]
         specs, x_spec = [spec_of(leaf) for leaf in leaves], spec_of(x)
         if jax.sharding.get_abstract_mesh().empty:
-            return dispatched(tree.unflatten([leaf.astype(x.dtype) for leaf in leaves]), x, chosen, weights)
+            return dispatched(tree.unflatten(leaves), x, chosen, weights)
         used = [(each[0], *map(used_axes, each[1:])) for each in specs]
         over = max((names for each in used for names in each[1:]), key=len)
         time = tuple(name for name in names_of(x_spec[1]) if name not in over)
@@ -92,7 +96,7 @@ class MoELayer(nnx.Module):
         out = spec(x_spec[0], time_after(time, x.shape[1], over), None)
         in_specs = [spec(*each) for each in specs], placement, placement, placement
         mapped = jax.shard_map(local, in_specs=in_specs, out_specs=out, check_vma=False)
-        return mapped([leaf.astype(x.dtype) for leaf in leaves], x, chosen, weights)
+        return mapped(leaves, x, chosen, weights)
 
 
 class ExpertLinear(nnx.Module):
@@ -117,7 +121,9 @@ class ExpertLinear(nnx.Module):
         y = checkpoint_name(grouped_product(x, weight, sizes), "product")
         if self.bias is None:
             return y
-        bias = self.bias[...].astype(x.dtype)
-        if weight.shape[1] != self.input_size:  # the sum over devices must have it once
+        return y + expand(partial(self._bias_rows, x.shape[0]), self.bias[...], sizes, dtype=x.dtype)
+
+    def _bias_rows(self, rows: int, bias: Float[Array, "E F"], sizes: Int[Array, " E"]) -> Float[Array, "M F"]:
+        if self.weight.shape[1] != self.input_size:  # the sum over devices must have it once
             bias = jnp.where(jax.lax.axis_index(AXES[self.input]) == 0, bias, jnp.zeros_like(bias))
-        return y + jnp.repeat(bias, sizes, axis=0, total_repeat_length=x.shape[0])
+        return jnp.repeat(bias, sizes, axis=0, total_repeat_length=rows)

@@ -50,14 +50,14 @@ def rows(run: Run) -> dict[str, np.ndarray]:
     return named | {"weights": source.random(shape).astype(np.float32)}
 
 
-def outcome(run: Run) -> tuple[Any, str]:
-    """Loss, likelihood and gradients on the mesh of a run, and the compiled program."""
+def outcome(run: Run, named: dict[str, np.ndarray] | None = None) -> tuple[Any, str]:
+    """Loss, likelihood and gradients on the mesh of a run, of a batch or of `rows`, and the compiled program."""
     mesh, _ = meshes.make(run)
     with jax.set_mesh(mesh):
         places = shardings(describe(run.model.abstract()), mesh)
         fresh = split(run.model.build(rngs=nnx.Rngs(0)))
         params = {name: jax.device_put(np.asarray(x), places[name]) for name, x in fresh.items()}
-        batch: Batch = meshes.place(rows(run), mesh)
+        batch: Batch = meshes.place(rows(run) if named is None else named, mesh)
         program = jax.jit(functools.partial(_gradients, run, run.model.abstract())).lower(params, batch).compile()
         found = program(params, batch)
         for name, gradient in found[2].items():
