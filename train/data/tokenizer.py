@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ...zoo.formats.tokenizer_file import read_tokenizer_file
 from .cache import digest, filled
 from .sources import Source
 from .split import place, split
@@ -33,17 +34,12 @@ _BREAKS = (re.compile(r"(?<=\S\n)(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))
 
 
 def load_tokenizer(file: str | Path) -> Tokenizer:
-    """A tokenizer.json, set to add nothing, cut nothing and take text that spells a special token as plain text.
+    """A tokenizer.json, set to add nothing, cut nothing and read text that spells a special token as plain text.
 
     Raises:
         ValueError: there is no such file, it is not a tokenizer, or it has no token to separate documents with.
     """
-    try:
-        tokenizer = Tokenizer.from_file(str(Path(file).expanduser()))
-    except Exception as error:  # tokenizers raises Exception itself
-        raise ValueError(f"cannot read the tokenizer {file}: {error}; it must be a tokenizer.json") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = read_tokenizer_file(file)
     names = [str(tokenizer.id_to_token(index)) for index in sorted({*ends(tokenizer)})]
     tokenizer.add_special_tokens(names)  # where they were common tokens, which text can spell
     tokenizer.encode_special_tokens = True

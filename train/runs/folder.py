@@ -20,6 +20,7 @@ from ...zoo.formats.hugging_face import CheckpointFolder
 from ...zoo.formats.load import is_run
 from ...zoo.formats.save import ModelSource, write_description
 from ...zoo.formats.source import Source
+from ...zoo.formats.tokenizer_file import read_tokenizer_file
 from ...zoo.parameters import describe, merge, shardings
 from ..checkpoints import step_folders
 from ..checkpoints.checkpoints import LOCK, Checkpoints
@@ -212,7 +213,7 @@ def load(
         parameters = checkpoints.restore_subtree("ema" if run.ema else "params", target, step)
     if dtype is not None:
         parameters = {name: array.astype(dtype) for name, array in parameters.items()}
-    return merge(abstract, parameters), Tokenizer.from_file(str(folder.tokenizer))
+    return merge(abstract, parameters), read_tokenizer_file(folder.tokenizer)
 
 
 def open_run(path: str | Path) -> ModelSource:

@@ -15,6 +15,7 @@ from ...zoo.families import family
 from ...zoo.formats.hugging_face import CheckpointFolder
 from ...zoo.formats.load import is_run
 from ...zoo.formats.source import Source, token_of
+from ...zoo.formats.tokenizer_file import read_tokenizer_file, tokenizer_of
 from ...zoo.parameters import Parameters, split
 from ..data.tokenizer import ids
 from .folder import Folder
@@ -44,11 +45,11 @@ def open_pretrained(run: Run) -> Pretrained:
     name = run.weights
     if is_run(name):
         folder = Folder(Path(name))
-        tokenizer = Tokenizer.from_file(str(folder.tokenizer))
+        tokenizer = read_tokenizer_file(folder.tokenizer)
         found = Pretrained(name, folder.run().model, tokenizer, folder.described)
     else:
         source = zoo.open_source(name)
-        tokenizer = source.tokenizer()
+        tokenizer = tokenizer_of(source)
         if tokenizer is None:
             raise ValueError(f"{name} has no tokenizer: put its tokenizer.json beside the weights")
         found = Pretrained(source, family.read(source.config), tokenizer, source)

@@ -6,7 +6,11 @@ from pathlib import Path
 from ...layers.spec import missing_package
 from .hugging_face import COMPANIONS
 
-PATTERNS = ("config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", *COMPANIONS)
+PATTERNS = (
+    *("config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"),
+    *COMPANIONS,
+)
 """The files that are fetched: never code, never a pickle, nor the weights in a maker's own format beside
 (consolidated.safetensors, original/model.safetensors)."""
 

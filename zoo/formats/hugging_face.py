@@ -1,6 +1,5 @@
 """A Hugging Face folder as a source of weights: `config.json`, safetensors, `tokenizer.json`."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,15 +7,15 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from .json_file import read_json
 from .safetensors import SafetensorsFile
 from .source import TensorInfo
+from .tokenizer_file import read_folder_tokenizer
 
 COMPANIONS = (
     *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.txt", "NOTICE"),
 )
-MOST_JSON = 64 * 1024 * 1024
-"""Bytes that a JSON file beside the weights may have; the largest index on the hub has 8 MB."""
 
 
 class CheckpointFolder:
@@ -65,14 +64,9 @@ class HuggingFaceFolder(CheckpointFolder):
         return self._files[name].read(name)
 
     def tokenizer(self) -> Tokenizer | None:
-        """The fast tokenizer, where the folder has one."""
-        path = self.path / "tokenizer.json"
-        if not path.is_file():
-            return None
-        try:
-            return Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{path} can't be read: {error}") from error
+        """The tokenizer, where the folder has one; see `read_folder_tokenizer`."""
+        rows = self.config.get("vocab_size")
+        return read_folder_tokenizer(self.path, rows if isinstance(rows, int) else None)
 
     def _located(self) -> list[SafetensorsFile]:
         index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
@@ -103,18 +97,3 @@ class HuggingFaceFolder(CheckpointFolder):
             "here. Take a repository with safetensors, or convert it where you trust it, with transformers: "
             "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that may be damaged: ValueError says what is wrong with it."""
-    if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}")
-    if path.stat().st_size > MOST_JSON:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than {MOST_JSON:,}")
-    try:
-        data = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {str(data)[:60]!r}")
-    return data

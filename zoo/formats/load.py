@@ -18,8 +18,10 @@ from ..decoder import Decoder, DecoderModel
 from ..families.family import find, read
 from ..families.names import Part, units
 from ..parameters import Description, Parameters, describe, merge, shardings
-from .hugging_face import HuggingFaceFolder, read_json
+from .hugging_face import HuggingFaceFolder
+from .json_file import read_json
 from .source import Progress, Source, WithProgress, check_fits, floating, widest
+from .tokenizer_file import tokenizer_of
 
 KEPT = tuple(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 """What parameters stay in where the caller gives no dtype."""
@@ -73,7 +75,7 @@ def load(
         return _runs(source).load(source, dtype=dtype, mesh=mesh)
     source = open_source(source)
     source = source if progress is None else WithProgress(source, progress)
-    return model_of(source, dtype=dtype, mesh=mesh, ignore=ignore), source.tokenizer()
+    return model_of(source, dtype=dtype, mesh=mesh, ignore=ignore), tokenizer_of(source)
 
 
 def open_source(source: str | Path | Source) -> Source:

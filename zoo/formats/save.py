@@ -23,6 +23,7 @@ from ..parameters import describe, split
 from .hugging_face import CheckpointFolder
 from .safetensors import NAMES
 from .source import Progress, Source, TensorInfo, WithProgress, check_fits, floating, token_of, widest
+from .tokenizer_file import prepare_tokenizer, tokenizer_of
 
 SHARD_BYTES = 5_000_000_000
 """How large a file of weights becomes, as in transformers."""
@@ -87,7 +88,7 @@ class ModelSource:
         self.chat_template = described.chat_template if described else None
         family, fields = write(model.spec, carried.get("model_type"))
         self.config: dict[str, Any] = _merged(carried, fields, model.spec) | {"architectures": [family.architecture]}
-        self._parameters, self._tokenizer = split(model), tokenizer
+        self._parameters, self._tokenizer = split(model), None if tokenizer is None else prepare_tokenizer(tokenizer)
         self._units = {
             name: (unit, expert)
             for unit in units(family.names, model.spec, describe(model))
@@ -194,7 +195,7 @@ def write_description(source: Source | CheckpointFolder, folder: Path, dtype: np
 
 def _write_tokenizer(source: Source, folder: Path) -> None:
     """Writes the tokenizer, and what its special tokens are where no companion says so."""
-    if (tokenizer := source.tokenizer()) is not None:
+    if (tokenizer := tokenizer_of(source)) is not None:
         tokenizer.save(str(folder / "tokenizer.json"))
         if not (folder / "tokenizer_config.json").exists():
             _write_json(folder / "tokenizer_config.json", _special_tokens(tokenizer, source.config))

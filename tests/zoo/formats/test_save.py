@@ -105,7 +105,8 @@ def test_the_tokenizer_and_its_special_tokens(tmp_path):
     )
     again = zoo.load(tmp_path / "out")[1]
     assert again is not None
-    assert again.to_str() == tokenizer.to_str()
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert again.get_added_tokens_decoder()[2].special  # as transformers does with what tokenizer_config.json names
     written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert written == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..source import Source, TensorInfo
+from ..tokenizer_file import tokenizer_of
 from .architecture import Architecture
 from .architectures import ARCHITECTURES
 from .blocks import Format, encode, format_of, package
@@ -43,7 +44,7 @@ def save_gguf(source: Source, path: str | Path, quantization: str = "F16", *, ch
     made, extra = _tensors(source, architecture)
     values = {f"{architecture.name}.{key}": value for key, value in architecture.metadata(config).items()}
     rows = next((one.info.shape[0] for one in made if one.name == "token_embd.weight"), 0)
-    tokenizer = source.tokenizer()
+    tokenizer = tokenizer_of(source)
     values |= {"tokenizer.ggml.model": "none"} if tokenizer is None else write_tokenizer(tokenizer, rows, config)
     values |= {f"{architecture.name}.vocab_size": rows, **_special(config)}
     template = chat_template if chat_template is not None else getattr(source, "chat_template", None)

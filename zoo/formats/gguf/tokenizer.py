@@ -1,19 +1,14 @@
 """Tokenizers from the metadata of GGUF files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import Tokenizer, decoders, models
 
+from ..sentencepiece import NORMAL, Pieces, add_special_tokens, bpe_tokenizer
+from ..tokenizer_file import put_around
 from .words import WORDS, Words
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""The types of tokens in `tokenizer.ggml.token_type`."""
-MOST_TOKEN = 1024
-"""Characters of a token that merges are looked for in: each is cut at every place."""
-SPACE = "▁"
-"""What stands for a space in SentencePiece's tokens."""
 
 
 def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
@@ -41,7 +36,7 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
             begins = words.begin
         else:
             tokenizer, begins = _sentencepiece(metadata, tokens, types), True
-        _add_special(tokenizer, tokens, types)
+        add_special_tokens(tokenizer, tokens, types)
         _add_ends(tokenizer, metadata, tokens, begins)
     except ValueError:
         raise
@@ -87,65 +82,19 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     if not isinstance(unknown, int) or not 0 <= unknown < len(tokens):
         raise ValueError(f"tokenizer.ggml.unknown_token_id must be one of {len(tokens)} tokens, got {unknown!r}")
-    vocab = {token: index for index, token in enumerate(tokens)}
-    model = models.BPE(
-        vocab,
-        merges_of(tokens, scores, types),
-        unk_token=tokens[unknown],
-        fuse_unk=True,
-        byte_fallback=True,
-    )
-    tokenizer = Tokenizer(model)
-    spaces = normalizers.Replace(" ", SPACE)
-    steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if metadata.get("tokenizer.ggml.add_space_prefix", True):
-        spaces = normalizers.Sequence([normalizers.Prepend(SPACE), spaces])
-        steps.append(decoders.Strip(" ", 1, 0))
-    tokenizer.normalizer = spaces  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.decoder = decoders.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
-    return tokenizer
-
-
-def merges_of(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
-    """The merges of a BPE that SentencePiece stores as scores: the best score is merged first.
-
-    Every way to split a token into two tokens is a merge.
-    """
-    plain = {
-        token: index for index, (token, type) in enumerate(zip(tokens, types, strict=True)) if type in (NORMAL, UNUSED)
-    }
-    if (longest := max(map(len, plain), default=0)) > MOST_TOKEN:
-        raise ValueError(f"tokens of SentencePiece have at most {MOST_TOKEN} characters, got one of {longest}")
-    merges: list[tuple[str, str]] = []
-    for whole in sorted(plain, key=lambda token: -scores[plain[token]]):
-        splits = [(whole[:at], whole[at:]) for at in range(1, len(whole))]
-        found = [(left, right) for left, right in splits if left in plain and right in plain]
-        merges += found if len(found) < 2 else sorted(found, key=lambda pair: (plain[pair[0]], plain[pair[1]]))
-    return merges
-
-
-def _add_special(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
-    special = [token for token, type in zip(tokens, types, strict=True) if type in (UNKNOWN, CONTROL)]
-    own = [token for token, type in zip(tokens, types, strict=True) if type == USER_DEFINED]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in own])
+    space_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    return bpe_tokenizer(Pieces(tokens, scores, types, unknown, space_prefix))
 
 
 def _add_ends(tokenizer: Tokenizer, metadata: Mapping[str, Any], tokens: list[str], begins: bool) -> None:
-    ends: list[list[tuple[str, int]]] = []
+    ends: dict[str, list[str]] = {}
     for name, default in (("bos", begins), ("eos", False)):
         index = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if not metadata.get(f"tokenizer.ggml.add_{name}_token", default and index is not None):
-            ends.append([])
+            ends[name] = []
         elif isinstance(index, int) and 0 <= index < len(tokens):
-            ends.append([(tokens[index], index)])
+            ends[name] = [tokens[index]]
         else:
             raise ValueError(f"tokenizer.ggml.{name}_token_id must be one of {len(tokens)} tokens, got {index!r}")
-    begin, end = ends
-    if begin or end:
-        before, after = [token for token, _ in begin], [token for token, _ in end]
-        single = [*before, "$A", *after]
-        pair = [*single, *(f"{token}:1" for token in before), "$B:1", *(f"{token}:1" for token in after)]
-        tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
-            single=single, pair=pair, special_tokens=[*begin, *end]
-        )
+    if ends["bos"] or ends["eos"]:
+        put_around(tokenizer, ends["bos"], ends["eos"])

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers
 
-from .tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, merges_of
+from ..sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, merges_of
 from .words import WORDS
 
 

@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from flaxzoo.zoo.formats.gguf.tokenizer import merges_of, read_tokenizer
+from flaxzoo.zoo.formats.gguf.tokenizer import read_tokenizer
 from flaxzoo.zoo.formats.gguf.tokenizer_out import write_tokenizer
 from flaxzoo.zoo.formats.gguf.words import WORDS
+from flaxzoo.zoo.formats.sentencepiece import merges_of
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 TEXT = [
