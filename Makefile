@@ -12,7 +12,8 @@ VENV = PYTHON='$(PYTHON)' GOAL='$(GOAL)' .ci/venv
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help train test test-slow test-real test-oldest check format constraints clean
-.PHONY: bench-train bench-attention tune-attention bench-generate bench-gpu docs docs-attention docs-zoo
+.PHONY: wheel bench-train bench-attention tune-attention bench-generate bench-gpu
+.PHONY: docs docs-attention docs-zoo docs-site
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +45,9 @@ format: .venv/.test ## format the code and apply the linter's safe fixes
 	.venv/bin/ruff check --fix-only
 	.venv/bin/ruff format
 
+wheel: .venv/.train ## build the wheel into dist/, install it into an empty environment, and train five steps with it
+	.ci/wheel
+
 bench-train: .venv/.train ## measure training speed
 	.venv/bin/python benchmarks/train.py $(ARGS)
 
@@ -59,26 +63,29 @@ bench-generate: .venv/.test .venv-torch/.torch ## measure generation beside tran
 bench-gpu: .venv/.test ## measure training, generation and attention on a GPU (jax[cuda13], torch, transformers)
 	.venv/bin/python benchmarks/gpu.py $(ARGS)
 
-docs: .venv/.train ## train anew, and put the picture and the report into docs/
+docs: .venv/.train ## train from scratch, and put the picture and the report into docs/
 	.venv/bin/zoo train shakespeare --fresh
 	cp runs/shakespeare/loss.png docs/shakespeare.png
 	sed 's/(loss.png)/(shakespeare.png)/' runs/shakespeare/report.md > docs/shakespeare.md
 
-docs-attention: .venv/.train ## draw the masks of docs/attention.md anew
+docs-attention: .venv/.train ## draw the masks of docs/attention.md
 	.venv/bin/python docs/attention_pictures.py
 
-docs-zoo: .venv/.train ## measure every family on its truth, and write the tables of docs/zoo.md anew
+docs-zoo: .venv/.train ## measure every family against its reference, and write the tables of docs/zoo.md
 	.venv/bin/python docs/zoo_table.py
 
-constraints: ## write constraints.txt anew, from the newest versions
+docs-site: .venv-docs/.docs ## build the documentation as a site into build/site; broken links are errors
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build $(ARGS)
+
+constraints: ## write constraints.txt from the newest versions
 	rm -rf .venv-constraints
-	$(VENV) .venv-constraints -e '.[viz,chat,gguf,quantized]' --group dev --group bench
-	echo '# The environment the tests run in: core, viz, dev and bench, on Linux x86-64. Written by `make constraints`.' > $@.txt
+	$(VENV) .venv-constraints -e '.[viz,chat,gguf,quantized]' --group dev --group bench --group docs
+	echo '# The environments of the tests and of the documentation: core, viz, dev, bench and docs, on Linux x86-64. Written by `make constraints`.' > $@.txt
 	.venv-constraints/bin/python -m pip freeze --exclude-editable | tr 'A-Z_' 'a-z-' | sed 's/^\([^=]*\)\./\1-/' | LC_ALL=C sort -t= -k1,1 >> $@.txt
 	rm -rf .venv-constraints
 
 clean: ## remove the virtual environments and caches; runs/ stays
-	rm -rf .venv .venv-oldest .venv-constraints .venv-torch .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-constraints .venv-torch .venv-docs build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 .venv/.train: pyproject.toml constraints.txt
@@ -95,6 +102,10 @@ clean: ## remove the virtual environments and caches; runs/ stays
 
 .venv-oldest/.test: pyproject.toml
 	@$(VENV) .venv-oldest -e '.[viz,chat,gguf,quantized]' --group dev jax==0.11.2 jaxlib==0.11.2
+	@touch $@
+
+.venv-docs/.docs: pyproject.toml constraints.txt
+	@$(VENV) .venv-docs --group docs -c constraints.txt
 	@touch $@
 
 .venv-torch/.torch:

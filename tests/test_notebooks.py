@@ -60,6 +60,37 @@ def test_is_stored_as_it_should_be(name: str) -> None:
     assert [path.stem for path in sorted(FOLDER.glob("*.ipynb"))] == sorted(NAMES)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("source", "requirement"),
+    [
+        ("git+https://host/owner/flaxzoo", r"flaxzoo\[[a-z,]+\] @ git\+https://host/owner/flaxzoo"),
+        ("flaxzoo", r"flaxzoo\[[a-z,]+\]"),
+        ("here.whl", r"here\.whl\[[a-z,]+\]"),
+        (".", r"\.\[[a-z,]+\]"),
+        ("gone.whl", FileNotFoundError),
+        ("drive/clone", FileNotFoundError),
+    ],
+)
+def test_installs_from_any_source(
+    name: str, source: str, requirement: str | type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.metadata.packages_distributions", dict)  # takes seconds
+    (tmp_path / "here.whl").touch()
+    cell = tagged(read(name), "install").source
+    cell = re.sub(r"^SOURCE = .*", f"SOURCE = {source!r}", cell, flags=re.M)
+    cell = cell.replace('%pip install -q "{package}"', "installed.append(package)")
+    installed: list[str] = []
+    if isinstance(requirement, str):
+        exec(cell, {"installed": installed})
+        assert re.fullmatch(requirement, *installed)
+    else:
+        with pytest.raises(requirement, match=f"{source}.*does not exist here.*set SOURCE to a repository"):
+            exec(cell, {"installed": installed})
+        assert not installed
+
+
 # On CPU.
 
 

@@ -28,3 +28,7 @@ from .generation.optimize import optimize_for_decoding as optimize_for_decoding
 from .generation.sampling import GREEDY as GREEDY
 from .generation.sampling import Sampling as Sampling
 from .generation.speculative import Speculation as Speculation
+from .parameters import Parameters as Parameters
+from .parameters import describe as describe
+from .parameters import merge as merge
+from .parameters import split as split

@@ -83,7 +83,7 @@ def zoo(environment: dict[str, str], tmp_path: Path) -> Iterator[Zoo]:
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: object, **changes: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", "from flaxzoo.train.cli import main; main()", *map(str, arguments)]
+        command = [sys.executable, "-c", "from flaxzoo.train.commands.cli import main; main()", *map(str, arguments)]
         process = subprocess.Popen(
             command,
             cwd=tmp_path,

@@ -194,7 +194,7 @@ def test_a_program_that_fails_finishes_its_save(tmp_path: Path) -> None:
     program = """
 import sys, jax.numpy as jnp
 from pathlib import Path
-from flaxzoo.train.checkpoint import Checkpoints
+from flaxzoo.train.checkpoints.checkpoints import Checkpoints
 with Checkpoints(Path(sys.argv[1])) as checkpoints:
     checkpoints.save(1, {"w": jnp.ones((2048, 2048))}, {})
     sys.exit(3)
@@ -333,7 +333,7 @@ LOOP = """
 import sys
 from pathlib import Path
 import jax, jax.numpy as jnp
-from flaxzoo.train.checkpoint import Checkpoints
+from flaxzoo.train.checkpoints.checkpoints import Checkpoints
 
 def state_of(step):
     return {"params": {"w": jnp.full((1024, 512), step, jnp.float32)}, "opt": {"m": jnp.full((1024, 512), -step)},

@@ -34,7 +34,7 @@ WORKER = """
 import json, os, signal, sys, time, zlib
 from pathlib import Path
 from flaxzoo.train import cluster, folder, loop, manifest, mesh
-from flaxzoo.train.cli import main
+from flaxzoo.train.commands.cli import main
 
 place, taken = mesh.place, []
 

@@ -173,7 +173,7 @@ def killable(tiny: Run) -> Run:
 def whole(killable: Run, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That run without an interruption."""
     folder = made(killable, tmp_path_factory.mktemp("runs") / "whole")
-    command = [sys.executable, "-c", "from flaxzoo.train.cli import main; main()", "train", str(folder)]
+    command = [sys.executable, "-c", "from flaxzoo.train.commands.cli import main; main()", "train", str(folder)]
     subprocess.run(command, env=environment, check=True, timeout=240, capture_output=True)
     return folder
 
