@@ -84,7 +84,8 @@ def test_installs_from_any_source(
     installed: list[str] = []
     if isinstance(requirement, str):
         exec(cell, {"installed": installed})
-        assert re.fullmatch(requirement, *installed)
+        (package,) = installed
+        assert re.fullmatch(requirement, package)
     else:
         with pytest.raises(requirement, match=f"{source}.*does not exist here.*set SOURCE to a repository"):
             exec(cell, {"installed": installed})
