@@ -1,6 +1,6 @@
 """Named Gemma models: 1, 2 and the text part of 3."""
 
-from ...layers.positions.rope import LinearScaling
+from ...layers.positions.scaling import LinearScaling
 from ...zoo import Attention, Block, Decoder, GatedMLP, RMSNorm, Rope
 
 NORM = RMSNorm(zero_centered=True)

@@ -3,7 +3,7 @@
 The names in brackets are repositories on the Hugging Face hub, whose config.json has the same numbers.
 """
 
-from ...layers.positions.rope import Llama3Scaling
+from ...layers.positions.scaling import Llama3Scaling
 from ...zoo import Attention, Block, Decoder, GatedMLP, RMSNorm, Rope
 
 

@@ -1,6 +1,6 @@
 """Named models with experts or latent attention, of published sizes. Each says where its numbers come from."""
 
-from ...layers.positions.rope import YarnScaling
+from ...layers.positions.scaling import YarnScaling
 from ...zoo import MLA, Attention, Block, Decoder, GatedMLP, Groups, MoE, RMSNorm, Rope, Router
 
 

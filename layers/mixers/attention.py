@@ -13,6 +13,7 @@ from ..kernels.attention.scores import SoftCap
 from ..linear.linear import Linear, products
 from ..norm import Norm
 from ..positions.rope import Rope
+from ..positions.scaling import EVERY_LENGTH
 from ..sharding.axes import context_axis, parameter
 from .caches import KeyValueCache
 from .mixer import Cache, Mixer, Positions
@@ -70,6 +71,10 @@ class Attention(Mixer):
         """Keys and values of every token; with a window, a ring."""
         return KeyValueCache.empty(batch, length, self.kv_heads, self.head_dim, dtype, self.window)
 
+    def equal_lengths(self, length: int) -> range:
+        """See `Mixer.equal_lengths`."""
+        return EVERY_LENGTH if self.rope is None else self.rope.equal_lengths(length)
+
 
 class AttentionLayer(nnx.Module):
     """Projections, rotary positions, attention and the way back."""
@@ -100,7 +105,7 @@ class AttentionLayer(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if spec.rope is not None:
-            query, key = spec.rope(query, positions.index), spec.rope(key, positions.index)
+            query, key = spec.rope(query, positions), spec.rope(key, positions)
         mask: Mask = Causal() if spec.window is None else Causal() & Window(spec.window)
         start: Any = 0
         if cache is None:

@@ -16,7 +16,8 @@ from ..linear.einsum import einsum
 from ..linear.expand import expand
 from ..linear.linear import Linear
 from ..norm import Norm, RMSNorm
-from ..positions.rope import Rope, YarnScaling, yarn_mscale
+from ..positions.rope import Rope
+from ..positions.scaling import YarnScaling, yarn_mscale
 from ..sharding.axes import between_norms, context_axis, shards, spec_of, split_as
 from .caches import written
 from .mixer import Cache, Mixer, Positions
@@ -98,6 +99,10 @@ class MLA(Mixer):
             raise NotImplementedError(f"the cache of latent attention is not quantized, got {jnp.dtype(dtype).name}")
         return {"latent": jnp.zeros((batch, 1, length, self.kv_rank + self.rope_dim), dtype)}
 
+    def equal_lengths(self, length: int) -> range:
+        """See `Mixer.equal_lengths`."""
+        return self.rope.equal_lengths(length)
+
 
 class MLALayer(nnx.Module):
     """Projections down to the latent vectors and up from them, attention and the way back."""
@@ -142,12 +147,12 @@ class MLALayer(nnx.Module):
             x = self.query_norm(self.query_down(x))
         query = self.query(x)
         plain, turned = jnp.split(query, [self.spec.nope_dim], axis=-1)
-        return jnp.concatenate([plain, self.spec.rope(turned, positions.index)], axis=-1)
+        return jnp.concatenate([plain, self.spec.rope(turned, positions)], axis=-1)
 
     def _latent(self, x: Array, positions: Positions) -> Float[Array, "B T 1 H"]:
         """What is cached, [c, r]."""
         plain, turned = jnp.split(between_norms(self.latent(x)), [self.spec.kv_rank], axis=-1)
-        turned = self.spec.rope(turned[:, :, None], positions.index)
+        turned = self.spec.rope(turned[:, :, None], positions)
         return jnp.concatenate([self.latent_norm(plain)[:, :, None], turned], axis=-1)
 
     def _expanded(self, query: Array, latent: Array, **options: Any) -> Float[Array, "B T N H"]:

@@ -1,29 +1,16 @@
 """What a layer that mixes information between tokens offers, whatever it is made of."""
 
 import abc
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import jax
 from flax import nnx
-from jaxtyping import Array, Int
 
-from ..kernels.attention.context import Method
+from ..positions.positions import Positions as Positions
 from ..spec import Spec
 
 Cache = Any
 """What a mixer stores of earlier tokens: a pytree of arrays, batch axis first."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Positions:
-    """The position of each token in its document (`index`) and the number of that document (`segments`; 0: padding)."""
-
-    index: Int[Array, "B T"]
-    segments: Int[Array, "B T"]
-    context_method: Method = field(default="ring", metadata={"static": True})
-    """How devices that share a sequence exchange keys and values (`context` of `attend`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +21,9 @@ class Mixer(Spec):
     each row is one document or a continuation of one: its positions are consecutive, and the cache holds the tokens
     before the first of them. Padding (segment 0) may follow on the right of a row and is not stored. If a call starts
     at an earlier position, cached tokens from that position on are discarded.
+
+    A cache is valid while the length of its text stays in `equal_lengths`. When it leaves that range, the caller reads
+    the text again from position 0 (`Session` does).
     """
 
     @abc.abstractmethod
@@ -49,4 +39,11 @@ class Mixer(Spec):
         """An empty cache for `batch` documents of up to `length` tokens.
 
         `dtype` int8 asks for one that is quantized; a mixer that has none raises NotImplementedError.
+        """
+
+    @abc.abstractmethod
+    def equal_lengths(self, length: int) -> range:
+        """The range of text lengths at which what a layer computes of the same tokens is as at `length`.
+
+        It is `EVERY_LENGTH` unless the layer has a RoPE whose frequencies depend on the length.
         """

@@ -101,7 +101,7 @@ def test_attention_layer(name):
         q, k = (x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 0.1) for x in (q, k))
         q, k = q * layer.query_norm.scale[...], k * layer.key_norm.scale[...]
     if spec.rope is not None:
-        q, k = (Rope()(x, POSITIONS.index) for x in (q, k))
+        q, k = (Rope()(x, POSITIONS) for x in (q, k))
     mask = Causal() & Documents(POSITIONS.segments)
     mask = mask & Window(spec.window) if spec.window else mask
     sinks = layer.sinks[...] if spec.sinks else None

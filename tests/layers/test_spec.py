@@ -10,7 +10,8 @@ from flaxzoo.layers.block import Block
 from flaxzoo.layers.mixers.attention import Attention
 from flaxzoo.layers.mlp import MLP, GatedMLP
 from flaxzoo.layers.norm import LayerNorm, Norm, RMSNorm
-from flaxzoo.layers.positions.rope import LongRopeScaling, Rope
+from flaxzoo.layers.positions.rope import Rope
+from flaxzoo.layers.positions.scaling import LongRopeScaling
 from flaxzoo.layers.spec import Spec, unknown
 
 

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ...layers.positions.rope import (
+from ...layers.positions.rope import Rope
+from ...layers.positions.scaling import (
     DynamicNTKScaling,
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
     ProportionalScaling,
-    Rope,
     RopeScaling,
     YarnScaling,
 )

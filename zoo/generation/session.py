@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ...layers.mixers.caches import KeyValueCache
+from ...layers.positions.scaling import EVERY_LENGTH
 from ...layers.sharding.axes import whole
 from ..decoder import Caches, Decoder, DecoderModel
 from ..parameters import FlatModel
@@ -64,10 +65,10 @@ def check_vocabulary(rows: Sequence[Sequence[int]], vocab: int) -> None:
         raise ValueError(f"the text has the token {most}, and the model's vocabulary has {vocab} tokens")
 
 
-def _by_length(spec: Decoder) -> bool:
-    """Whether the positions of all tokens turn by how long the text is."""
-    scalings = [getattr(getattr(block.mixer, "rope", None), "scaling", None) for block in spec.all_blocks]
-    return any(scaling is not None and scaling.by_length for scaling in scalings)
+def equal_lengths(specs: Sequence[Decoder], length: int) -> range:
+    """The range of text lengths at which caches of these models are valid that are valid at `length`."""
+    ranges = [block.mixer.equal_lengths(length) for spec in specs for block in spec.all_blocks]
+    return range(max(lengths.start for lengths in ranges), min(lengths.stop for lengths in ranges))
 
 
 def rounded(count: int, least: int = 32) -> int:
@@ -123,7 +124,10 @@ class Session:
         self.ids: list[list[int]] = [[] for _ in range(batch)]
         """The tokens of each row; those in the caches, and the latest one."""
         self.speed = Speed()
-        self._by_length = any(_by_length(one.spec) for one in (model, draft) if one is not None)
+        self._specs = [model.spec] if draft is None else [model.spec, draft.spec]
+        self._valid = [EVERY_LENGTH] * batch
+        """The text lengths at which the caches of each row are valid."""
+        self._depends_on_length = equal_lengths(self._specs, 1) != EVERY_LENGTH
         vocab = model.spec.vocab
         self._flat = FlatModel.of(model)
         self._flat_draft = None if draft is None else FlatModel.of(draft)
@@ -135,6 +139,7 @@ class Session:
             self.draft_caches: Any = None if draft is None else empty_caches(draft.spec, batch, self.room, kept)
             looks_up = speculation is not None and draft is None
             self.state = start(key, batch, vocab if self.filters.penalised else None, self.room if looks_up else None)
+            self._keep_valid([None] * batch)
 
     def read(self, rows: Sequence[Sequence[int]], max_tokens: int) -> list[NewTokens]:
         """Reads more tokens of every row, one at least, and draws the first of up to `max_tokens` new ones.
@@ -143,22 +148,14 @@ class Session:
         """
         check_vocabulary(rows, self.model.spec.vocab)
         began = time.perf_counter()
-        counts = np.array([len(row) for row in rows], np.int32)
-        last = np.zeros((self.batch, self.model.spec.vocab), np.float32)
+        cached = [ids[:length] for ids, length in zip(self.ids, np.asarray(self.state.lengths), strict=True)]
+        texts = [[*before, *row] for before, row in zip(cached, rows, strict=True)]
+        starts = [
+            len(before) if len(text) in valid else 0
+            for before, text, valid in zip(cached, texts, self._valid, strict=True)
+        ]
         with self._flat.on_mesh():
-            logits: Any = whole(jnp.asarray(last))
-            starts = np.asarray(self.state.lengths)
-            chunk = int(counts.max()) if self._by_length else CHUNK  # such RoPE turns all of a text as its end asks for
-            for first in range(0, int(counts.max()), chunk):
-                here = np.clip(counts - first, 0, chunk)
-                tokens = np.zeros((self.batch, rounded(int(here.max()))), np.int32)
-                for line, row in zip(tokens, rows, strict=True):
-                    part = row[first : first + chunk]
-                    line[: len(part)] = part
-                at = self.state, tokens, here, starts + first, logits
-                logits, self.caches, self.state = _prefill(self._flat, self.caches, *at, dtype=self.dtype)
-                if self._flat_draft is not None:
-                    _, self.draft_caches, _ = _prefill(self._flat_draft, self.draft_caches, *at, dtype=self.dtype)
+            logits = self._prefill(texts, starts, [len(text) for text in texts])
             self.state = replace(self.state, left=jnp.full(self.batch, max_tokens, jnp.int32))
             self.state, token, log_prob = _first(self.state, logits, self.filters, self.end_ids)
         for ids, row in zip(self.ids, rows, strict=True):
@@ -166,6 +163,45 @@ class Session:
         found = self._taken(np.asarray(token)[:, None], np.asarray(log_prob)[:, None], np.ones(self.batch, np.int32))
         self.speed.first_token_seconds = time.perf_counter() - began
         return found
+
+    def _prefill(self, texts: Sequence[Sequence[int]], starts: Sequence[int], lengths: Sequence[int]) -> Array:
+        """Reads each row's text from a position on, and returns the logits after its last token.
+
+        `lengths` are those of the texts that the caches are for, which may have tokens that are not read yet. A row
+        whose start is its text's length reads nothing.
+        """
+        counts = np.array([len(text) - start for text, start in zip(texts, starts, strict=True)], np.int32)
+        logits: Any = whole(jnp.zeros((self.batch, self.model.spec.vocab)))
+        for first in range(0, int(counts.max()), CHUNK):
+            chunk = np.clip(counts - first, 0, CHUNK)
+            begins = np.array(starts, np.int32) + first
+            tokens = np.zeros((self.batch, rounded(int(chunk.max()))), np.int32)
+            for line, text, begin, count in zip(tokens, texts, begins, chunk, strict=True):
+                line[:count] = text[begin : begin + count]
+            inputs = self.state, tokens, chunk, begins, np.array(lengths, np.int32), logits
+            logits, self.caches, self.state = _prefill(self._flat, self.caches, *inputs, dtype=self.dtype)
+            if self._flat_draft is not None:
+                _, self.draft_caches, _ = _prefill(self._flat_draft, self.draft_caches, *inputs, dtype=self.dtype)
+        self._keep_valid([length if count else None for length, count in zip(lengths, counts.tolist(), strict=True)])
+        return logits
+
+    def _keep_valid(self, lengths: Sequence[int | None]) -> None:
+        """Records that caches of rows are valid at new lengths; None: as before."""
+        if self._depends_on_length:
+            self._valid = [
+                valid if length is None else equal_lengths(self._specs, length)
+                for valid, length in zip(self._valid, lengths, strict=True)
+            ]
+            last = np.array([valid.stop - 1 for valid in self._valid], np.int32)
+            self.state = replace(self.state, valid_until=jnp.asarray(last))
+
+    def _reread(self) -> None:
+        """Reads the texts again whose next token changes the frequencies of RoPE for all of their tokens."""
+        cached = np.asarray(self.state.lengths).tolist()
+        texts = [ids[:length] for ids, length in zip(self.ids, cached, strict=True)]
+        rows = zip(self.active, cached, self._valid, strict=True)
+        starts = [0 if active and length + 1 not in valid else length for active, length, valid in rows]
+        self._prefill(texts, starts, [length + 1 for length in cached])
 
     def rewind(self, ids: Sequence[int]) -> int:
         """Makes the one row go on from what it has in common with `ids`, and says how many tokens that is.
@@ -182,7 +218,7 @@ class Session:
         # Guesses that were refused are in the caches, too: a ring has lost as many more.
         lost = held - shared + (self.speculation.tokens if self.speculation else 0)
         rings = (x.rewinds for x in caches if isinstance(x, KeyValueCache) and x.window is not None)
-        if self._by_length or lost > min(rings, default=lost):
+        if len(ids) not in self._valid[0] or lost > min(rings, default=lost):
             shared = 0
         self.ids = [list(ids[:shared])]
         with self._flat.on_mesh():
@@ -196,6 +232,8 @@ class Session:
         """Draws up to `limit` more tokens of each row that is not done."""
         began = time.perf_counter()
         with self._flat.on_mesh():
+            if self._depends_on_length:
+                self._reread()
             rest = self.state, self.filters, self.end_ids, jnp.int32(min(limit, STRIDE))
             if self.speculation is None:
                 self.caches, self.state, *out = advance(self._flat.platform)(
@@ -263,14 +301,19 @@ def _prefill(
     tokens: Int[Array, "B T"],
     counts: Int[Array, " B"],
     starts: Int[Array, " B"],
+    lengths: Int[Array, " B"],
     logits: Float[Array, "B V"],
     *,
     dtype: Any,
 ) -> tuple[Float[Array, "B V"], Caches, State]:
-    """Reads right-padded stretches of rows; the logits after the last token of each row that has any here."""
+    """Reads right-padded chunks of rows, whose texts have `lengths`.
+
+    Returns the logits after the last token of each row that has one in this chunk, the caches and the state.
+    """
     model: DecoderModel = flat.model
     some = counts > 0
     positions = positions_from(jnp.where(some, starts, state.lengths), counts, tokens.shape[1])
+    positions = replace(positions, lengths=jnp.broadcast_to(lengths[:, None], tokens.shape))
     real = positions.segments > 0
     hidden, after = model.hidden(tokens, positions, caches, dtype=dtype)
     assert after is not None
@@ -282,8 +325,8 @@ def _prefill(
         seen = seen.at[row, tokens].max(real)
     if history is not None:
         history = history.at[row, jnp.where(real, positions.index, history.shape[1])].set(tokens, mode="drop")
-    lengths = jnp.where(some, starts + counts, state.lengths)
-    return logits, after, replace(state, lengths=lengths, seen=seen, history=history)
+    read = jnp.where(some, starts + counts, state.lengths)
+    return logits, after, replace(state, lengths=read, seen=seen, history=history)
 
 
 @jax.jit
@@ -312,7 +355,7 @@ def advance(
 
     def step(carry: Any) -> Any:
         step, caches, state, tokens, logs, counts = carry
-        active = state.left > 0
+        active = state.active
         positions = positions_from(state.lengths, active.astype(jnp.int32), 1)
         logits, caches = model(state.token[:, None], positions, caches, dtype=dtype)
         logits = whole(logits[:, 0])
@@ -324,7 +367,7 @@ def advance(
 
     def goes_on(carry: Any) -> Any:
         step, _, state, *_ = carry
-        return (step < limit) & jnp.any(state.left > 0)
+        return (step < limit) & jnp.any(state.active)
 
     start = (
         jnp.int32(0),

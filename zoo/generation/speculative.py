@@ -71,15 +71,14 @@ def advance(
             guesses, shares = _looked_up(state, speculation), None
         else:
             guesses, shares, draft_caches = _drafted(draft, draft_caches, state, filters, count, dtype)
-        # No row reads further than it may go on.
-        room = jnp.minimum(count, state.left - 1)
+        room = jnp.minimum(count, state.room - 1)
         read = jnp.concatenate([state.token[:, None], guesses], axis=1)
         positions = positions_from(state.lengths, room + 1, count + 1)
         logits, caches = model(read, positions, caches, dtype=dtype)
         logits = whole(logits)
         weights = jax.nn.softmax(filters.filter(_penalised(filters, logits, state.seen, guesses)), axis=-1)
         kept, next_token = _judged(state, filters, guesses, shares, weights, room)
-        state, found, found_logs, taken = _pushed(state, guesses, kept, next_token, logits, ends)
+        state, found, found_logs, taken = _pushed(state, guesses, kept, next_token, logits, ends, room >= 0)
         row, column = jnp.arange(batch, dtype=jnp.int32)[:, None], jnp.arange(count + 1, dtype=jnp.int32)
         place = jnp.where(column < taken[:, None], counts[:, None] + column, width)
         tokens = tokens.at[row, place].set(found, mode="drop")
@@ -89,7 +88,7 @@ def advance(
     def goes_on(carry: Any) -> Any:
         _, _, state, _, _, counts = carry
         # The buffer has room for one more step of the row that is ahead.
-        return jnp.any((state.left > 0) & (counts < limit)) & jnp.all(counts < STRIDE)
+        return jnp.any(state.active & (counts < limit)) & jnp.all(counts < STRIDE)
 
     start = caches, draft_caches, state, jnp.zeros((batch, width), jnp.int32), jnp.zeros((batch, width)), state.left * 0
     return jax.lax.while_loop(goes_on, step, start)
@@ -191,6 +190,7 @@ def _pushed(
     next_token: Int[Array, " B"],
     logits: Float[Array, "B U V"],
     ends: Int[Array, " E"],
+    reads: Bool[Array, " B"],
 ) -> tuple[State, Int[Array, "B U"], Float[Array, "B U"], Int[Array, " B"]]:
     """The state after the kept guesses and the token that follows, one by one: any may end its row."""
     count = guesses.shape[1]
@@ -199,7 +199,7 @@ def _pushed(
     found = jnp.where(index == kept[:, None], next_token[:, None], found)
     taken = jnp.zeros_like(kept)
     for place in range(count + 1):
-        active = (state.left > 0) & (place <= kept)
+        active = reads & (state.left > 0) & (place <= kept)
         state = replace(state, lengths=state.lengths + active.astype(jnp.int32)).push(found[:, place], ends, active)
         taken = taken + active.astype(jnp.int32)
     return state, found, log_prob_of(logits, found), taken

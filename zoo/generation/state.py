@@ -30,6 +30,20 @@ class State:
     """The tokens of each row, where there is a penalty on them."""
     history: Int[Array, "B S"] | None = None
     """The tokens of each row, where drafts are looked up in them."""
+    valid_until: Int[Array, " B"] | None = None
+    """The greatest length at which the caches of each row are valid, where a scaling of RoPE depends on the length; a
+    row pauses when it gets there."""
+
+    @property
+    def active(self) -> Bool[Array, " B"]:
+        """The rows that can take one more token."""
+        active = self.left > 0
+        return active if self.valid_until is None else active & (self.lengths < self.valid_until)
+
+    @property
+    def room(self) -> Int[Array, " B"]:
+        """How many tokens each row can take; 0 or less: none."""
+        return self.left if self.valid_until is None else jnp.minimum(self.left, self.valid_until - self.lengths)
 
     def push(self, token: Int[Array, " B"], ends: Int[Array, " E"], active: Bool[Array, " B"]) -> "State":
         """After one more drawn token of the rows that are active; one of `ends` ends its row."""
@@ -50,10 +64,7 @@ class State:
 
 
 def positions_from(starts: Int[Array, " B"], counts: Int[Array, " B"], width: int) -> Positions:
-    """Positions of the next `counts` tokens of each row, padded on the right.
-
-    Padding stands at its row's last place: scalings of RoPE that look at the largest position do not see it.
-    """
+    """Positions of the next `counts` tokens of each row, padded on the right with its last position."""
     index = jnp.arange(width, dtype=jnp.int32)
     positions = starts[:, None] + jnp.minimum(index, jnp.maximum(counts[:, None] - 1, 0))
     return Positions(index=positions, segments=(index < counts[:, None]).astype(jnp.int32))

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from flaxzoo.layers.mixers.latent import MLA
 from flaxzoo.layers.mixers.mixer import Positions
-from flaxzoo.layers.positions.rope import Rope, YarnScaling, yarn_mscale
+from flaxzoo.layers.positions.rope import Rope
+from flaxzoo.layers.positions.scaling import YarnScaling, yarn_mscale
 from flaxzoo.layers.sharding.axes import batch_partition
 from flaxzoo.zoo.parameters import describe, merge, shardings, split
 
@@ -42,7 +43,7 @@ def formula(spec, layer, x):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.norm.eps) * scale
 
     def turned(x):
-        return np.asarray(spec.rope(jnp.asarray(x, jnp.float32)[:, :, None], POSITIONS.index))[:, :, 0]
+        return np.asarray(spec.rope(jnp.asarray(x, jnp.float32)[:, :, None], POSITIONS))[:, :, 0]
 
     x = np.asarray(x, np.float64)
     latent = x @ weights["latent.weight"] + weights.get("latent.bias", 0.0)

@@ -7,34 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flaxzoo.layers.positions.rope import (
+from every_scaling import LONGROPE, SCALINGS
+from flaxzoo.layers.positions.positions import Positions
+from flaxzoo.layers.positions.rope import Rope
+from flaxzoo.layers.positions.scaling import (
     DynamicNTKScaling,
     LinearScaling,
-    Llama3Scaling,
-    LongRopeScaling,
     NTKScaling,
     ProportionalScaling,
-    Rope,
     RopeScaling,
-    YarnScaling,
     rope_frequencies,
     yarn_mscale,
 )
 from jax.sharding import PartitionSpec as P
 
 TRUTH = json.loads((Path(__file__).parents[2] / "truth" / "rope.json").read_text())
-LONGROPE = LongRopeScaling(
-    short_factors=(1.0, 1.5, 2.0, 3.0), long_factors=(1.0, 4.0, 8.0, 16.0), original_length=64, length=512
-)
-SCALINGS: dict[str, RopeScaling] = {
-    "linear": LinearScaling(factor=4.0),
-    "ntk": NTKScaling(factor=4.0),
-    "dynamic": DynamicNTKScaling(factor=4.0, original_length=64),
-    "proportional": ProportionalScaling(fraction=0.5),
-    "yarn": YarnScaling(factor=4.0, original_length=64),
-    "llama3": Llama3Scaling(factor=4.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_length=64),
-    "longrope": LONGROPE,
-}
 ROPES = {
     "plain": Rope(),
     "interleaved": Rope(interleaved=True),
@@ -47,6 +34,11 @@ ROPES = {
 def strict():
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+def at(index, lengths=None) -> Positions:
+    """One document a row."""
+    return Positions(index=jnp.asarray(index), segments=jnp.ones_like(index), lengths=lengths)
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -71,7 +63,8 @@ def test_as_transformers(case):
     np.testing.assert_array_max_ulp(found, wanted, maxulp=2)
 
     x = np.array(TRUTH["x"], np.float32)[None, :, None, : case["head_dim"]]
-    turned = jax.jit(rope.__call__)(jnp.asarray(x), jnp.asarray([case["positions"]]))
+    index = jnp.asarray([case["positions"]])
+    turned = jax.jit(rope.__call__)(jnp.asarray(x), at(index, jnp.full_like(index, index.max() + 1)))
     off = np.array(case["positions"])[:, None] * np.abs(found - wanted)  # radians, by which the angles differ
     off = np.repeat(off, 2, axis=-1) if rope.interleaved else np.tile(off, 2)
     passed = np.zeros((len(x[0]), case["head_dim"] - off.shape[-1]))
@@ -112,8 +105,8 @@ def test_scores_depend_on_the_distance_alone(name):
     positions = jnp.array([[0, 3, 7, 20, 21, 40, 50, 60]])
 
     def scores(shift):  # both shifts stay on one side of where dynamic scalings change
-        at = positions + shift
-        return jnp.einsum("BTNH,BSNH->BNTS", ROPES[name](q, at), ROPES[name](k, at))
+        shifted = at(positions + shift)
+        return jnp.einsum("BTNH,BSNH->BNTS", ROPES[name](q, shifted), ROPES[name](k, shifted))
 
     if isinstance(ROPES[name].scaling, DynamicNTKScaling):
         np.testing.assert_allclose(scores(3), scores(0), atol=1e-5)
@@ -126,25 +119,25 @@ def test_scores_depend_on_the_distance_alone(name):
 def test_keeps_norms_up_to_the_attention_factor(name):
     rope, x = ROPES[name], normal(2, 16, 3, 8)
     positions = jax.random.randint(jax.random.key(2), (2, 16), 0, 60)
-    turned = rope(x, positions)
+    turned = rope(x, at(positions))
     _, factor = frequencies(rope, 8, 60)
     np.testing.assert_allclose(
         jnp.linalg.norm(turned, axis=-1), factor * jnp.linalg.norm(x, axis=-1), rtol=1e-5, atol=1e-5
     )
-    np.testing.assert_allclose(rope(x, jnp.zeros_like(positions)), factor * x, rtol=1e-6)
+    np.testing.assert_allclose(rope(x, at(jnp.zeros_like(positions))), factor * x, rtol=1e-6)
 
 
 def test_pairs():
-    x, at = jnp.zeros((1, 1, 1, 8)).at[..., 1].set(1.0), jnp.array([[1]])
+    x, second = jnp.zeros((1, 1, 1, 8)).at[..., 1].set(1.0), at(jnp.array([[1]]))
     one = 10_000 ** (-2 / 8)
-    np.testing.assert_allclose(Rope()(x, at)[0, 0, 0], [0, np.cos(one), 0, 0, 0, np.sin(one), 0, 0], atol=1e-7)
+    np.testing.assert_allclose(Rope()(x, second)[0, 0, 0], [0, np.cos(one), 0, 0, 0, np.sin(one), 0, 0], atol=1e-7)
     wanted = [-np.sin(1), np.cos(1), 0, 0, 0, 0, 0, 0]
-    np.testing.assert_allclose(Rope(interleaved=True)(x, at)[0, 0, 0], wanted, atol=1e-7)
+    np.testing.assert_allclose(Rope(interleaved=True)(x, second)[0, 0, 0], wanted, atol=1e-7)
 
 
 def test_far_positions_against_float64():
     positions = np.array([[131_071, 524_287, 999_999, 1_000_000]], np.int32)
-    turns = [np.asarray(turn) for turn in jax.jit(Rope().rotation, static_argnums=1)(jnp.asarray(positions), 128)]
+    turns = [np.asarray(turn) for turn in jax.jit(Rope().rotation, static_argnums=1)(at(positions), 128)]
     angles = positions[..., None].astype(np.float32) * rope_frequencies(10_000.0, 128)
     exact = positions[..., None] * 10_000.0 ** -(np.arange(0, 128, 2) / 128)
     for turn, function in zip(turns, (np.cos, np.sin), strict=True):
@@ -157,7 +150,7 @@ def test_far_positions_against_float64():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", ROPES)
 def test_low_precision_is_float32_rounded_once(name, dtype):
-    x, positions = normal(2, 5, 3, 8).astype(dtype), jnp.arange(10).reshape(2, 5) * 99
+    x, positions = normal(2, 5, 3, 8).astype(dtype), at(jnp.arange(10).reshape(2, 5) * 99)
     turned = ROPES[name](x, positions)
     assert turned.dtype == dtype
     np.testing.assert_array_equal(turned, ROPES[name](x.astype(jnp.float32), positions).astype(dtype))
@@ -167,7 +160,7 @@ def test_low_precision_is_float32_rounded_once(name, dtype):
 @pytest.mark.parametrize("name", ROPES)
 def test_tpus_turn_by_a_product(name, dtype):
     """By which nothing is rounded: it is what others do."""
-    x, positions = normal(2, 5, 3, 8).astype(dtype), jnp.arange(10).reshape(2, 5) * 99
+    x, positions = normal(2, 5, 3, 8).astype(dtype), at(jnp.arange(10).reshape(2, 5) * 99)
     rotation = ROPES[name].rotation(positions, 8)
     found, wanted = (way(*rotation, x) for way in (ROPES[name]._by_product, ROPES[name]._by_parts))
     assert found.dtype == dtype
@@ -178,7 +171,7 @@ def test_tpus_turn_by_a_product(name, dtype):
 @pytest.mark.parametrize("name", ROPES)
 def test_inside_jit_and_scan_with_its_gradient(name):
     rope, x = ROPES[name], normal(2, 4, 3, 8)
-    positions = jnp.arange(8).reshape(2, 4) * 20
+    positions = at(jnp.arange(8).reshape(2, 4) * 20)
 
     @jax.jit
     def twice(x, positions):
@@ -200,30 +193,55 @@ def test_inside_jit_and_scan_with_its_gradient(name):
 def test_explicit_sharding(name, jit):
     rope, x = ROPES[name], normal(4, 8, 2, 8)
     positions = jnp.tile(jnp.arange(8), (4, 1)) + jnp.array([[0], [5], [10], [200]])  # only one shard is long
-    wanted = rope(x, positions)
+    wanted = rope(x, at(positions))
     call = jax.jit(rope.__call__) if jit else rope
     mesh = jax.make_mesh((2, 2, 2), ("data", "sequence", "model"))
     assert mesh.are_all_axes_explicit
     for sequence in (None, "sequence"):
         with jax.set_mesh(mesh):
             x_spec = P("data", sequence, "model", None)
-            turned = call(jax.device_put(x, x_spec), jax.device_put(positions, P("data", sequence)))
+            turned = call(jax.device_put(x, x_spec), jax.device_put(at(positions), P("data", sequence)))
             assert jax.typeof(turned).sharding.spec == x_spec
         np.testing.assert_allclose(np.asarray(turned), wanted, atol=1e-6)
 
 
-def test_longrope_switches_for_the_whole_batch_inside_one_program():
-    rope, x = Rope(scaling=LONGROPE), normal(2, 1, 1, 8)
-    traces = []
-    call = jax.jit(lambda x, positions: (traces.append(1), rope(x, positions))[1])
-    fixed = {
-        length: Rope(scaling=LONGROPE.replace(short_factors=factors, long_factors=factors))
-        for length, factors in ((64, LONGROPE.short_factors), (65, LONGROPE.long_factors))
-    }
-    for length, alone in fixed.items():
-        positions = jnp.array([[30], [length - 1]])
-        np.testing.assert_allclose(call(x, positions), alone(x, positions), atol=1e-6)
+@pytest.mark.parametrize("name", SCALINGS)
+def test_the_length_of_each_document_decides(name):
+    """In one program: rows and packed documents on both sides of `original_length` rotate as they do alone."""
+    rope, traces = ROPES[name], []
+    rotation = jax.jit(lambda positions: (traces.append(1), rope.rotation(positions, 8))[1])
+    sizes = [[3, 60, 0, 65, 2, 0, 0], [66, 64, 2, 0, 0, 0, 0], [131, 1, 0, 0, 0, 0, 0]]
+    index = np.stack(
+        [np.concatenate([np.arange(size) for size in row] + [np.zeros(132 - sum(row), int)]) for row in sizes]
+    )
+    segments = np.stack([np.repeat([*range(1, len(row) + 1), 0], [*row, 132 - sum(row)]) for row in sizes])
+    packed = Positions(index=jnp.asarray(index), segments=jnp.asarray(segments))
+    rotated = rotation(packed)
+    for row, number in [(0, 1), (0, 2), (0, 4), (0, 5), (1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]:
+        place = segments[row] == number
+        frequency, factor = frequencies(rope, 8, int(place.sum()))
+        angles = np.arange(place.sum(), dtype=np.float32)[:, None] * frequency
+        np.testing.assert_allclose(rotated[0][row][place], np.cos(angles) * factor, atol=2e-5)
+        np.testing.assert_allclose(rotated[1][row][place], np.sin(angles) * factor, atol=2e-5)
     assert len(traces) == 1
+
+
+def test_every_scaling_is_here():
+    def kinds(kind):
+        return {kind, *(inner for child in kind.__subclasses__() for inner in kinds(child))}
+
+    assert kinds(RopeScaling) - {RopeScaling} == {type(scaling) for scaling in SCALINGS.values()}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_equal_lengths_are_those_of_equal_frequencies(name):
+    scaling = SCALINGS[name]
+    by_length = {length: frequencies(ROPES[name], 8, length)[0].tolist() for length in range(1, 140)}
+    for length, wanted in by_length.items():
+        equal = scaling.equal_lengths(length)
+        assert length in equal
+        assert all(by_length[other] == wanted for other in by_length if other in equal)
+        assert all(by_length[other] != wanted for other in by_length if other not in equal)
 
 
 @pytest.mark.parametrize("name", SCALINGS)
@@ -270,16 +288,17 @@ def test_yarn_takes_both_mscales():
 )
 def test_odd_dims_raise(rope, head_dim, rotated):
     with pytest.raises(ValueError, match=rf"H={head_dim}, .*{rotated} rotated"):
-        rope(jnp.zeros((1, 2, 1, head_dim)), jnp.zeros((1, 2), jnp.int32))
+        rope(jnp.zeros((1, 2, 1, head_dim)), at(jnp.zeros((1, 2), jnp.int32)))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Rope(theta=0.0), "Rope.theta must be above 0, got 0.0"),
+        (lambda: Rope(theta=0.0), "Rope.theta must be a finite number above 0, got 0.0"),
         (lambda: Rope(fraction=1.5), "fraction must be at most 1, got 1.5"),
         (lambda: ProportionalScaling(fraction=2.0), "fraction must be at most 1, got 2.0"),
-        (lambda: LinearScaling(factor=0.0), "LinearScaling.factor must be above 0"),
+        (lambda: LinearScaling(factor=float("nan")), "factor must be a finite number above 0, got nan"),
+        (lambda: LinearScaling(factor=0.0), "LinearScaling.factor must be a finite number above 0"),
         (lambda: SCALINGS["llama3"].replace(high_frequency_factor=1.0), "must be below"),
         (lambda: SCALINGS["yarn"].replace(beta_slow=32.0), "beta_fast must be above beta_slow, got 32.0 and 32.0"),
         (lambda: LONGROPE.replace(short_factors=(1.0,)), "must be as many, got 1 and 4"),

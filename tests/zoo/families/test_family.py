@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flaxzoo import zoo
-from flaxzoo.layers.positions import rope
+from flaxzoo.layers.positions import scaling
 from flaxzoo.layers.spec import Spec
 from flaxzoo.zoo.families import FAMILIES, family, rope_config
 from flaxzoo.zoo.families.config import ACTIVATIONS, INFORMATIONAL, LAYERS, Config, to_v5_fields
@@ -189,18 +189,18 @@ def test_the_first_gemma_says_gelu_and_means_its_approximation():
     assert family.read(fields | {"hidden_act": "silu"}) != family.read(fields)
 
 
-SCALINGS: list[rope.RopeScaling | None] = [
+SCALINGS: list[scaling.RopeScaling | None] = [
     None,
-    rope.LinearScaling(factor=2.0),
-    rope.DynamicNTKScaling(factor=2.0, original_length=32),
-    rope.ProportionalScaling(fraction=0.5, factor=2.0),
-    rope.Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_length=16),
-    rope.YarnScaling(factor=4.0, original_length=16),
-    rope.YarnScaling(
+    scaling.LinearScaling(factor=2.0),
+    scaling.DynamicNTKScaling(factor=2.0, original_length=32),
+    scaling.ProportionalScaling(fraction=0.5, factor=2.0),
+    scaling.Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_length=16),
+    scaling.YarnScaling(factor=4.0, original_length=16),
+    scaling.YarnScaling(
         factor=4.0, original_length=16, beta_fast=16.0, beta_slow=2.0, truncate=False, attention_factor=2.0
     ),
-    rope.YarnScaling(factor=4.0, original_length=16, mscale=0.7, mscale_all_dim=1.0),
-    rope.LongRopeScaling(short_factors=(1.0, 2.0), long_factors=(2.0, 3.0), original_length=16, length=64),
+    scaling.YarnScaling(factor=4.0, original_length=16, mscale=0.7, mscale_all_dim=1.0),
+    scaling.LongRopeScaling(short_factors=(1.0, 2.0), long_factors=(2.0, 3.0), original_length=16, length=64),
 ]
 
 
@@ -223,11 +223,11 @@ def test_every_scaling_that_hugging_face_has_a_name_for_is_tried():
 
 def test_lengths_of_scalings_come_from_the_config_where_they_are_silent():
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
-    assert rope_config.read(yarn, 1.0, 64).scaling == rope.YarnScaling(factor=4.0, original_length=64)
+    assert rope_config.read(yarn, 1.0, 64).scaling == scaling.YarnScaling(factor=4.0, original_length=64)
     long = {"rope_type": "longrope", "short_factor": [1], "long_factor": [2], "original_max_position_embeddings": 16}
-    scaling = rope_config.read(long | {"factor": 8.0}, 1.0, 64).scaling
-    assert isinstance(scaling, rope.LongRopeScaling)
-    assert scaling.length == 128
+    longrope = rope_config.read(long | {"factor": 8.0}, 1.0, 64).scaling
+    assert isinstance(longrope, scaling.LongRopeScaling)
+    assert longrope.length == 128
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flaxzoo.layers.positions import rope
+from flaxzoo.layers.positions import scaling
 from flaxzoo.layers.spec import Spec
 from flaxzoo.zoo import MLA, MLP, Attention, Block, Decoder, GatedMLP, Groups, LayerNorm, MoE, RMSNorm, Rope, Router
 from flaxzoo.zoo.parameters import describe, merge, split
@@ -26,7 +26,7 @@ LATENT = MLA(heads=2, kv_rank=8, nope_dim=8, rope_dim=4, value_dim=8)
 ROUTER = Router(top_k=2, score="sigmoid", groups=Groups(groups=4, chosen=2, group_score="best_two"))
 EXPERTS = MoE(experts=8, expert=GatedMLP(hidden=8), router=ROUTER)
 SHORT, LONG = (1.0, 1.5, 2.0, 3.0), (1.0, 4.0, 8.0, 16.0)
-LONGROPE = rope.LongRopeScaling(short_factors=SHORT, long_factors=LONG, original_length=12, length=64)
+LONGROPE = scaling.LongRopeScaling(short_factors=SHORT, long_factors=LONG, original_length=12, length=64)
 
 # Each spec that can be built: where it stands in the tiny decoder, the spec, and another value for each of its fields.
 SPECS: dict[str, tuple[str, Spec, dict[str, object]]] = {
@@ -129,19 +129,19 @@ SPECS: dict[str, tuple[str, Spec, dict[str, object]]] = {
     "Rope": (
         f"{MIXER}.rope",
         Rope(),
-        {"theta": 100.0, "fraction": 0.5, "interleaved": True, "scaling": rope.LinearScaling(factor=4.0)},
+        {"theta": 100.0, "fraction": 0.5, "interleaved": True, "scaling": scaling.LinearScaling(factor=4.0)},
     ),
-    "LinearScaling": (SCALING, rope.LinearScaling(factor=2.0), {"factor": 4.0}),
-    "NTKScaling": (SCALING, rope.NTKScaling(factor=2.0), {"factor": 4.0}),
+    "LinearScaling": (SCALING, scaling.LinearScaling(factor=2.0), {"factor": 4.0}),
+    "NTKScaling": (SCALING, scaling.NTKScaling(factor=2.0), {"factor": 4.0}),
     "DynamicNTKScaling": (
         SCALING,
-        rope.DynamicNTKScaling(factor=2.0, original_length=8),
+        scaling.DynamicNTKScaling(factor=2.0, original_length=8),
         {"factor": 4.0, "original_length": 4},
     ),
-    "ProportionalScaling": (SCALING, rope.ProportionalScaling(fraction=0.5), {"fraction": 1.0, "factor": 4.0}),
+    "ProportionalScaling": (SCALING, scaling.ProportionalScaling(fraction=0.5), {"fraction": 1.0, "factor": 4.0}),
     "YarnScaling": (
         SCALING,
-        rope.YarnScaling(factor=4.0, original_length=64, truncate=False),
+        scaling.YarnScaling(factor=4.0, original_length=64, truncate=False),
         {
             "factor": 8.0,
             "original_length": 256,
@@ -155,12 +155,12 @@ SPECS: dict[str, tuple[str, Spec, dict[str, object]]] = {
     ),
     "YarnScaling, DeepSeek's": (
         SCALING,
-        rope.YarnScaling(factor=4.0, original_length=64, mscale=0.7, mscale_all_dim=1.0),
+        scaling.YarnScaling(factor=4.0, original_length=64, mscale=0.7, mscale_all_dim=1.0),
         {"mscale": 2.0, "mscale_all_dim": 2.0},
     ),
     "Llama3Scaling": (
         SCALING,
-        rope.Llama3Scaling(factor=4.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_length=64),
+        scaling.Llama3Scaling(factor=4.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_length=64),
         {"factor": 8.0, "low_frequency_factor": 2.0, "high_frequency_factor": 16.0, "original_length": 512},
     ),
     "LongRopeScaling": (
@@ -189,7 +189,7 @@ def decoder_with(path: str, spec: Spec) -> Decoder:
     if path == "":
         assert isinstance(spec, Decoder)
         return spec
-    if isinstance(spec, rope.RopeScaling):
+    if isinstance(spec, scaling.RopeScaling):
         return TINY.replace(**{f"{MIXER}.rope": Rope(scaling=spec)})
     if path.startswith("block.0.ffn.router"):
         return TINY.replace(**{"block.0.ffn": EXPERTS}).replace(**{path: spec})

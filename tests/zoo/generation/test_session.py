@@ -4,15 +4,9 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from flaxzoo import zoo
 from flaxzoo.zoo import GREEDY, Speculation
-from flaxzoo.zoo.generation import session
 from flaxzoo.zoo.generation.session import Session
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 TRUTH = Path(__file__).parents[2] / "truth"
@@ -40,14 +34,3 @@ def test_a_prompt_that_was_read_in_part_is_read_anew(models):
 def test_tokens_outside_the_vocabulary_are_told(models):
     with pytest.raises(ValueError, match="has the token 48, and the model's vocabulary has 48 tokens"):
         opened(models["plain"]).read([[1, 48]], 1)
-
-
-def test_longrope_reads_a_long_prompt_with_its_long_factors(monkeypatch):
-    """All of it, as transformers does, though it is longer than a chunk."""
-    model, _ = zoo.load(TRUTH / "phi3_longrope")
-    ids = np.load(TRUTH / "phi3_longrope" / "truth.npz")["greedy_ids"][0].tolist()[:20]
-    tokenizer = Tokenizer(WordLevel({str(i): i for i in range(160)}, unk_token="0"))
-    monkeypatch.setattr(session, "CHUNK", 8)
-    (found,) = zoo.complete(model, tokenizer, [ids], max_tokens=1, sampling=GREEDY, stop=(), log_probs=True)
-    logits = jax.jit(model)(jnp.asarray([ids], jnp.int32))[0][0, -1]
-    assert found.log_probs == pytest.approx([float(jnp.max(jax.nn.log_softmax(logits)))], abs=1e-4)
