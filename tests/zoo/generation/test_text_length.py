@@ -19,7 +19,8 @@ from flaxzoo.layers.positions.positions import Positions
 from flaxzoo.layers.positions.rope import Rope
 from flaxzoo.layers.positions.scaling import EVERY_LENGTH
 from flaxzoo.zoo import GREEDY, MLA, Attention, Decoder, GatedMLP, Sampling, Speculation
-from flaxzoo.zoo.evaluation.score import Row, Scorer
+from flaxzoo.zoo.evaluation.score import Scorer
+from flaxzoo.zoo.evaluation.windows import Window
 from flaxzoo.zoo.generation import session
 from flaxzoo.zoo.generation.session import Session
 from flaxzoo.zoo.generation.state import positions_from
@@ -130,8 +131,8 @@ def test_rows_and_packed_documents_are_as_alone(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scored_rows_are_as_alone(kind):
-    rows = [Row((*ids,), len(ids) - 1) for ids in PROMPTS]
-    for row, found in zip(rows, Scorer(model(kind), length=40, batch=4).rows(rows), strict=True):
+    rows = [Window((*ids,), len(ids) - 1) for ids in PROMPTS]
+    for row, found in zip(rows, Scorer(model(kind), length=40, batch=4).likelihoods(rows), strict=True):
         logs = jax.nn.log_softmax(full_pass(kind, row.ids[:-1]))
         assert found.log_prob == pytest.approx(float(sum(logs[np.arange(row.scored), row.ids[1:]])), abs=1e-3)
 
@@ -168,7 +169,7 @@ def test_longrope_is_as_in_transformers():
     prompts = [text[:10], short[:3], text]
     found = zoo.complete(phi3, TOKENIZER, prompts, max_tokens=16, sampling=GREEDY, stop=())
     assert found[0].ids == text[10:]
-    rows = [Row((*short,), len(short) - 1), Row((*text,), 16)]
+    rows = [Window((*short,), len(short) - 1), Window((*text,), 16)]
     logs = jax.nn.log_softmax(truth["short12_logits"][0][:-1].astype(np.float32))
-    scored = Scorer(phi3, length=40, batch=2).rows(rows)[0].log_prob
+    scored = Scorer(phi3, length=40, batch=2).likelihoods(rows)[0].log_prob
     assert scored == pytest.approx(float(sum(logs[np.arange(11), short[1:]])), abs=1e-3)
