@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..layers.linear.matmul import Kind
 from ..layers.moe.layer import MoE
-from ..layers.spec import Spec
+from ..layers.spec import DECAY, FRACTION, NON_NEGATIVE, POSITIVE, SEED, Range, Spec, check_ranges, ranged
 from ..zoo.decoder import Decoder, Remat
 
 
@@ -51,32 +51,29 @@ class Optimizer(Spec):
     """An optax optimizer by name, with its schedule."""
 
     name: Literal["adamw", "lion", "muon", "adafactor", "sgd"] = "adamw"
-    learning_rate: float = 1e-3
+    learning_rate: float = ranged(1e-3, NON_NEGATIVE)
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """After the warmup: cosine, linear, constant, or warmup-stable-decay, whose end falls linearly."""
-    warmup_steps: int = 100
+    warmup_steps: int = ranged(100, NON_NEGATIVE)
     """Steps in which the learning rate rises linearly; a run that is shorter ends before the top."""
-    decay_fraction: float = 0.2
+    decay_fraction: float = ranged(0.2, FRACTION)
     """Share of the steps in which 'wsd' decays."""
-    final_fraction: float = 0.1
+    final_fraction: float = ranged(0.1, FRACTION)
     """What is left of the highest learning rate when all steps are done."""
-    weight_decay: float = 0.1
+    weight_decay: float = ranged(0.1, NON_NEGATIVE)
     """Decoupled weight decay of matrices; norms, biases and other vectors have none."""
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    b1: float = ranged(0.9, DECAY)
+    b2: float = ranged(0.95, DECAY)
+    eps: float = ranged(1e-8, Range(1e-30))
+    """Added to the denominator of an update, so that a parameter without gradients gets no update of 0/0."""
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"
     """What the moving average of gradients is kept in; that of their squares stays float32."""
-    clip: float = 1.0
+    clip: float = ranged(1.0, NON_NEGATIVE)
     """Largest global norm of the gradient; 0: no clipping."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("learning_rate", "warmup_steps", "final_fraction", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction is a share of the steps, from 0 to 1, got {self.decay_fraction}")
+        check_ranges(self)
         for field_ in dataclasses.fields(self):
             unused = field_.name in UNUSED.get(self.name, ()) or field_.name in UNUSED.get(self.schedule, ())
             if unused and getattr(self, field_.name) != field_.default:
@@ -91,19 +88,17 @@ class Optimizer(Spec):
 class Balance(Spec):
     """How the experts of a model are kept equally busy (docs/moe.md)."""
 
-    loss: float = 0.0
+    loss: float = ranged(0.0, NON_NEGATIVE)
     """Weight of the load-balance loss: the mean over routers of E sum_e share_e probability_e, where an expert's share
     of the choices and its mean probability are over the batch (2101.03961, 2.2); 1 where all are equal."""
-    router_z_loss: float = 0.0
+    router_z_loss: float = ranged(0.0, NON_NEGATIVE)
     """Weight of the mean squared log-partition of the routers (2202.08906, 3.1)."""
-    bias_rate: float = 0.0
+    bias_rate: float = ranged(0.0, NON_NEGATIVE)
     """What a step adds to the correction of each expert with less than the mean load, and takes from the others."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("loss", "router_z_loss", "bias_rate"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"balance.{name} must be at least 0, got {getattr(self, name)}")
+        check_ranges(self, "balance.")
 
     def check(self, model: Decoder) -> None:
         """Raises ValueError where the model has nothing that this could balance."""
@@ -127,12 +122,12 @@ class Run(Spec):
     folder of another run; its tokenizer is the run's. Empty: random parameters."""
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
-    steps: int = 1000
-    batch: int = 32
+    steps: int = ranged(1000, POSITIVE)
+    batch: int = ranged(32, POSITIVE)
     """Sequences in one optimizer step."""
-    length: int = 512
+    length: int = ranged(512, POSITIVE)
     """Tokens in a sequence (T)."""
-    accumulate: int = 1
+    accumulate: int = ranged(1, POSITIVE)
     """Micro-batches a step is split into, one after another, to save memory; with a mesh axis pipeline, they are what
     flows through its stages. Changes no result."""
     mesh: str = ""
@@ -146,39 +141,35 @@ class Run(Spec):
     remat: Remat = "none"
     """What the backward pass recomputes instead of storing: nothing, blocks, all but matmuls or weight matmuls; what
     is stored is kept by the host with full_offload and dots_offload (docs/training.md)."""
-    z_loss: float = 0.0
+    z_loss: float = ranged(0.0, NON_NEGATIVE)
     """Weight of the squared log-partition (PaLM, 2204.02311, section 5)."""
     balance: Balance = field(default_factory=Balance)
-    ema: float = 0.0
+    ema: float = ranged(0.0, DECAY)
     """Decay of an exponential moving average of the parameters, at most (1 + t) / (10 + t) in step t; 0: none."""
-    max_bad_steps: int = 5
-    """Steps in a row with a non-finite loss or gradient, each skipped, before the run stops."""
-    seed: int = 0
-    eval_every: int = 100
+    max_bad_steps: int = ranged(5, POSITIVE)
+    """Steps in a row with a non-finite loss, gradient or update, each skipped, before the run stops."""
+    seed: int = ranged(0, SEED)
+    """Seed of the initial parameters, the order of the rows and the samples."""
+    eval_every: int = ranged(100, NON_NEGATIVE)
     """Steps between evaluations on held-out text; 0: only at the end."""
-    sample_every: int = 100
+    sample_every: int = ranged(100, NON_NEGATIVE)
     """Steps between printed samples; 0: none."""
     prompt: str = "\n"
     """What the samples continue."""
-    save_every: int = 100
+    save_every: int = ranged(100, NON_NEGATIVE)
     """Steps between checkpoints; 0: only at the end."""
-    keep_last: int = 2
+    keep_last: int = ranged(2, POSITIVE)
     """Latest checkpoints kept; the one of the lowest held-out loss is kept besides."""
     profile: str = ""
     """Steps to trace with the JAX profiler, e.g. '10:13'; empty: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_ranges(self)
         if self.batch % self.accumulate:
             raise ValueError(
                 f"the batch must be a multiple of accumulate, got batch={self.batch}, accumulate={self.accumulate}"
             )
-        for name in ("steps", "batch", "length", "accumulate", "keep_last", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("eval_every", "sample_every", "save_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if 0 < self.model.max_positions < self.length:
             raise ValueError(
                 f"a sequence must fit the model's table of positions, got length={self.length}, "
@@ -192,10 +183,6 @@ class Run(Spec):
         self.balance.check(self.model)
         if self.quantize != "none" and any(isinstance(block.ffn, MoE) for block in self.model.all_blocks):
             raise ValueError(f"experts have no products in 8 bits, got quantize={self.quantize!r}; leave it at 'none'")
-        if self.z_loss < 0:
-            raise ValueError(f"z_loss must be at least 0, got {self.z_loss}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema is a decay, at least 0 (none is kept) and below 1, got {self.ema}")
         if self.profile and (not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.profile) or not self.profiled):
             raise ValueError(
                 f"profile names the first and the last step to trace, like '10:13', from 1 on, got {self.profile!r}"

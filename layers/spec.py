@@ -4,6 +4,7 @@ import abc
 import contextlib
 import dataclasses
 import difflib
+import math
 import sys
 import types
 import typing
@@ -25,6 +26,51 @@ def missing_package(what: str, package: str) -> ValueError:
     return ValueError(
         f"{what} the package {package}, which is not installed: {sys.executable} -m pip install {package}"
     )
+
+
+@dataclass(frozen=True)
+class Range:
+    """The finite numbers that a field accepts, from `low` to `high`.
+
+    Attributes:
+        low: smallest value.
+        high: largest value; infinity stands for any finite number.
+        above: `low` itself is excluded.
+        below: `high` itself is excluded.
+    """
+
+    low: int | float
+    high: int | float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value: int | float) -> bool:
+        over = value > self.low if self.above else value >= self.low
+        under = value < self.high if self.below else value <= self.high
+        return math.isfinite(value) and over and under  # comparisons with NaN are false
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.above else 'at least'} {self.low:g}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and {'below' if self.below else 'at most'} {self.high:g}"
+
+
+POSITIVE = Range(1)
+"""Counts that cannot be zero."""
+NON_NEGATIVE = Range(0)
+"""Counts and weights; zero often switches something off."""
+DECAY = Range(0, 1, below=True)
+"""Decays of moving averages."""
+FRACTION = Range(0, 1)
+"""Shares of something."""
+SEED = Range(0, 2**32, below=True)
+"""Seeds of random keys: JAX keeps 32 bits of a seed, so a larger one would repeat a smaller one."""
+
+
+def ranged(default: int | float, accepted: Range) -> Any:
+    """A dataclass field with a default and the numbers it accepts, for `check_ranges`."""
+    return dataclasses.field(default=default, metadata={"range": accepted})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +135,26 @@ class Spec(abc.ABC):
         for name in data.keys() - names - {"kind"}:
             raise unknown(f"field of {kind}", name, names)
         return found(**{name: _typed(data[name], types_of[name], f"{kind}.{name}") for name in names & data.keys()})
+
+
+def check_ranges(spec: Spec, prefix: str = "") -> None:
+    """Raises ValueError, naming the field, unless every field made by `ranged` holds a number inside its range.
+
+    Args:
+        spec: the value to check.
+        prefix: what precedes the field in the message, e.g. "balance.".
+    """
+    for field in dataclasses.fields(spec):
+        accepted = field.metadata.get("range")
+        if accepted is None:
+            continue
+        value = getattr(spec, field.name)
+        whole = isinstance(field.default, int)
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            noun = "a whole number" if whole else "a number"
+            raise ValueError(f"{prefix}{field.name} must be {noun}, got {value!r}")
+        if value not in accepted:
+            raise ValueError(f"{prefix}{field.name} must be {accepted}, got {value}")
 
 
 def _replace_inside(value: Any, changes: dict[str, Any]) -> Any:

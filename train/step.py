@@ -38,7 +38,7 @@ class State(TypedDict):
     bad_steps: Int[Array, ""]
     """Steps in a row that were skipped, up to now."""
     skipped: Int[Array, ""]
-    """All steps that were skipped because loss or gradient was not finite."""
+    """All steps that were skipped because the loss, the gradient or the new parameters were not finite."""
     rng: Array
     """The key all randomness of the run comes from."""
 
@@ -94,9 +94,9 @@ def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, Array
     """The jitted training step for the ambient mesh; the state is donated. Metrics are float32 scalars.
 
     Loss and gradient are means over the tokens of the whole batch, however it is cut into micro-batches: every
-    micro-batch adds its sums, divided by the batch's own count of tokens. A step whose loss or gradient is not finite
-    changes nothing but its counters. Where the model has routers, their losses are a part of the loss, and their
-    corrections move after the optimizer's step.
+    micro-batch adds its sums, divided by the batch's own count of tokens. A step whose loss, gradient or new parameters
+    are not finite changes nothing but its counters. Where the model has routers, their losses are a part of the loss,
+    and their corrections move after the optimizer's step.
     """
     abstract = run.model.abstract()
     transformation = optimizer.make(run.optimizer, run.steps, describe(abstract))
@@ -113,6 +113,7 @@ def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, Array
         params, optimizer_state = optimizer.update(transformation, gradients, state["optimizer"], state["params"])
         params = balance.corrected(run.balance, params, routing)
         new = params, optimizer_state, _average(run.ema, state, params)
+        good &= all_finite(params)
         old = state["params"], state["optimizer"], state["ema"]
         params, optimizer_state, ema = jax.tree.map(lambda n, o: jax.lax.select(good, n, o), new, old)
         bad = 1 - good.astype(jnp.int32)

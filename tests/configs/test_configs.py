@@ -117,6 +117,53 @@ def test_impossible_runs_are_refused(change, message):
         RUNS["shakespeare"]().replace(**change)
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("field", ["learning_rate", "b1", "b2", "eps", "clip", "weight_decay", "final_fraction"])
+@pytest.mark.parametrize("wrong", [NAN, INF, -INF, -0.5])
+def test_numbers_of_the_optimizer_outside_their_range_are_refused(field, wrong):
+    with pytest.raises(ValueError, match=rf"{field} must be (at least|above) .*, got {wrong}"):
+        RUNS["shakespeare"]().replace(**{f"optimizer.{field}": wrong})
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        *(("optimizer.b1", value) for value in (1.0, 1.5)),
+        *(("optimizer.b2", value) for value in (1.0, 2.0)),
+        ("optimizer.eps", 0.0),
+        ("optimizer.eps", 1e-45),
+        ("optimizer.final_fraction", 1.5),
+        ("optimizer.decay_fraction", NAN),
+        ("optimizer.warmup_steps", -1),
+        *(
+            (name, value)
+            for name in ("ema", "z_loss", "balance.loss", "balance.bias_rate")
+            for value in (NAN, INF, -1.0)
+        ),
+        ("ema", 1.0),
+        *(("seed", value) for value in (-1, 2**32, 2**63, 2**64)),
+    ],
+)
+def test_numbers_of_a_run_outside_their_range_are_refused(field, wrong):
+    with pytest.raises(ValueError, match=rf"{field.removeprefix('optimizer.')} must be .*, got "):
+        RUNS["shakespeare"]().replace(**{field: wrong})
+
+
+def test_every_number_of_a_run_has_a_range():
+    for kind in (Run, Optimizer, Balance):
+        for field in dataclasses.fields(kind):
+            assert ("range" in field.metadata) == (field.type in (int, float)), f"{kind.__name__}.{field.name}"
+
+
+def test_a_count_is_a_whole_number():
+    wrong = copy.copy(RUNS["shakespeare"]())
+    object.__setattr__(wrong, "steps", 2.5)  # past the type checker of the tests, which users do not have
+    with pytest.raises(ValueError, match="steps must be a whole number, got 2.5"):
+        wrong.__post_init__()
+
+
 # Variables and attributes by these names hold a Run or a Data; properties of the spec read its fields as `self`.
 HOLDERS = {Run: "run", Data: "data", Balance: "balance"}
 

@@ -241,6 +241,19 @@ def test_a_step_that_is_not_finite_changes_only_counters(tiny: Run) -> None:
     assert metrics[-1]["learning_rate"] == calm[-1]["learning_rate"] != metrics[0]["learning_rate"]
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_an_update_that_is_not_finite_changes_only_counters(tiny: Run, name: str) -> None:
+    """Loss and gradient are finite, and the update overflows: the parameters, the optimizer and the average stay."""
+    overflowing = {"optimizer.name": name, "optimizer.learning_rate": 1e38, "optimizer.weight_decay": 1e6}
+    run = tiny.replace(ema=0.9, **overflowing)
+    states, metrics = stepped(run, [random_batch(tiny)] * 2)
+    assert all(np.isfinite(record["loss"]) and np.isfinite(record["gradient_norm"]) for record in metrics)
+    for name in ("params", "optimizer", "ema"):
+        for state in states[1:]:
+            jax.tree.map(np.testing.assert_array_equal, state[name], states[0][name])
+    assert [record["skipped"] for record in metrics] == [1, 2]
+
+
 def test_overfits_one_batch(tiny: Run) -> None:
     run = tiny.replace(steps=80, batch=2, **{"optimizer.schedule": "constant", "optimizer.weight_decay": 0.0})
     _, metrics = stepped(run, [random_batch(run)] * run.steps)

@@ -295,6 +295,7 @@ def dispatch(arguments: list[str]) -> None:
     elif command in ("-h", "--help"):
         print(USAGE)
     elif command in COMMANDS:
+        hardware.refuse_64_bits()
         tyro.cli(COMMANDS[command], args=arguments[1:], prog=f"zoo {command}")
     else:
         raise unknown("command", command, [*COMMANDS, "train"])

@@ -39,7 +39,7 @@ from .progress import ProgressDisplay, amount, duration
 
 
 class Diverged(ValueError):
-    """Loss or gradient was not finite too many times in a row."""
+    """Loss, gradient or parameters were not finite too many times in a row."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def train(
         OSError: where something can't be written.
         Interrupted: after SIGTERM or Ctrl-C, when the state is saved.
     """
+    hardware.refuse_64_bits()
     if fresh and step is not None:
         raise ValueError(f"fresh starts anew and step={step} goes on from a checkpoint: leave out one of them")
     told = run.flat() | {"folder": folder, "fresh": fresh, "step": step}
@@ -301,9 +302,9 @@ class Job:
         self.recorder.write(step, **self.last)
         if values["bad_steps"] >= self.run.max_bad_steps:
             raise Diverged(
-                f"loss or gradient was not finite in {self.run.max_bad_steps} steps in a row, up to step {step} (loss "
-                f"{values['loss']}, gradient norm {values['gradient_norm']}); none of them changed the model; "
-                + self.divergence_advice()
+                f"loss, gradient or parameters were not finite in {self.run.max_bad_steps} steps in a row, up to step "
+                f"{step} (loss {values['loss']}, gradient norm {values['gradient_norm']}); none of them changed the "
+                "model; " + self.divergence_advice()
             )
         pace = statistics.median(self.recent or [seconds])
         speed = self.run.batch * self.run.length / pace

@@ -428,6 +428,12 @@ def test_help_waits_for_no_other_process(say: Command, monkeypatch: pytest.Monke
         assert say(*asked).code == 0
 
 
+@pytest.mark.parametrize("arguments", ["train shakespeare", "generate runs/none", "show gpt2"])
+def test_64_bits_are_refused(say: Command, arguments: str) -> None:
+    with jax.enable_x64(True):
+        assert "unset JAX_ENABLE_X64" in error_of(say(*arguments.split()))
+
+
 def test_no_devices_are_touched_to_look(say: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "devices", lambda *_: pytest.fail("looked for devices"))
     assert say("show", "llama3_70b", "--mesh", "fsdp=64,tensor=8").code == 0

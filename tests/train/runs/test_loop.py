@@ -208,9 +208,9 @@ def test_divergence_stops_the_run(tiny: Run, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(loop.Diverged) as caught:
         train(run, tmp_path / "bad")
     assert str(caught.value) == (
-        "loss or gradient was not finite in 3 steps in a row, up to step 7 (loss nan, gradient norm nan); none of "
-        "them changed the model; try a lower learning rate than 0.01, a longer warmup than 2 steps, under another "
-        "--name"
+        "loss, gradient or parameters were not finite in 3 steps in a row, up to step 7 (loss nan, gradient "
+        "norm nan); none of them changed the model; try a lower learning rate than 0.01, a longer warmup than 2 "
+        "steps, under another --name"
     )
     records = metrics.read(tmp_path / "bad")
     assert [record["bad_steps"] for record in records] == [0, 0, 1, 0, 1, 2, 3]
@@ -223,8 +223,8 @@ def test_divergence_stops_the_run(tiny: Run, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("rate", "what"),
     [
-        (1e25, "loss or gradient was not finite in 5 steps in a row"),
-        (3e38, "the parameters are not finite after step 1, so they were not saved; try a lower"),
+        (1e25, "loss, gradient or parameters were not finite in 5 steps in a row, up to step 6"),
+        (3e38, "loss, gradient or parameters were not finite in 5 steps in a row, up to step 5"),
     ],
 )
 def test_parameters_that_are_not_finite_are_never_saved(tiny: Run, tmp_path: Path, rate: float, what: str) -> None:
@@ -237,7 +237,7 @@ def test_parameters_that_are_not_finite_are_never_saved(tiny: Run, tmp_path: Pat
     assert what in str(caught.value)
     assert f"a lower learning rate than {rate}, a longer warmup than 0 steps, under another" in str(caught.value)
     steps = Checkpoints(tmp_path / "hot" / "checkpoints", read_only=True).steps()
-    assert len(steps) == (5 if rate == 1e25 else 0)
+    assert len(steps) == (5 if rate == 1e25 else 4)
     for step in steps:
         assert all(np.isfinite(array).all() for array in parameters(run, tmp_path / "hot", step).values())
 
