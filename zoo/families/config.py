@@ -62,7 +62,8 @@ ACTIVATIONS: dict[str, Activation] = {
 
 MOST = 2**31 - 1
 LAYERS = 4096  # a decoder lists its blocks: a file may not make that list as long as it likes
-_REQUIRED: Any = object()
+REQUIRED: Any = object()
+"""The default of a field that has none: its absence is an error."""
 
 
 class Config:
@@ -79,10 +80,10 @@ class Config:
         self._nulls = given.keys() - self.fields.keys()
         self._left = set(self.fields) - INFORMATIONAL - set(ignore)
 
-    def get(self, name: str, default: Any = _REQUIRED) -> Any:
+    def get(self, name: str, default: Any = REQUIRED) -> Any:
         """A field as it is; ValueError where it is absent and has no default."""
         self._left.discard(name)
-        if name not in self.fields and default is _REQUIRED:
+        if name not in self.fields and default is REQUIRED:
             raise ValueError(f"the config has no {name}")
         return self.fields.get(name, default)
 
@@ -90,20 +91,20 @@ class Config:
         """The default of a field that a null switches off: `value` where it is absent, None where it is null."""
         return None if name in self._nulls else value
 
-    def count(self, name: str, default: Any = _REQUIRED, most: int = MOST) -> Any:
+    def count(self, name: str, default: Any = REQUIRED, most: int = MOST) -> Any:
         """A whole number from 1 to `most`."""
         return self._checked(name, default, f"a whole number from 1 to {most}", lambda v: _whole(v) and 1 <= v <= most)
 
-    def natural(self, name: str, default: Any = _REQUIRED) -> Any:
+    def natural(self, name: str, default: Any = REQUIRED) -> Any:
         """A whole number from 0 on."""
         return self._checked(name, default, "a whole number from 0 on", lambda v: _whole(v) and v >= 0)
 
-    def number(self, name: str, default: Any = _REQUIRED) -> Any:
+    def number(self, name: str, default: Any = REQUIRED) -> Any:
         """A finite number above 0, as a float."""
         value = self._checked(name, default, "a number above 0", lambda v: _real(v) and v > 0)
         return None if value is None else float(value)
 
-    def flag(self, name: str, default: Any = _REQUIRED) -> bool:
+    def flag(self, name: str, default: Any = REQUIRED) -> bool:
         """True or false."""
         return self._checked(name, default, "true or false", lambda v: isinstance(v, bool))
 
@@ -114,7 +115,7 @@ class Config:
             text = " or ".join(map(repr, supported)) or "its absence"
             raise ValueError(f"{name}={value!r} is not supported; supported: {text}")
 
-    def activation(self, name: str = "hidden_act", default: Any = _REQUIRED) -> Activation:
+    def activation(self, name: str = "hidden_act", default: Any = REQUIRED) -> Activation:
         """An activation by its name."""
         value = self.get(name, default)
         if not isinstance(value, str) or value not in ACTIVATIONS:

@@ -10,7 +10,7 @@ from ...layers.moe.routing import Groups, Router
 from ...layers.norm import RMSNorm
 from ..decoder import Decoder
 from . import llama, qwen3_moe, rope_config
-from .config import LAYERS, Config
+from .config import LAYERS, REQUIRED, Config
 from .family import Family
 from .layer_pattern import expect, experts, per_layer
 
@@ -61,7 +61,7 @@ def _read(config: Config, router: Router, shared_experts: int, *, interleaved: b
     dense = GatedMLP(hidden=config.count("intermediate_size"), activation=config.activation("hidden_act", "silu"))
     width = config.count("moe_intermediate_size")
     ffn = MoE(
-        experts=config.count("n_routed_experts", config.count("num_local_experts", None)),
+        experts=config.count("n_routed_experts", config.count("num_local_experts", None) or REQUIRED),
         expert=dense.replace(hidden=width),
         router=router,
         shared=dense.replace(hidden=width * config.count("n_shared_experts", shared_experts)),

@@ -52,6 +52,6 @@ def convert(
     if to_gguf:
         from .gguf import save_gguf  # which needs the `gguf` extra
 
-        save_gguf(opened, destination, "Q8_0" if dtype == "Q8_0" else "F16")
+        save_gguf(opened, destination, "Q8_0" if dtype == "Q8_0" else "F16", ignore=ignore)
     else:
         write_folder(opened, destination, dtype=jnp.dtype(dtype) if dtype else None)

@@ -86,6 +86,8 @@ class ModelSource:
         carried = dict(config or (described.config if described else {}))
         self.companions = described.companions if described else {}
         self.chat_template = described.chat_template if described else None
+        self.name = described.name if described else None
+        self.end_tokens = described.end_tokens if described else []
         family, fields = write(model.spec, carried.get("model_type"))
         self.config: dict[str, Any] = _merged(carried, fields, model.spec) | {"architectures": [family.architecture]}
         self._parameters, self._tokenizer = split(model), None if tokenizer is None else prepare_tokenizer(tokenizer)

@@ -1,7 +1,7 @@
 """SentencePiece's BPE: from a `tokenizer.model` file, or from pieces with scores as GGUF stores them."""
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,12 +73,23 @@ def merges_of(tokens: Sequence[str], scores: Sequence[float], types: Sequence[in
     return merges
 
 
-def add_special_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
-    """Makes control pieces special tokens, and user-defined pieces tokens that are matched before all others."""
-    special = [token for token, type in zip(tokens, types, strict=True) if type in (UNKNOWN, CONTROL)]
-    own = [token for token, type in zip(tokens, types, strict=True) if type == USER_DEFINED]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in own])
+def add_special_tokens(
+    tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int], rstrip: Collection[str] = ()
+) -> None:
+    """Makes control pieces special tokens, and user-defined pieces tokens that are matched before all others.
+
+    Spaces after the tokens in `rstrip` are removed.
+    """
+
+    def added(kinds: tuple[int, ...], special: bool) -> list[AddedToken]:
+        return [
+            AddedToken(token, normalized=False, special=special, rstrip=token in rstrip)
+            for token, type in zip(tokens, types, strict=True)
+            if type in kinds
+        ]
+
+    tokenizer.add_special_tokens(added((UNKNOWN, CONTROL), special=True))
+    tokenizer.add_tokens(added((USER_DEFINED,), special=False))
 
 
 def read_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, str]]:

@@ -1,6 +1,6 @@
 """What an architecture of GGUF is made of."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,10 @@ class Architecture:
     """The Hugging Face name of the layers."""
     extra: tuple[str, ...] = ()
     """Tensors that are no weights but tell of RoPE."""
+    without_effect: tuple[str, ...] = ()
+    """Further keys, without the prefix, that change nothing of what this architecture computes."""
+    context_length: int = 2048
+    """The length that a config of this type means where it names none."""
     when: Callable[[Metadata], bool] = lambda metadata: True
     """Tells apart architectures of one name."""
     read: Callable[[Metadata, Config], Config] = lambda metadata, config: read_rope(metadata)
@@ -40,11 +44,17 @@ class Architecture:
     tables: Callable[[Config], dict[str, np.ndarray]] = lambda config: {}
     """The inverse of `read`, for the tensors in `extra`."""
 
-    def config(self, metadata: Metadata) -> Config:
-        """The Hugging Face config that the metadata mean."""
+    def config(self, metadata: Metadata, ignore: Collection[str] = ()) -> Config:
+        """The Hugging Face config that the metadata mean.
+
+        Raises ValueError for a key of the architecture that is neither used, nor known to be without effect, nor in
+        `ignore`.
+        """
         config: Config = {"model_type": self.model_type, "architectures": [self.model_class], **self.implied}
         config |= {item.name: item.read(metadata) for item in self.fields}
-        return config | self.read(metadata, config)
+        config |= self.read(metadata, config)
+        metadata.check_used(self.without_effect, ignore)
+        return config
 
     def metadata(self, config: Config) -> dict[str, Any]:
         """The metadata of a config, by key without the architecture's prefix.

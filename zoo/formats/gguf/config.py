@@ -1,14 +1,34 @@
 """How metadata of a GGUF file relates to fields of a Hugging Face config: read in both directions."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 Config = dict[str, Any]
 REQUIRED = object()
+WITHOUT_EFFECT = frozenset(
+    {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
+)
+"""Keys of any architecture that change nothing of what it computes; the last one counts where YaRN reads it."""
+NEUTRAL: Mapping[str, Any] = {
+    "attention.causal": True,
+    "attention.clamp_kqv": 0,
+    "attention.max_alibi_bias": 0,
+    "attention.sliding_window": 0,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "expert_shared_count": 0,
+    "expert_gating_func": 0,
+    "leading_dense_block_count": 0,
+    "nextn_predict_layers": 0,
+    "rope.scaling.attn_factor": 1,
+    "rope.scaling.yarn_log_multiplier": 0,
+    "use_parallel_residual": False,
+}
+"""Keys that change nothing where they have this value."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +46,12 @@ class Metadata:
     """Tensors that say how the model computes rather than what: factors of RoPE's frequencies, by name."""
     tensors: frozenset[str]
     """The names of all tensors."""
+    used: set[str] = field(default_factory=set, compare=False)
+    """The keys that were read so far, without the prefix."""
 
     def get(self, key: str, kind: type = int, default: Any = REQUIRED) -> Any:
         """The value of a key; one value for all layers where it is given for each."""
+        self.used.add(key)
         value = self.values.get(f"{self.architecture}.{key}", default)
         if value is REQUIRED:
             raise ValueError(f"the metadata of a {self.architecture} model need the key {self.architecture}.{key}")
@@ -43,6 +66,36 @@ class Metadata:
                 f"{self.architecture}.{key} must be one {kind.__name__} for all layers, got {value!r:.200}"
             )
         return value
+
+    def raw(self, key: str) -> Any:
+        """The value of a key as it is stored; None where the metadata do not have it."""
+        self.used.add(key)
+        return self.values.get(f"{self.architecture}.{key}")
+
+    def check_used(self, without_effect: Collection[str], ignore: Collection[str]) -> None:
+        """Raises ValueError where a key of the architecture was not read and may change what the model computes.
+
+        Args:
+            without_effect: keys, without the prefix, that change nothing in this architecture.
+            ignore: keys with their prefix that the caller vouches for.
+        """
+        prefix = f"{self.architecture}."
+        known = {*self.used, *WITHOUT_EFFECT, *without_effect}
+        unknown = {
+            name: value
+            for name, value in self.values.items()
+            if name.startswith(prefix)
+            and name not in ignore
+            and name.removeprefix(prefix) not in known
+            and not (name.removeprefix(prefix) in NEUTRAL and value == NEUTRAL[name.removeprefix(prefix)])
+        }
+        if unknown:
+            keys = ", ".join(f"{name}={value!r:.60}" for name, value in sorted(unknown.items()))
+            raise ValueError(
+                f"the metadata have keys that are not supported for the architecture {self.architecture}: {keys}. If "
+                f"they change nothing of what the model computes, pass ignore={sorted(unknown)} (on the command line: "
+                f"--ignore {' '.join(sorted(unknown))})"
+            )
 
     def has(self, key: str) -> bool:
         """Whether the metadata have a key."""
@@ -108,31 +161,44 @@ def rope(config: Config) -> tuple[float, dict[str, Any]]:
 
 def read_rope(metadata: Metadata) -> Config:
     """The config's fields that tell of RoPE, in the style of transformers 4."""
-    config: Config = {"rope_theta": metadata.get("rope.freq_base", float, 10000.0)}
-    width, dims = metadata.head_dim, metadata.get("rope.dimension_count", default=metadata.head_dim)
-    if dims != width:
-        config["partial_rotary_factor"] = dims / width
+    config = read_unscaled_rope(metadata)
+    dims = metadata.get("rope.dimension_count", default=metadata.head_dim)
     if (scaling := _read_scaling(metadata, dims, config["rope_theta"])) is not None:
         config["rope_scaling"] = scaling
     return config
 
 
+def read_unscaled_rope(metadata: Metadata) -> Config:
+    """RoPE's base, and the share of a head that is rotated where it is not the whole head."""
+    config: Config = {"rope_theta": metadata.get("rope.freq_base", float, 10000.0)}
+    width = metadata.head_dim
+    dims = metadata.get("rope.dimension_count", default=width)
+    return config if dims == width else {**config, "partial_rotary_factor": dims / width}
+
+
 def _read_scaling(metadata: Metadata, dims: int, base: float) -> Config | None:
-    kind = metadata.get("rope.scaling.type", str, "none")
+    # llama.cpp scales linearly where no type is given, and reads the older key of the factor where the newer is absent.
+    kind = metadata.get("rope.scaling.type", str, "linear")
+    older = metadata.get("rope.scale_linear", float, 0.0)
+    factor = metadata.get("rope.scaling.factor", float, older) or 1.0
     if (factors := metadata.extra.get("rope_freqs.weight")) is not None:
+        if kind == "yarn" or (kind == "linear" and factor != 1):
+            raise ValueError(f"rope_freqs.weight together with RoPE scaling of type {kind!r} is not supported")
         return read_llama3(factors, dims, base)
-    if kind == "none":
+    if kind == "none" or (kind == "linear" and factor == 1):
         return None
     if kind == "linear":
-        return {"rope_type": "linear", "factor": metadata.get("rope.scaling.factor", float)}
+        return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
         for key, plain in (("yarn_ext_factor", 1.0), ("yarn_attn_factor", 1.0), ("attn_factor", 1.0)):
             if (value := metadata.get(f"rope.scaling.{key}", float, plain)) != plain:
                 raise ValueError(f"YaRN with rope.scaling.{key} = {value} is not supported, only with {plain}")
         return {
             "rope_type": "yarn",
-            "factor": metadata.get("rope.scaling.factor", float),
-            "original_max_position_embeddings": metadata.get("rope.scaling.original_context_length"),
+            "factor": factor,
+            "original_max_position_embeddings": metadata.get(
+                "rope.scaling.original_context_length", default=metadata.get("context_length")
+            ),
             "beta_fast": metadata.get("rope.scaling.yarn_beta_fast", float, 32.0),
             "beta_slow": metadata.get("rope.scaling.yarn_beta_slow", float, 1.0),
         }

@@ -1,6 +1,6 @@
 """GGUF files as sources of weights."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class GgufFile:
 
     Args:
         path: the file.
+        ignore: keys of the metadata that are not supported, and that change nothing of what the model computes.
 
     Raises:
         ValueError: it is no GGUF file, it is damaged, it is one of several parts, or its architecture, the format of a
@@ -35,7 +36,7 @@ class GgufFile:
         ImportError: the package `gguf` is missing.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, ignore: Collection[str] = ()):
         self.path = Path(path).expanduser()
         if not self.path.is_file():
             raise ValueError(f"there is no file {self.path}")
@@ -45,7 +46,7 @@ class GgufFile:
         self.header: Header = read_header(self.path, self._data)
         try:
             self.architecture, metadata = _architecture(self)
-            self.config: dict[str, Any] = _config(self, metadata)
+            self.config: dict[str, Any] = _config(self, metadata, ignore)
             self._made = _made(self)
             self.tensors: Mapping[str, TensorInfo] = {name: made.info for name, made in self._made.items()}
         except ValueError as error:
@@ -67,6 +68,12 @@ class GgufFile:
         """The Jinja template that turns messages into a prompt."""
         template = self.header.metadata.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
+
+    @property
+    def name(self) -> str | None:
+        """The name of the model."""
+        name = self.header.metadata.get("general.name")
+        return name if isinstance(name, str) else None
 
     @property
     def stored(self) -> "StoredTensors":
@@ -111,12 +118,12 @@ def _architecture(file: GgufFile) -> tuple[Architecture, Metadata]:
     raise ValueError(f"the architecture {name!r:.100} is not supported; known are {known}")
 
 
-def _config(file: GgufFile, metadata: Metadata) -> dict[str, Any]:
+def _config(file: GgufFile, metadata: Metadata, ignore: Collection[str]) -> dict[str, Any]:
     layers = metadata.get("block_count")
     if not 0 < layers <= len(file.header.tensors):
         raise ValueError(f"block_count must be positive and each layer have tensors, got {layers} layers")
     try:
-        config = file.architecture.config(metadata)
+        config = file.architecture.config(metadata, ignore)
     except (ZeroDivisionError, OverflowError) as error:
         raise ValueError(f"sizes and counts in the metadata must be positive: {error}") from error
     config["vocab_size"] = metadata.rows

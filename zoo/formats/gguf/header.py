@@ -64,7 +64,7 @@ def read_header(path: Path, data: np.ndarray) -> Header:
         if key in metadata:
             raise reader.error(f"the metadata key {key!r} occurs twice")
         metadata[key] = reader.value(key)
-    if (parts := metadata.get("split.count", 1)) != 1:
+    if (parts := metadata.get("split.count", 1)) not in (0, 1):  # 0: merged again
         raise ValueError(f"{path} is one of {parts} parts of a model: merge them with `llama-gguf-split --merge`")
     entries = {}
     for _ in range(tensor_count):

@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...families.family import read, write
 from ..source import Source, TensorInfo
 from ..tokenizer_file import tokenizer_of
 from .architecture import Architecture
@@ -17,10 +19,21 @@ from .rules import Made
 from .tokenizer_out import write_tokenizer
 
 FILE_TYPES = {"F16": 1, "Q8_0": 7}
+LENGTH = "max_position_embeddings"
+CARRIED = (*SPECIAL, LENGTH, "intermediate_size")
+"""Fields that a config need not have for the model to be the same."""
 _FLOAT32 = ("position_embd.", "ffn_gate_inp.")
 
 
-def save_gguf(source: Source, path: str | Path, quantization: str = "F16", *, chat_template: str | None = None) -> None:
+def save_gguf(
+    source: Source,
+    path: str | Path,
+    quantization: str = "F16",
+    *,
+    chat_template: str | None = None,
+    name: str | None = None,
+    ignore: Collection[str] = (),
+) -> None:
     """Writes a GGUF file, as llama.cpp would have it, from any source of weights.
 
     Vectors, biases, routers and learned positions are stored as F32; rows that are not whole blocks of 32 as F16 where
@@ -31,6 +44,8 @@ def save_gguf(source: Source, path: str | Path, quantization: str = "F16", *, ch
         path: the file; one that is there is replaced.
         quantization: how matrices are stored, "F16" or "Q8_0".
         chat_template: the Jinja template to put in; by default the source's own, where it has one.
+        name: of the model, which readers show and llama.cpp looks at; by default the source's own, or that of the file.
+        ignore: fields of the config that are not known, and change nothing.
 
     Raises:
         ValueError: GGUF cannot say what the config says, a tensor or the tokenizer is not known in the architecture, or
@@ -39,17 +54,19 @@ def save_gguf(source: Source, path: str | Path, quantization: str = "F16", *, ch
     """
     if quantization not in FILE_TYPES:
         raise ValueError(f"quantization must be one of {', '.join(FILE_TYPES)}, got {quantization!r}")
-    path, config = Path(path).expanduser(), source.config
-    architecture = architecture_for(config)
-    made, extra = _tensors(source, architecture)
+    path = Path(path).expanduser()
+    architecture = architecture_for(source.config)
+    config = complete_config(source.config, architecture, ignore)
+    name = str(name or getattr(source, "name", None) or path.stem)
+    made, extra = _tensors(source, architecture, config)
     values = {f"{architecture.name}.{key}": value for key, value in architecture.metadata(config).items()}
     rows = next((one.info.shape[0] for one in made if one.name == "token_embd.weight"), 0)
     tokenizer = tokenizer_of(source)
-    values |= {"tokenizer.ggml.model": "none"} if tokenizer is None else write_tokenizer(tokenizer, rows, config)
-    values |= {f"{architecture.name}.vocab_size": rows, **_special(config)}
+    values |= {"tokenizer.ggml.model": "none"} if tokenizer is None else write_tokenizer(tokenizer, rows, config, name)
+    values |= {f"{architecture.name}.vocab_size": rows, **_special(config, getattr(source, "end_tokens", ()))}
     template = chat_template if chat_template is not None else getattr(source, "chat_template", None)
     values |= {} if template is None else {"tokenizer.chat_template": template}
-    values |= {"general.file_type": FILE_TYPES[quantization], "general.quantization_version": 2}
+    values |= {"general.name": name, "general.file_type": FILE_TYPES[quantization], "general.quantization_version": 2}
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         _write(aside, architecture.name, values, made, extra, quantization)
@@ -70,9 +87,20 @@ def architecture_for(config: dict[str, Any]) -> Architecture:
     raise ValueError(f"models of type {kind!r} cannot be written as GGUF; known are {known}")
 
 
-def _tensors(source: Source, architecture: Architecture) -> tuple[list[Made], dict[str, np.ndarray]]:
+def complete_config(config: dict[str, Any], architecture: Architecture, ignore: Collection[str] = ()) -> dict[str, Any]:
+    """A config with every field that its family knows, in the style of transformers 5, and nothing else.
+
+    What a config leaves out has the value that its absence means. Raises ValueError as reading a config does.
+    """
+    _, fields = write(read(config, ignore=ignore), config["model_type"])
+    carried = {name: config[name] for name in CARRIED if config.get(name) is not None}
+    return {LENGTH: architecture.context_length} | fields | carried
+
+
+def _tensors(
+    source: Source, architecture: Architecture, config: dict[str, Any]
+) -> tuple[list[Made], dict[str, np.ndarray]]:
     """Every tensor of the file; all tensors of the source are accounted for."""
-    config = source.config
     layers = next(item for item in architecture.fields if item.key == "block_count").write(config)
     checkpoint = _Whole(source)
     made = [one for rule in architecture.rules_of(layers) for one in rule.to_gguf(checkpoint, config)]
@@ -95,17 +123,24 @@ class _Whole:
         return x if index is None else x[index]
 
 
-def _special(config: dict[str, Any]) -> dict[str, int]:
-    """The ids of special tokens; several ends of a text take the keys that GGUF has for ends of turns and messages."""
-    found: dict[str, int] = {}
+def _special(config: dict[str, Any], end_tokens: Sequence[int] = ()) -> dict[str, int]:
+    """The ids of special tokens; several ends of a text take the keys that GGUF has for ends of turns and messages.
+
+    `end_tokens` are ends of a text beside those of the config.
+    """
+    keys: dict[str, int] = {}
     for field, names in SPECIAL.items():
         value = config.get(field)
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        ids = [index for index in ids if index != -1]  # which stands for none
+        ids = [*ids, *(end_tokens if field == "eos_token_id" else ())]
+        ids = list(dict.fromkeys(index for index in ids if index != -1))  # which stands for none
         if len(ids) > len(names):
-            raise ValueError(f"GGUF has room for {len(names)} tokens as {field}, got {ids}")
-        found |= {f"tokenizer.ggml.{name}_token_id": index for name, index in zip(names, ids, strict=False)}
-    return found
+            raise ValueError(
+                f"GGUF has room for {len(names)} tokens as {field}, got {ids}: name fewer in config.json and "
+                "generation_config.json"
+            )
+        keys |= {f"tokenizer.ggml.{name}_token_id": index for name, index in zip(names, ids, strict=False)}
+    return keys
 
 
 def _format(name: str, info: TensorInfo, quantization: str) -> Format:

@@ -1,12 +1,12 @@
 """Tokenizers from the metadata of GGUF files."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models
 
-from ..sentencepiece import NORMAL, Pieces, add_special_tokens, bpe_tokenizer
+from ..sentencepiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Pieces, add_special_tokens, bpe_tokenizer
 from ..tokenizer_file import put_around
 from .words import WORDS, Words
 
@@ -36,13 +36,21 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
             begins = words.begin
         else:
             tokenizer, begins = _sentencepiece(metadata, tokens, types), True
-        add_special_tokens(tokenizer, tokens, types)
+        special = [token for token, type in zip(tokens, types, strict=True) if type in (UNKNOWN, CONTROL, USER_DEFINED)]
+        add_special_tokens(tokenizer, tokens, types, strips_spaces_after(metadata.get("general.name"), special))
         _add_ends(tokenizer, metadata, tokens, begins)
     except ValueError:
         raise
     except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(f"the tokenizer of the metadata is damaged: {error}") from error
     return tokenizer
+
+
+def strips_spaces_after(name: Any, special: Collection[str]) -> set[str]:
+    """The special tokens after which llama.cpp removes spaces, which no key says: it goes by the name of the model."""
+    if not isinstance(name, str) or not any(part in name.lower() for part in ("phi-3", "phi3")):
+        return set()
+    return set(special) - {"<unk>", "<s>", "<|endoftext|>"}
 
 
 def _array(metadata: Mapping[str, Any], name: str, kind: type, count: int | None = None) -> list[Any]:

@@ -7,16 +7,18 @@ from typing import Any
 from tokenizers import Tokenizer, models, normalizers
 
 from ..sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, merges_of
+from .tokenizer import strips_spaces_after
 from .words import WORDS
 
 
-def write_tokenizer(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any]) -> dict[str, Any]:
+def write_tokenizer(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any], name: str = "") -> dict[str, Any]:
     """The metadata that `read_tokenizer` makes this tokenizer of.
 
     Args:
         tokenizer: a byte-level BPE, or a BPE that came from SentencePiece.
         rows: of the embedding. As many tokens are written: where the tokenizer has fewer, unused ones.
         config: tells which tokens begin and end a text.
+        name: of the model, by which llama.cpp decides whether spaces after special tokens are removed.
 
     Raises:
         ValueError: the tokenizer is of another kind, splits words in a way that has no name in GGUF, or has merges that
@@ -26,6 +28,7 @@ def write_tokenizer(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any]) 
     model = state["model"]
     if model["type"] != "BPE":
         raise ValueError(f"GGUF can hold tokenizers of type BPE, got {model['type']}")
+    _check_flags(state, name)
     tokens, types = _tokens(tokenizer, state, rows)
     metadata: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
@@ -37,6 +40,20 @@ def write_tokenizer(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any]) 
         metadata |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": _name_of_words(state)}
         metadata["tokenizer.ggml.merges"] = [" ".join(merge) for merge in merges]
     return metadata | _ends(tokenizer, config)
+
+
+def _check_flags(state: dict[str, Any], name: str) -> None:
+    """Raises ValueError where special tokens treat the text around them in a way that GGUF has no key for."""
+    texts = [token["content"] for token in state["added_tokens"]]
+    strips = strips_spaces_after(name, texts)
+    for flag, wanted in (("lstrip", set()), ("rstrip", strips), ("single_word", set())):
+        unlike = [t["content"] for t in state["added_tokens"] if t[flag] != (t["content"] in wanted)]
+        if unlike:
+            raise ValueError(
+                f"GGUF has no key for {flag} of tokens, and llama.cpp would read {', '.join(map(repr, unlike[:5]))} "
+                f"differently in a model of the name {name!r} (it removes spaces after special tokens in models whose "
+                f"name contains phi-3 or phi3, and in no others): change the name, or {flag} in tokenizer.json"
+            )
 
 
 def _tokens(tokenizer: Tokenizer, state: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:

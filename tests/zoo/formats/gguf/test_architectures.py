@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from flaxzoo import zoo
 from flaxzoo.zoo.families.family import read as read_config
+from flaxzoo.zoo.families.layer_pattern import attentions
 from flaxzoo.zoo.formats.gguf import GgufFile, save_gguf
 from flaxzoo.zoo.formats.gguf.architectures import ARCHITECTURES
 from flaxzoo.zoo.formats.gguf.config import Metadata
 from flaxzoo.zoo.formats.gguf.rules import Pair, Stacked
-from flaxzoo.zoo.formats.gguf.save import architecture_for
+from flaxzoo.zoo.formats.gguf.save import architecture_for, complete_config
 from flaxzoo.zoo.parameters import split
 from safetensors.numpy import load_file
 
@@ -55,9 +56,9 @@ DEEPSEEK = {
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": {**MOE, "num_local_experts": 4},
-    "qwen3_moe": {**MOE, "head_dim": 24, "num_experts": 4, "moe_intermediate_size": 32},
+    "qwen3_moe": {**MOE, "head_dim": 24, "num_experts": 4, "moe_intermediate_size": 32, "norm_topk_prob": True},
     "deepseek_v2": {**DEEPSEEK, "q_lora_rank": None, "topk_method": "greedy"},
-    "deepseek_v3": {**DEEPSEEK, "q_lora_rank": 24, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+    "deepseek_v3": {**DEEPSEEK, "q_lora_rank": 24, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5},
     "gpt_oss": {
         **MOE,
         "head_dim": 16,
@@ -267,6 +268,132 @@ def test_groups_of_older_files() -> None:
     found = []
     for left_out in ("", "expert_group_count"):
         said = {f"deepseek2.{key}": value for key, value in values.items() if key != left_out}
-        read = architecture.config(Metadata(said, "deepseek2", rows=160, extra={}, tensors=frozenset()))
+        metadata = Metadata(said, "deepseek2", rows=160, extra={}, tensors=frozenset())
+        assert architecture.when(metadata)
+        read = architecture.config(metadata)
         found.append((read["n_group"], read["topk_group"]))
     assert found == [(1, 1), (8, 4)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_absent_fields(name: str) -> None:
+    """A config may leave out any field: what is written means the same as its absence, or the field is named."""
+    full, arrays = checkpoint(name)
+    architecture = architecture_for(full)
+    rows = full["vocab_size"]
+    written = 0
+    for field in full.keys() - {"model_type"}:
+        config = {key: value for key, value in full.items() if key != field}
+        try:
+            values = architecture.metadata(complete_config(config, architecture))
+        except ValueError:
+            continue
+        metadata = Metadata(
+            values={f"{architecture.name}.{key}": value for key, value in values.items()},
+            architecture=architecture.name,
+            rows=rows,
+            extra=architecture.tables(complete_config(config, architecture)),
+            tensors=frozenset({"blk.0.attn_q.bias"} if "model.layers.0.self_attn.q_proj.bias" in arrays else ()),
+        )
+        assert architecture.when(metadata)
+        again = {**architecture.config(metadata), "vocab_size": rows}
+        again["tie_word_embeddings"] = read_config(config).tied
+        if config["model_type"] == "mistral":
+            again["model_type"] = "mistral"
+            del again["attention_bias"], again["mlp_bias"]
+            again["sliding_window"] = None
+        assert read_config(again) == read_config(config), field
+        written += 1
+    assert written > 4
+
+
+GEMMA3 = {
+    "gemma3.context_length": 64,
+    "gemma3.embedding_length": 64,
+    "gemma3.block_count": 6,
+    "gemma3.attention.head_count": 4,
+    "gemma3.feed_forward_length": 64,
+    "gemma3.attention.head_count_kv": 4,
+    "gemma3.attention.layer_norm_rms_epsilon": 1e-6,
+    "gemma3.attention.sliding_window": 8,
+}
+OLMO2 = {
+    key.replace("gemma3", "olmo2"): value for key, value in GEMMA3.items() if key != "gemma3.attention.sliding_window"
+}
+
+
+def config_of(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    name = next(iter(values)).partition(".")[0]
+    said = values | {f"{name}.{key}": value for key, value in changes.items()}
+    metadata = Metadata(said, name, rows=5, extra={}, tensors=frozenset())
+    architecture = next(one for one in ARCHITECTURES if one.name == name and one.when(metadata))
+    return {**architecture.config(metadata, said.get(f"{name}.ignored", ())), "vocab_size": 5}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.sliding_window", 4096),
+        ("attention.sliding_window_pattern", 4),
+        ("attention.clamp_kqv", 8.0),
+        ("attention.scale", 0.5),
+        ("attention.value_length", 8),
+        ("logit_scale", 2.0),
+        ("rope.dimension_sections", [4, 2, 2]),
+        ("rope.scaling.attn_factor", 1.5),
+        ("rope.freq_base_swa", 1e4),
+        ("expert_count", 8),
+        ("nextn_predict_layers", 1),
+        ("a_key_of_tomorrow", True),
+    ],
+)
+def test_keys_that_are_not_known_are_refused(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=key.rpartition(".")[2]):
+        config_of(OLMO2, **{key: value})
+
+
+def test_keys_without_effect() -> None:
+    plain = config_of(OLMO2)
+    neutral = {"vocab_size": 5, "rope.scaling.finetuned": False, "attention.causal": True, "expert_count": 0}
+    assert config_of(OLMO2, **neutral) == plain
+    ignored = {"a_key_of_tomorrow": True, "ignored": ("olmo2.a_key_of_tomorrow", "olmo2.ignored")}
+    assert config_of(OLMO2, **ignored) == plain
+
+
+def test_rope_scaling_as_llama_cpp_reads_it() -> None:
+    """Without a type a factor scales linearly; the older key counts where the newer is absent."""
+
+    def scaling(**keys: Any) -> Any:
+        return config_of(OLMO2, **keys).get("rope_scaling")
+
+    linear = {"rope_type": "linear", "factor": 4.0}
+    assert scaling(**{"rope.scaling.factor": 4.0}) == linear
+    assert scaling(**{"rope.scale_linear": 4.0}) == linear
+    assert scaling(**{"rope.scale_linear": 2.0, "rope.scaling.factor": 4.0}) == linear
+    assert scaling(**{"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}) == linear
+    assert scaling(**{"rope.scaling.type": "none", "rope.scaling.factor": 4.0}) is None
+    assert scaling(**{"rope.scaling.factor": 1.0}) is None
+    yarn = scaling(**{"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0})
+    assert yarn["original_max_position_embeddings"] == 64
+
+
+@pytest.mark.parametrize(
+    ("pattern", "full"),
+    [(None, [5]), (6, [5]), (3, [2, 5]), (1, range(6)), (0, []), (np.array([1, 0, 1, 1, 0, 0], bool), [1, 4, 5])],
+)
+def test_window_patterns(pattern: Any, full: Any) -> None:
+    changes = {} if pattern is None else {"attention.sliding_window_pattern": pattern}
+    config = config_of(GEMMA3, **changes)
+    decoder = read_config(config)
+    assert [layer for layer, mixer in enumerate(attentions(decoder)) if mixer.window is None] == list(full)
+    if isinstance(pattern, np.ndarray):
+        with pytest.raises(ValueError, match="follow no such pattern"):
+            architecture_for(config).metadata(complete_config(config, architecture_for(config)))
+    else:
+        values = architecture_for(config).metadata(complete_config(config, architecture_for(config)))
+        assert values.get("attention.sliding_window_pattern", 6) == (7 if pattern == 0 else pattern or 6)
+
+
+def test_wrong_window_pattern() -> None:
+    with pytest.raises(ValueError, match="must be a period, or 0 or 1 for each of 6 layers"):
+        config_of(GEMMA3, **{"attention.sliding_window_pattern": np.array([1, 0])})

@@ -75,6 +75,7 @@ def test_others_read_it(memory: Any, arrays: dict[str, np.ndarray], tmp_path: Pa
     assert values["llama.rope.dimension_count"] == values["llama.attention.key_length"] == 8
     assert values["llama.attention.layer_norm_rms_epsilon"] == np.float32(1e-5)
     assert values["llama.vocab_size"] == 5
+    assert values["general.name"] == "model"
     assert [values[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "eot", "eom")] == [0, 0, 3, 4]
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
@@ -118,20 +119,24 @@ def test_tokens_that_are_none() -> None:
 WRONG = {
     "unknown type": ({"model_type": "rwkv"}, {}, "of type 'rwkv' cannot be written as GGUF; known are deepseek_v2"),
     "no type": ({"model_type": None}, {}, "of type None cannot be written"),
-    "window": ({"sliding_window": 4096}, {}, "GGUF cannot say sliding_window=4096 of a llama model: .* assume None"),
+    "window": (
+        {"model_type": "mistral", "sliding_window": 4096},
+        {},
+        "GGUF cannot say sliding_window=4096 of a mistral model: .* assume None",
+    ),
     "activation": ({"hidden_act": "gelu"}, {}, "hidden_act='gelu' of a llama model"),
     "rope": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, {}, "this RoPE scaling cannot be said in GGUF"),
     "factors": (
-        {"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0]}},
+        {"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0] * 4, "short_factor": [1.0] * 4}},
         {},
         "this RoPE scaling cannot be said",
     ),
     "mscale": (
-        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0}},
         {},
         "RoPE scaling cannot be said",
     ),
-    "missing": ({"hidden_size": None}, {}, "of a llama model needs the field hidden_size"),
+    "missing": ({"hidden_size": None}, {}, "'llama': the config has no hidden_size"),
     "ends": ({"eos_token_id": [1, 2, 3, 4]}, {}, "room for 3 tokens as eos_token_id"),
     "left over": ({}, {"model.extra.weight": np.zeros(3)}, "1 tensors are not known .* llama: model.extra.weight"),
     "large": (
@@ -198,3 +203,33 @@ def test_no_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, valid: Path
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match="take the package gguf, which is not installed: .* -m pip install gguf"):
         GgufFile(valid)
+
+
+def test_name_and_ends_of_a_folder(memory: Any, arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
+    """The name is the folder's; ends of a text that only generation_config.json names are written too."""
+    folder = tmp_path / "My-Model"
+    zoo.save(zoo.load(memory({**CONFIG, "eos_token_id": 0}, arrays))[0], folder, config={**CONFIG, "eos_token_id": 0})
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 3]}')
+    zoo.convert(folder, tmp_path / "model.gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["general.name"].contents() == "My-Model"
+    assert [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot")] == [0, 3]
+    zoo.convert(tmp_path / "model.gguf", tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "model.gguf").read_bytes()
+    snapshot = tmp_path / "models--org--Their-Model" / "snapshots" / "0123"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    assert zoo.open_source(snapshot).name == "Their-Model"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(("count", "loads"), [(0, True), (1, True), (2, False)])
+def test_merged_files(
+    count: int, loads: bool, make: Any, llama: dict[str, Any], weights: dict[str, np.ndarray]
+) -> None:
+    """llama-gguf-split writes split.count = 0 when it merges."""
+    path = make({**llama, "split.count": count}, weights)
+    if loads:
+        assert GgufFile(path).tensors
+    else:
+        with pytest.raises(ValueError, match="one of 2 parts of a model"):
+            GgufFile(path)

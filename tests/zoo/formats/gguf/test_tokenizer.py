@@ -210,3 +210,26 @@ def test_order_of_merges() -> None:
     tokenizer.normalizer = normalizers.Replace(" ", "▁")  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match="one score for each token, and these have another order"):
         write_tokenizer(tokenizer, 7, CONFIG)
+
+
+def test_spaces_after_special_tokens() -> None:
+    """No key says that they are removed; llama.cpp goes by the name of the model, and so do reading and writing."""
+    tokenizer = sentencepiece(True)
+    tokenizer.add_special_tokens([AddedToken("<|user|>", normalized=False, rstrip=True)])
+    tokenizer.add_special_tokens([AddedToken("</s>", normalized=False, rstrip=True)])
+    rows = tokenizer.get_vocab_size()
+    with pytest.raises(ValueError, match="no key for rstrip of tokens, .* '</s>', '<.user.>' .* name 'mine'"):
+        write_tokenizer(tokenizer, rows, CONFIG, "mine")
+    metadata = write_tokenizer(tokenizer, rows, CONFIG, "Phi-3-mini")
+    texts = ["<|user|>  abc", "<s>  abc</s>  abc"]
+    for name, same in (("Phi-3-mini", True), ("mine", False)):
+        again = read_tokenizer({**metadata, "general.name": name})
+        assert again is not None
+        assert (ids(again, texts) == ids(tokenizer, texts)) == same
+    with pytest.raises(ValueError, match="no key for rstrip"):
+        write_tokenizer(sentencepiece(True), rows - 1, CONFIG, "phi3")
+    for flags in ({"lstrip": True}, {"single_word": True}):
+        other = sentencepiece(True)
+        other.add_special_tokens([AddedToken("<x>", normalized=False, **flags)])
+        with pytest.raises(ValueError, match=f"no key for {next(iter(flags))} of tokens"):
+            write_tokenizer(other, rows, CONFIG, "mine")

@@ -88,12 +88,10 @@ def read_deepseek(metadata: Metadata, config: Config) -> Config:
     """The sizes of heads, and YaRN."""
     # Files with `key_length_mla` say of the other lengths what they are in the compressed cache.
     of = "_mla" if metadata.has("attention.key_length_mla") else ""
-    scaling: Config | None = None
-    if metadata.get("rope.scaling.type", str, "none") != "none":
-        scale = metadata.get("rope.scaling.yarn_log_multiplier", float, 0.0)
-        scaling = dict(read_rope(metadata)["rope_scaling"])
-        if scale:
-            scaling |= dict.fromkeys(("mscale", "mscale_all_dim"), shortest(10 * scale))
+    scaling = read_rope(metadata).get("rope_scaling")
+    scale = metadata.get("rope.scaling.yarn_log_multiplier", float, 0.0)
+    if scaling is not None and scale:
+        scaling |= dict.fromkeys(("mscale", "mscale_all_dim"), shortest(10 * scale))
     groups = (config["n_group"], config["topk_group"])
     if not metadata.has("expert_group_count"):
         groups = GROUPS.get(config["n_routed_experts"], groups)
@@ -109,8 +107,10 @@ def read_deepseek(metadata: Metadata, config: Config) -> Config:
 
 def read_deepseek2(metadata: Metadata, config: Config) -> Config:
     """As `read_deepseek`; groups of experts are chosen among where there are any."""
-    found = read_deepseek(metadata, config)
-    return {**found, "topk_method": "greedy" if found["n_group"] == 1 else "group_limited_greedy"}
+    if (function := metadata.get("expert_gating_func", default=SOFTMAX)) not in (0, SOFTMAX):
+        raise ValueError(f"expert_gating_func must be {SOFTMAX} (softmax) or {SIGMOID} (sigmoid), got {function}")
+    fields = read_deepseek(metadata, config)
+    return {**fields, "topk_method": "greedy" if fields["n_group"] == 1 else "group_limited_greedy"}
 
 
 def write_deepseek(config: Config) -> dict[str, Any]:
@@ -141,8 +141,11 @@ def write_deepseek2(config: Config) -> dict[str, Any]:
     return write_deepseek(config)
 
 
+COMPRESSED = ("attention.head_count_kv", "attention.key_length", "attention.value_length")
+"""Keys that describe the compressed cache, in files that have `key_length_mla`."""
 DEEPSEEK2 = Architecture(
     name="deepseek2",
+    without_effect=COMPRESSED,
     model_type="deepseek_v2",
     model_class="DeepseekV2ForCausalLM",
     when=lambda metadata: not sigmoid(metadata),
@@ -155,7 +158,9 @@ DEEPSEEK2 = Architecture(
 )
 DEEPSEEK3 = Architecture(
     name="deepseek2",
+    without_effect=COMPRESSED,
     model_type="deepseek_v3",
+    context_length=4096,
     model_class="DeepseekV3ForCausalLM",
     when=sigmoid,
     fields=DEEPSEEK_FIELDS,

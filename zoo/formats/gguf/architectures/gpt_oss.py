@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 
 from ..architecture import Architecture
-from ..config import Config, Field, Metadata, check_fields, write_rope
+from ..config import Config, Field, Metadata, write_rope
 from ..rules import TURNED, Joined, Pair, linear
-from .parts import DENSE, EXPERTS, SILU, WINDOW, attention, norms, top, with_head
+from .parts import DENSE, EXPERTS, SILU, WINDOW, attention, norms, read_layer_types, top, with_head, write_layer_types
 
 
 def interleave(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -35,30 +35,27 @@ def interleaved(gguf: str, hf: str, turned: bool) -> Joined:
     )
 
 
-def gpt_oss_layers(config: Config) -> list[str]:
-    """Windows on every other layer, the first included."""
-    return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(config["num_hidden_layers"])]
-
-
 def read_gpt_oss(metadata: Metadata, config: Config) -> Config:
     """RoPE, and which layers have a window."""
-    found = with_head(metadata, config)
-    if "rope_scaling" in found:
-        found["rope_scaling"] = {**found["rope_scaling"], "truncate": False}
-    return {**found, "layer_types": gpt_oss_layers(config)}
+    fields = with_head(metadata, config)
+    if "rope_scaling" in fields:
+        fields["rope_scaling"] = {**fields["rope_scaling"], "truncate": False}
+    return {**fields, "layer_types": read_layer_types(metadata, config, 2)}
 
 
 def write_gpt_oss(config: Config) -> dict[str, Any]:
     """The inverse of `read_gpt_oss`."""
-    check_fields(config, {"layer_types": (gpt_oss_layers(config),)})
     return {
         **write_rope(config),
+        **write_layer_types(config, 2),
         **dict.fromkeys(("attention.key_length", "attention.value_length"), config["head_dim"]),
     }
 
 
 GPT_OSS = Architecture(
     name="gpt-oss",
+    context_length=131072,
+    without_effect=("feed_forward_length",),  # every layer has experts
     model_type="gpt_oss",
     model_class="GptOssForCausalLM",
     fields=(

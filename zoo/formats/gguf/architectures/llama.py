@@ -59,6 +59,7 @@ LLAMA = Architecture(
 MIXTRAL = Architecture(
     name="llama",
     model_type="mixtral",
+    context_length=131072,
     model_class="MixtralForCausalLM",
     when=lambda metadata: metadata.get("expert_count", default=0) > 0,
     fields=(*DENSE, Field("expert_count", "num_local_experts"), EXPERTS),
@@ -81,6 +82,7 @@ def smollm3_layers(config: Config) -> dict[str, Any]:
 SMOLLM3 = Architecture(
     name="smollm3",
     model_type="smollm3",
+    context_length=32768,
     model_class="SmolLM3ForCausalLM",
     fields=DENSE,
     implied={**SILU, "no_rope_layer_interval": 4},

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from ..config import Config, Field, Metadata, read_rope, write_rope
 from ..rules import SAME, Change, Pair, Rule, Stacked, linear, paired
 
@@ -19,6 +21,7 @@ DENSE = (
     Field("attention.layer_norm_rms_epsilon", "rms_norm_eps", float),
 )
 EXPERTS = Field("expert_used_count", "num_experts_per_tok")
+WINDOW_PATTERN = "attention.sliding_window_pattern"
 WINDOW = Field("attention.sliding_window", "sliding_window")
 NO_WINDOW = {"sliding_window": (None,)}
 SILU = {"hidden_act": "silu"}
@@ -79,4 +82,48 @@ def head(config: Config) -> dict[str, Any]:
 
 def with_head(metadata: Metadata, config: Config) -> Config:
     """RoPE's fields, and the size of a head."""
-    return {**read_rope(metadata), "head_dim": metadata.head_dim}
+    return {**read_rope(metadata), "head_dim": head_dim(metadata)}
+
+
+def head_dim(metadata: Metadata) -> int:
+    """The size of a head. Raises ValueError where that of its values is another."""
+    keys, values = metadata.head_dim, metadata.get("attention.value_length", default=metadata.head_dim)
+    if values != keys:
+        raise ValueError(
+            f"heads whose values have another size are not supported: key_length {keys}, value_length {values}"
+        )
+    return keys
+
+
+def layer_types(layers: int, period: int) -> list[str]:
+    """Every `period`-th layer sees everything, the others a window."""
+    return ["full_attention" if (layer + 1) % period == 0 else "sliding_attention" for layer in range(layers)]
+
+
+def read_layer_types(metadata: Metadata, config: Config, period: int) -> list[str]:
+    """The kind of attention of each layer: a pattern with this period where the metadata have no other.
+
+    The key holds the period, or for each layer whether it has a window.
+    """
+    pattern, layers = metadata.raw(WINDOW_PATTERN), config["num_hidden_layers"]
+    if config["sliding_window"] is None:
+        return ["full_attention"] * layers
+    if pattern is None:
+        return layer_types(layers, period)
+    if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern >= 0:
+        return layer_types(layers, pattern) if pattern else ["sliding_attention"] * layers
+    if isinstance(pattern, np.ndarray) and pattern.shape == (layers,) and np.isin(pattern, (0, 1)).all():
+        return ["sliding_attention" if window else "full_attention" for window in pattern]
+    raise ValueError(f"{WINDOW_PATTERN} must be a period, or 0 or 1 for each of {layers} layers, got {pattern!r:.100}")
+
+
+def write_layer_types(config: Config, period: int) -> dict[str, Any]:
+    """The inverse of `read_layer_types`. Raises ValueError where the layers have no period."""
+    layers, kinds = config["num_hidden_layers"], config["layer_types"]
+    for own in (period, *range(1, layers + 2)):
+        if kinds == layer_types(layers, own):
+            return {} if own == period else {WINDOW_PATTERN: own}
+    raise ValueError(
+        "GGUF can say that every n-th layer has no window and the others have one, and the layer_types of this "
+        f"{config['model_type']} model follow no such pattern: {kinds!r:.200}"
+    )

@@ -6,6 +6,7 @@ from .parts import DENSE, EXPERTS, GATED, QK_NORMS, SILU, TWO_NORMS, attention, 
 
 QWEN2 = Architecture(
     name="qwen2",
+    context_length=32768,
     model_type="qwen2",
     model_class="Qwen2ForCausalLM",
     fields=DENSE,
@@ -18,6 +19,7 @@ QWEN2 = Architecture(
 )
 QWEN3 = Architecture(
     name="qwen3",
+    context_length=32768,
     model_type="qwen3",
     model_class="Qwen3ForCausalLM",
     fields=DENSE,
@@ -30,6 +32,7 @@ QWEN3 = Architecture(
 )
 QWEN3_MOE = Architecture(
     name="qwen3moe",
+    context_length=32768,
     model_type="qwen3_moe",
     model_class="Qwen3MoeForCausalLM",
     fields=(
