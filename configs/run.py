@@ -28,6 +28,9 @@ class Data(Spec):
     tokenizer: str = ""
     """Path of a tokenizer.json; empty: that of the run's weights, or a byte-level BPE of the model's vocabulary that is
     trained on the text and cached."""
+    special_tokens: bool = False
+    """Read text that spells a special token, such as <|endoftext|>, as that token: for text that is meant to hold them.
+    Otherwise it is plain text."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

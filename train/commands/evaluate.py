@@ -46,6 +46,7 @@ def score_files(
                 source.documents(split),
                 start=prefix_of(writer),
                 stride=stride or None,
+                special_tokens=writer.special_tokens,
                 progress=lambda size, task=task: bar.advance(task, size),
             )
     return found

@@ -88,6 +88,7 @@ def generate(
     draw: tyro.conf.OmitArgPrefixes[Draw] = Draw(),
     place: tyro.conf.OmitArgPrefixes[Place] = Place(),
     guess: int = 0,
+    special_tokens: bool | None = None,
 ) -> None:
     """Continue a prompt.
 
@@ -101,6 +102,8 @@ def generate(
         draw: how tokens are drawn.
         place: where and in what the model computes.
         guess: so many tokens are guessed at a time from the text so far, which changes nothing but the speed.
+        special_tokens: read text of the prompt that spells a special token as that token; by default as the run was
+            trained (data.special_tokens), and as plain text for other models.
     """
     writer = place.open(source).optimize_for_decoding()
     options: dict[str, Any] = {
@@ -111,6 +114,7 @@ def generate(
         "dtype": writer.dtype,
         "cache_dtype": place.cache_dtype or None,
         "speculation": zoo.Speculation(tokens=guess) if guess else None,
+        "special_tokens": writer.special_tokens if special_tokens is None else special_tokens,
     }
     bold = Console(soft_wrap=True, highlight=False, markup=False)
     shown = prompt.lstrip("\n")
@@ -182,6 +186,7 @@ def eval_(
     text_field: str = "text",
     limit: int = 0,
     json: bool = False,
+    special_tokens: bool | None = None,
     place: tyro.conf.OmitArgPrefixes[Place] = Place(),
 ) -> None:
     """Perplexity and bits per byte of text, and tasks of lm-evaluation-harness.
@@ -199,11 +204,15 @@ def eval_(
         text_field: the field of a record that holds the text.
         limit: only so many examples of a task.
         json: print JSON.
+        special_tokens: read text that spells a special token as that token; by default as the run was trained
+            (data.special_tokens), and as plain text for other models.
         place: where and in what the model computes.
     """
     if not text and not tasks:
         raise ValueError("there is nothing to evaluate: give --text FILES or --tasks NAMES")
     writer = place.open(source)
+    if special_tokens is not None:
+        writer = dataclasses.replace(writer, special_tokens=special_tokens)
     console = Console(soft_wrap=True, highlight=False)
     if text:
         shown = Console(stderr=True, quiet=processes.quiet())

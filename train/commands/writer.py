@@ -37,6 +37,8 @@ class Writer:
     """What the model computes in."""
     prefix: int | None
     """Token on which the first token of a text is conditioned, in scoring."""
+    special_tokens: bool = False
+    """Whether text that spells a special token is read as that token, as the run was trained."""
 
     def optimize_for_decoding(self) -> "Writer":
         """The same with the model in the form that decodes fastest, which takes the place of this one's model."""
@@ -67,7 +69,8 @@ def open_writer(
         end = str(tokenizer.id_to_token(separator(tokenizer)))
         prefix = prefix_token(tokenizer, None, [end]) if described is None else _prefix(described, tokenizer, stop)
         stop = tuple(dict.fromkeys((end, *stop)))
-        return Writer(model, tokenizer, stop, template, jnp.dtype(dtype or "float32"), prefix)
+        special_tokens = folders.Folder(path).run().data.special_tokens
+        return Writer(model, tokenizer, stop, template, jnp.dtype(dtype or "float32"), prefix, special_tokens)
     if step is not None:
         raise ValueError(f"step is of the checkpoints of a run, and {source} is none; leave it out")
     opened = zoo.open_source(source)

@@ -52,7 +52,9 @@ def load(
             )
     else:
         shares = _shares(sources, data.weights)
-        tokenizer = trained_tokenizer(sources, shares, vocab=vocab, heldout=data.heldout, cache=folder)
+        tokenizer = trained_tokenizer(
+            sources, shares, vocab=vocab, heldout=data.heldout, cache=folder, special_tokens=data.special_tokens
+        )
     stores = tuple(
         token_store(
             source,
@@ -60,6 +62,7 @@ def load(
             heldout=data.heldout,
             heldout_bytes=data.heldout_bytes,
             cache=folder,
+            special_tokens=data.special_tokens,
             progress=progress,
         )
         for source in sources
@@ -73,6 +76,7 @@ def load(
         batch=batch,
         seed=seed,
         own=own,
+        special_tokens=data.special_tokens,
     )
 
 

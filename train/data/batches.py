@@ -36,6 +36,7 @@ class Batches:
         batch: rows in a global batch (B).
         seed: of the order.
         own: which rows of a batch are read here; all if empty.
+        special_tokens: text that spells a special token is that token.
     """
 
     tokenizer: Tokenizer
@@ -46,6 +47,7 @@ class Batches:
     batch: int
     seed: int
     own: tuple[int, ...] = ()
+    special_tokens: bool = False
 
     def __post_init__(self) -> None:
         if not all(0 <= row < self.batch for row in self.own):
@@ -88,7 +90,8 @@ class Batches:
             f"{' + '.join(store.name for store in self.stores)}: {_count(self.documents, 'document')}, "
             f"{size / 1e6:,.2f} MB, {self.train_tokens:,} tokens of {ids(self.tokenizer):,} "
             f"({size / self.train_tokens:.2f} bytes each); held out {self.heldout_bytes / 1e6:,.2f} MB of "
-            f"{_count(sum(map(len, self.heldout_texts)), 'document')}"
+            f"{_count(sum(map(len, self.heldout_texts)), 'document')}; special tokens in the text are "
+            f"{'tokens' if self.special_tokens else 'plain text'}"
         )
 
     def train(self) -> "TrainIterator":
@@ -104,7 +107,11 @@ class Batches:
 
     @functools.cached_property
     def _heldout_rows(self) -> list[Rows]:
-        streams = [heldout_stream(texts, self.tokenizer) for texts in self.heldout_texts if texts]
+        streams = [
+            heldout_stream(texts, self.tokenizer, special_tokens=self.special_tokens)
+            for texts in self.heldout_texts
+            if texts
+        ]
         return [Rows(stream, self.length, self.ends) for stream in streams]
 
     def rows(self) -> grain.MapDataset:

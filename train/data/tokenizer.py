@@ -9,23 +9,11 @@ from typing import NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ...zoo.formats.tokenizer_file import read_tokenizer_file
+from ...zoo.text_encoding import END_OF_TEXT, SEPARATORS, added_ids, encode
 from .cache import digest, filled
 from .sources import Source
 from .split import place, split
 
-END_OF_TEXT = "<|endoftext|>"
-SEPARATORS = (
-    END_OF_TEXT,
-    "<|end_of_text|>",
-    "<|endofdocument|>",
-    "<｜end▁of▁sentence｜>",
-    "<eos>",
-    "</s>",
-    "<|im_end|>",
-    "[EOS]",
-    "[SEP]",
-)
-"""Tokens that known tokenizers put between documents; the first that a vocabulary has is used."""
 TRAINING_BYTES = 256 * 2**20
 """A BPE is trained on about so much text, spread evenly over more."""
 
@@ -34,7 +22,7 @@ _BREAKS = (re.compile(r"(?<=\S\n)(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))
 
 
 def load_tokenizer(file: str | Path) -> Tokenizer:
-    """A tokenizer.json, set to add nothing, cut nothing and read text that spells a special token as plain text.
+    """A tokenizer.json, set to add nothing and cut nothing.
 
     Raises:
         ValueError: there is no such file, it is not a tokenizer, or it has no token to separate documents with.
@@ -42,7 +30,6 @@ def load_tokenizer(file: str | Path) -> Tokenizer:
     tokenizer = read_tokenizer_file(file)
     names = [str(tokenizer.id_to_token(index)) for index in sorted({*ends(tokenizer)})]
     tokenizer.add_special_tokens(names)  # where they were common tokens, which text can spell
-    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
@@ -67,7 +54,7 @@ class Ends(NamedTuple):
 def ends(tokenizer: Tokenizer) -> Ends:
     """What the tokenizer puts before a text, where it does, and the separator after it. Raises as `separator`."""
     end = separator(tokenizer)
-    return Ends(next(iter(tokenizer.encode("").ids), end), end)
+    return Ends(next(iter(added_ids(tokenizer)), end), end)
 
 
 def ids(tokenizer: Tokenizer) -> int:
@@ -81,7 +68,13 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 
 def trained_tokenizer(
-    sources: Sequence[Source], shares: Sequence[float], *, vocab: int, heldout: float, cache: Path
+    sources: Sequence[Source],
+    shares: Sequence[float],
+    *,
+    vocab: int,
+    heldout: float,
+    cache: Path,
+    special_tokens: bool = False,
 ) -> Tokenizer:
     """A byte-level BPE of the text that is trained on, kept in the cache.
 
@@ -93,6 +86,7 @@ def trained_tokenizer(
         vocab: its size, the separator and the 256 bytes included.
         heldout: the fraction held out, which is not looked at.
         cache: the cache folder.
+        special_tokens: text that spells the separator is the separator, and not looked at.
 
     Raises:
         ValueError: the vocabulary is too small for bytes.
@@ -115,10 +109,14 @@ def trained_tokenizer(
             show_progress=False,
         )
         texts = (piece for pair in zip(sources, shares, strict=True) for piece in _sampled(*pair, heldout))
+        if special_tokens:
+            texts = (part for text in texts for part in text.split(END_OF_TEXT))
         tokenizer.train_from_iterator(texts, trainer)
         aside.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
-    key = digest(1, [source.fingerprint for source in sources], list(shares), vocab, heldout, TRAINING_BYTES)
+    key = digest(
+        1, [source.fingerprint for source in sources], list(shares), vocab, heldout, TRAINING_BYTES, special_tokens
+    )
     return load_tokenizer(filled(cache / "tokenizers" / f"{key}.json", fill))
 
 
@@ -143,7 +141,7 @@ def pieces(text: str) -> Iterator[str]:
 def cuttable(tokenizer: Tokenizer) -> bool:
     """Whether a text's pieces encode to what the whole encodes to (not so where each text gets a space in front)."""
     for left, right in (("some words,\n", "more words"), ("some words.\n", "9 lines"), ("some", " words\n")):
-        parts = [tokenizer.encode(text, add_special_tokens=False).ids for text in (left, right, left + right)]
+        parts = [encode(tokenizer, text) for text in (left, right, left + right)]
         if parts[0] + parts[1] != parts[2]:
             return False
     return True

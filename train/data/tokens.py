@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from ...zoo.text_encoding import encode_batch
 from .cache import digest, filled
 from .sources import Source
 from .split import Sample, split
@@ -18,7 +19,7 @@ from .tokenizer import cuttable, ends, ids, pieces, tokenizer_digest
 Progress = Callable[[int, int | None], None]
 """Called with the bytes of text done so far and about how many there are in all, where that is known."""
 
-_FORMAT = 2  # of the store and the rules that fill it
+_FORMAT = 3  # of the store and the rules that fill it
 _BATCH = 2**22  # characters encoded at once
 
 
@@ -49,6 +50,7 @@ def token_store(
     heldout: float,
     heldout_bytes: int,
     cache: Path,
+    special_tokens: bool = False,
     progress: Progress | None = None,
 ) -> Store:
     """A source in tokens, from the cache or made now.
@@ -59,13 +61,14 @@ def token_store(
         heldout: the fraction held out, where the source has no validation split.
         heldout_bytes: how much held-out text there must be to choose from.
         cache: the cache folder.
-        progress: told how far it is, while it tokenizes.
+        special_tokens: read text that spells a special token as that token.
+        progress: called while it tokenizes.
 
     Raises:
         ValueError: there is no text in it, or something that is not text.
         CacheError: the cache cannot be written.
     """
-    key = digest(_FORMAT, source.fingerprint, tokenizer_digest(tokenizer), heldout, heldout_bytes)
+    key = digest(_FORMAT, source.fingerprint, tokenizer_digest(tokenizer), heldout, heldout_bytes, special_tokens)
 
     def fill(aside: Path) -> None:
         aside.mkdir()
@@ -88,7 +91,7 @@ def token_store(
 
         name = hashlib.blake2b(digest_size=10)
         with (aside / "tokens").open("wb") as file:
-            for part in stream(trained(), tokenizer):
+            for part in stream(trained(), tokenizer, special_tokens=special_tokens):
                 file.write(part.data)
                 name.update(part.data)
         if not count[0]:
@@ -104,41 +107,49 @@ def token_store(
     return Store(source.name, tokens, tuple(meta["heldout"]), meta["documents"], meta["bytes"], meta["digest"])
 
 
-def heldout_stream(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
+def heldout_stream(texts: Iterable[str], tokenizer: Tokenizer, *, special_tokens: bool = False) -> np.ndarray:
     """Texts as one stream in memory; a lone separator where there are none."""
-    return np.concatenate(list(stream(texts, tokenizer)))
+    return np.concatenate(list(stream(texts, tokenizer, special_tokens=special_tokens)))
 
 
-def stream(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+def stream(texts: Iterable[str], tokenizer: Tokenizer, *, special_tokens: bool = False) -> Iterator[np.ndarray]:
     """The stream of some documents in parts, uint16 or uint32 by the vocabulary.
 
     `SEP d1 SEP d2 SEP ... dn SEP`, where SEP is the separator; with another token, BOS, that the tokenizer puts before
-    a text, `SEP BOS d1 SEP BOS d2 SEP ... dn SEP`.
+    a text, `SEP BOS d1 SEP BOS d2 SEP ... dn SEP`. With `special_tokens`, a document may itself begin with BOS and end
+    with SEP: no second one is added.
     """
     begin, end = ends(tokenizer)
     between = np.array([end] if begin == end else [end, begin], _dtype(tokenizer))
     cut = cuttable(tokenizer)
     parts: list[tuple[str, bool]] = []  # text, and whether it begins a document
     waiting = 0
+    last: int | None = None  # the latest token of the stream
+
+    def encoded() -> np.ndarray:
+        nonlocal last, parts, waiting
+        rows = encode_batch(tokenizer, [text for text, _ in parts], special_tokens=special_tokens)
+        arrays: list[np.ndarray] = []
+        for (_, begins), encoded_ids in zip(parts, rows, strict=True):
+            if begins:
+                before = between[1:] if special_tokens and last == between[0] else between
+                before = before[:-1] if special_tokens and encoded_ids[:1] == [begin] else before
+                arrays.append(before)
+            arrays.append(np.array(encoded_ids, between.dtype))
+            last = encoded_ids[-1] if encoded_ids else begin if begins else last
+        parts, waiting = [], 0
+        return np.concatenate(arrays)
+
     for text in texts:
         for index, piece in enumerate(pieces(text) if cut else (text,)):
             parts.append((piece, index == 0))
             waiting += len(piece)
             if waiting >= _BATCH:
-                yield _encode(parts, tokenizer, between)
-                parts, waiting = [], 0
+                yield encoded()
     if parts:
-        yield _encode(parts, tokenizer, between)
-    yield between[:1]
-
-
-def _encode(parts: list[tuple[str, bool]], tokenizer: Tokenizer, between: np.ndarray) -> np.ndarray:
-    encoded = tokenizer.encode_batch_fast([text for text, _ in parts], add_special_tokens=False)
-    arrays: list[np.ndarray] = []
-    for (_, begins), encoding in zip(parts, encoded, strict=True):
-        arrays += [between] * begins
-        arrays.append(np.array(encoding.ids, between.dtype))
-    return np.concatenate(arrays)
+        yield encoded()
+    if not special_tokens or last != end:
+        yield between[:1]
 
 
 def _dtype(tokenizer: Tokenizer) -> Any:

@@ -21,6 +21,7 @@ from rich.console import Console
 from ... import zoo
 from ...configs.run import Run
 from ...zoo.parameters import describe, merge, shardings
+from ...zoo.text_encoding import encode
 from .. import data as datasets
 from ..checkpoints import step_folders
 from ..checkpoints.checkpoints import Checkpoints, check_space
@@ -349,8 +350,9 @@ class Job:
                 found = jax.device_put(found, places)
         parameters, key = found
         model = merge(abstract, parameters)
-        tokenizer = self.batches.tokenizer
-        room = run.model.max_positions - len(tokenizer.encode(run.prompt).ids) if run.model.max_positions else 120
+        tokenizer, special = self.batches.tokenizer, run.data.special_tokens
+        prompt = encode(tokenizer, run.prompt, special_tokens=special, add_special_tokens=True)
+        room = run.model.max_positions - len(prompt) if run.model.max_positions else 120
         if room < 1:
             self.board.say(f"no sample: the prompt fills all {run.model.max_positions} positions of the model")
             return
@@ -362,6 +364,7 @@ class Job:
             stop=(str(tokenizer.id_to_token(self.batches.separator)),),
             key=key,
             dtype=jnp.dtype(run.dtype),
+            special_tokens=special,
         )[0]
         self.recorder.write_text(step, run.prompt + text)
         self.board.sample(step, run.prompt, text)

@@ -12,6 +12,7 @@ from ..decoder import DecoderModel
 from ..generation.chat import ChatTemplate
 from ..generation.generate import complete
 from ..generation.sampling import GREEDY, Sampling
+from ..text_encoding import encode
 from .score import Scorer
 from .windows import Window, split_into_windows
 
@@ -30,7 +31,8 @@ class HarnessBackend:
     """Answers the requests of lm-evaluation-harness. `harness_lm` makes it an `lm_eval.api.model.LM`.
 
     Tokens, windows and cuts are those of the harness's Hugging Face backend, HFLM in lm_eval/models/huggingface.py:
-    texts get the special tokens that the tokenizer adds, unless they begin with the prefix token as text.
+    texts get the special tokens that the tokenizer adds, unless they begin with the prefix token as text, and text that
+    spells a special token is that token.
 
     Args:
         model: the decoder.
@@ -112,7 +114,7 @@ class HarnessBackend:
 
     def _encode(self, text: str) -> list[int]:
         special = not text.startswith(self._prefix_text)
-        return self.tokenizer.encode(text, add_special_tokens=special).ids
+        return encode(self.tokenizer, text, special_tokens=True, add_special_tokens=special)
 
     def _window(self, context: str, continuation: str) -> Window:
         length = self.scorer.length
@@ -120,7 +122,7 @@ class HarnessBackend:
             before = self._encode(context.rstrip())
             scored = self._encode(context + continuation)[len(before) :]
         else:
-            before, scored = [], self.tokenizer.encode(continuation, add_special_tokens=False).ids
+            before, scored = [], encode(self.tokenizer, continuation, special_tokens=True)
             if scored[:1] == [self.prefix]:
                 before, scored = scored[:1], scored[1:]
         if not 0 < len(scored) <= length:

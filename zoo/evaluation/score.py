@@ -17,6 +17,7 @@ from ..decoder import DecoderModel
 from ..generation.session import check_vocabulary, rounded
 from ..generation.state import positions_from
 from ..parameters import FlatModel
+from ..text_encoding import encode
 from .windows import Window, adds_prefix, split_into_windows
 
 LOGITS_BYTES = 2**26
@@ -124,18 +125,21 @@ class Scorer:
         *,
         start: int,
         stride: int | None = None,
+        special_tokens: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> Score:
         """The score of documents, of each on its own, in windows of `length` tokens that move by `stride` tokens.
 
         The first window of a document starts with the token `start`, which is not scored. If the tokenizer puts this
-        token before every text by itself, as it does with BOS, every window starts with it.
+        token before every text by itself, as it does with BOS, every window starts with it. A document that holds the
+        token itself at its start gets no second one.
 
         Args:
             tokenizer: tokenizer of the model.
             documents: texts.
             start: BOS, or EOS for a tokenizer that has no BOS.
             stride: from 1 to `length`; by default half of `length`.
+            special_tokens: read text that spells a special token as that token; else it is plain text.
             progress: called after each document with its size in bytes.
 
         Raises ValueError if the stride is outside these bounds or there is no token to score.
@@ -152,13 +156,14 @@ class Scorer:
         )
         total, waiting = Score(), []
         for document in documents:
-            ids = tokenizer.encode(document, add_special_tokens=False).ids
+            ids = encode(tokenizer, document, special_tokens=special_tokens)
             size = len(document.encode())
             total.documents += 1
             total.bytes += size
             total.changed += tokenizer.decode(ids, skip_special_tokens=False) != document
-            total.tokens += len(ids)
-            waiting += split(ids)
+            scored = ids[1:] if special_tokens and ids[:1] == [start] else ids
+            total.tokens += len(scored)
+            waiting += split(scored)
             if len(waiting) >= 16 * self.batch:
                 ready = len(waiting) // self.batch * self.batch
                 total.nll -= sum(likelihood.log_prob for likelihood in self.likelihoods(waiting[:ready]))

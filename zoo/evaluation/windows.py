@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+from ..text_encoding import added_ids
+
 
 @dataclass(frozen=True)
 class Window:
@@ -42,7 +44,7 @@ def split_into_windows(
 
 def adds_prefix(tokenizer: Tokenizer, prefix: int) -> bool:
     """Whether the tokenizer puts this token before every text by itself, as it does with BOS."""
-    return tokenizer.encode("").ids[:1] == [prefix]
+    return added_ids(tokenizer)[:1] == [prefix]
 
 
 def prefix_token(tokenizer: Tokenizer, bos: str | None, end_tokens: Sequence[str]) -> int | None:
@@ -51,6 +53,6 @@ def prefix_token(tokenizer: Tokenizer, bos: str | None, end_tokens: Sequence[str
     This is `prefix_token_id` of lm-evaluation-harness's Hugging Face backend. A tokenizer that names no BOS but puts a
     token before each text has that one. None where there is none of these.
     """
-    candidates = [tokenizer.token_to_id(bos)] if bos is not None else tokenizer.encode("").ids[:1]
+    candidates = [tokenizer.token_to_id(bos)] if bos is not None else added_ids(tokenizer)[:1]
     ids = [*candidates, *map(tokenizer.token_to_id, end_tokens)]
     return next((number for number in ids if number is not None), None)

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from ...layers.spec import missing_package
 from ..decoder import DecoderModel
+from ..text_encoding import encode
 from .generate import Generation, StreamInterval, check_length
 from .sampling import Sampling
 from .session import Session, Speed
@@ -183,7 +184,7 @@ class Conversation:
         Raises ValueError where the template refuses the message, or the model has no room; the message is not kept.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        ids = self.tokenizer.encode(self.template.render(messages), add_special_tokens=False).ids
+        ids = encode(self.tokenizer, self.template.render(messages), special_tokens=True)
         check_length(self.model, len(ids) + max_tokens)
         session = self._ready(ids, max_tokens)
         stream = TextStream(self.tokenizer, self.stop, self.ends)

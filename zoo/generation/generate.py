@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from ...layers.spec import unknown
 from ..decoder import DecoderModel
+from ..text_encoding import encode
 from .sampling import Sampling
 from .session import NewTokens, Session, Speed
 from .speculative import Speculation
@@ -58,6 +59,8 @@ class Options(TypedDict, total=False):
     """Of keys and values; int8 stores them quantized. By default, `dtype`."""
     speculation: Speculation | None
     """Guess tokens ahead by looking up what followed the latest ones in the text (zoo/generation/speculative.py)."""
+    special_tokens: bool
+    """Read text of a prompt that spells a special token as that token. By default it is plain text."""
     draft: DecoderModel | None
     """A smaller model of the same vocabulary that guesses tokens ahead, as many as `speculation` says."""
 
@@ -159,9 +162,10 @@ def _begin(
     _check_names(options)
     rest: dict[str, Any] = {"sampling": Sampling(), **options}
     stop, seed, key = rest.pop("stop", STOP), rest.pop("seed", 0), rest.pop("key", None)
+    special_tokens = rest.pop("special_tokens", False)
     _check(model, prompts, max_tokens, stop)
     ends = [found for found in map(tokenizer.token_to_id, stop) if found is not None]
-    rows = [_ids(tokenizer, prompt) or ends[:1] for prompt in prompts]
+    rows = [_ids(tokenizer, prompt, special_tokens) or ends[:1] for prompt in prompts]
     if not all(rows):
         raise ValueError(f"an empty prompt needs a token to start from, and none of stop={tuple(stop)} is one")
     length = max(map(len, rows)) + max_tokens
@@ -242,5 +246,7 @@ def _check(model: DecoderModel, prompts: Sequence[Prompt], max_tokens: int, stop
             raise ValueError(f"tokens of a prompt must be at least 0 and below the vocabulary of {vocab}, got {prompt}")
 
 
-def _ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    return tokenizer.encode(prompt).ids if isinstance(prompt, str) else list(prompt)
+def _ids(tokenizer: Tokenizer, prompt: Prompt, special_tokens: bool) -> list[int]:
+    if not isinstance(prompt, str):
+        return list(prompt)
+    return encode(tokenizer, prompt, special_tokens=special_tokens, add_special_tokens=True)

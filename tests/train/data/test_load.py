@@ -256,7 +256,7 @@ def test_a_killed_process_and_two_at_once(corpus: Path, tmp_path: Path):
         "import sys; from pathlib import Path; from flaxzoo.train import data as text\n"
         "from flaxzoo.configs.run import Data\n"
         "import flaxzoo.train.data.tokens as tokens, hashlib, os\n"
-        "if sys.argv[3]: tokens.stream = lambda *_: os._exit(9)\n"
+        "if sys.argv[3]: tokens.stream = lambda *_, **__: os._exit(9)\n"
         "b = text.load(Data(source=(sys.argv[1],)), vocab=300, length=16, batch=8, seed=3, cache=Path(sys.argv[2]))\n"
         "print(b.order, hashlib.sha256(next(b.train())['tokens'].tobytes()).hexdigest())\n"
     )

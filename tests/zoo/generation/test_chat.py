@@ -97,7 +97,9 @@ def test_turns_are_as_if_read_anew(name, sampling, models, tokenizer):
     for text in ("hello" * 8, "how", "a longer message", "the longest" * 8):
         prompt = TEMPLATE.render([*talk.messages, {"role": "user", "content": text}])
         answer = "".join(talk.say(text, max_tokens=11))
-        wanted = generate(models[name], tokenizer, [prompt], max_tokens=11, sampling=sampling, stop=("Z",))[0]
+        wanted = generate(
+            models[name], tokenizer, [prompt], max_tokens=11, special_tokens=True, sampling=sampling, stop=("Z",)
+        )[0]
         assert answer == wanted
         assert talk.messages[-1] == {"role": "assistant", "content": answer}
         reused.append(talk.reused)
@@ -114,7 +116,9 @@ def test_reset_and_an_answer_that_is_left(models, tokenizer):
     pieces.close()
     assert [m["content"] for m in talk.messages] == ["kind", "hello", first]
     prompt = TEMPLATE.render([*talk.messages, {"role": "user", "content": "go"}])
-    wanted = generate(models["mixed"], tokenizer, [prompt], max_tokens=5, sampling=GREEDY, stop=())[0]
+    wanted = generate(
+        models["mixed"], tokenizer, [prompt], max_tokens=5, special_tokens=True, sampling=GREEDY, stop=()
+    )[0]
     assert "".join(talk.say("go", max_tokens=5)) == wanted
     talk.reset()
     assert talk.messages == [{"role": "system", "content": "kind"}]
