@@ -50,7 +50,7 @@ def test_make_targets_exist() -> None:
     targets = {
         target
         for page in PAGES
-        for target in re.findall(r"\bmake ([a-z-]+)", "".join(re.findall(r"`[^`]+`", page.read_text(encoding="utf-8"))))
+        for target in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert len(targets) > 5
     for target in targets:
