@@ -64,8 +64,8 @@ DECAY = Range(0, 1, below=True)
 """Decays of moving averages."""
 FRACTION = Range(0, 1)
 """Shares of something."""
-SEED = Range(0, 2**32, below=True)
-"""Seeds of random keys: JAX keeps 32 bits of a seed, so a larger one would repeat a smaller one."""
+SEED = Range(0, 2**64, below=True)
+"""Seeds of random keys (`random_key`)."""
 
 
 def ranged(default: int | float, accepted: Range) -> Any:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ..configs.run import Run
 from ..layers.linear.matmul import quantized
 from ..layers.mixers.mixer import Positions
+from ..layers.random import random_key
 from ..layers.sharding import stages
 from ..layers.sharding.axes import batch_partition
 from ..zoo.decoder import DecoderModel
@@ -48,7 +49,7 @@ def initial_state(run: Run, mesh: Mesh, params: Parameters | None = None) -> Sta
     if params is None:
         assert not run.weights, f"the run starts from {run.weights}: read it first"
         placement = shardings(describe(run.model.abstract()), mesh)
-        params = jax.jit(lambda: split(run.model.build(rngs=nnx.Rngs(run.seed))), out_shardings=placement)()
+        params = jax.jit(lambda: split(run.model.build(rngs=nnx.Rngs(random_key(run.seed)))), out_shardings=placement)()
     return jax.jit(functools.partial(_state_of, run), donate_argnums=0)(params)
 
 
@@ -86,7 +87,7 @@ def _state_of(run: Run, params: Parameters) -> State:
         ema=jax.tree.map(jnp.copy, params) if run.ema else {},
         bad_steps=zero,
         skipped=zero,
-        rng=jax.random.key(run.seed),
+        rng=random_key(run.seed),
     )
 
 

@@ -143,7 +143,7 @@ def test_numbers_of_the_optimizer_outside_their_range_are_refused(field, wrong):
             for value in (NAN, INF, -1.0)
         ),
         ("ema", 1.0),
-        *(("seed", value) for value in (-1, 2**32, 2**63, 2**64)),
+        *(("seed", value) for value in (-1, 2**64)),
     ],
 )
 def test_numbers_of_a_run_outside_their_range_are_refused(field, wrong):

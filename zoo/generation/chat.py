@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
+from ...layers.random import random_key
 from ...layers.spec import missing_package
 from ..decoder import DecoderModel
 from ..text_encoding import encode
@@ -165,7 +166,7 @@ class Conversation:
             "cache_dtype": cache_dtype,
             "speculation": speculation,
         }
-        self._key, self._session = jax.random.key(seed), None
+        self._key, self._session = random_key(seed), None
         self.reused = 0
         """Tokens of the latest prompt that were in the caches."""
 

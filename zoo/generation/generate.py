@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
-import jax
 from jaxtyping import Array, Key
 from tokenizers import Tokenizer
 
+from ...layers.random import random_key
 from ...layers.spec import unknown
 from ..decoder import DecoderModel
 from ..text_encoding import encode
@@ -170,7 +170,7 @@ def _begin(
         raise ValueError(f"an empty prompt needs a token to start from, and none of stop={tuple(stop)} is one")
     length = max(map(len, rows)) + max_tokens
     check_length(model, length)
-    key = jax.random.key(seed) if key is None else key
+    key = random_key(seed) if key is None else key
     session = Session(model, batch=len(rows), length=length, key=key, ends=ends, **rest)
     # What follows an empty prompt is the beginning of a text.
     before = [row if prompt else [] for row, prompt in zip(rows, prompts, strict=True)]

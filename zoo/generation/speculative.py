@@ -104,7 +104,7 @@ def _drafted(
         active = (index < state.left).astype(jnp.int32)  # the last guess of a row is read for its cache alone
         logits, caches = draft(token[:, None], positions_from(state.lengths + index, active, 1), caches, dtype=dtype)
         weights = filters.filter(filters.penalise(whole(logits[:, 0]), seen))
-        guess = filters.draw(weights, row_keys(state.keys, state.drawn + index, GUESS))
+        guess = filters.sample(weights, row_keys(state.keys, state.drawn + index, GUESS))
         if seen is not None:
             seen = seen.at[jnp.arange(guess.shape[0]), guess].set(True)
         return (guess, seen, caches), (guess, jax.nn.softmax(weights, axis=-1))
@@ -180,7 +180,7 @@ def _judged(
     # Rounding may leave nothing where p and q are the same, and then a guess was refused by rounding, too.
     rest = jnp.where(jnp.sum(rest, axis=-1, keepdims=True) > 0, rest, here)
     left = jnp.where(refused[:, None], rest, here)
-    return kept, filters.draw(jnp.log(left), row_keys(state.keys, state.drawn, REPLACE))
+    return kept, filters.sample(jnp.log(left), row_keys(state.keys, state.drawn, REPLACE))
 
 
 def _pushed(

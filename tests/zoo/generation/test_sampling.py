@@ -1,9 +1,12 @@
 """Sampling: filters against their definitions in plain numpy, in the order of transformers, and draws."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flaxzoo.layers.random import random_key
 from flaxzoo.zoo import GREEDY, Sampling
 from flaxzoo.zoo.generation.sampling import row_keys
 from hypothesis import given
@@ -117,20 +120,71 @@ def test_draws_follow_the_probabilities():
         assert not drawn[wanted == 0].any()
 
 
+NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"temperature": -1.0},
         {"top_k": -1},
+        {"top_k": 1.5},
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"min_p": 1.1},
+        {"min_p": -0.1},
         {"repetition_penalty": 0.0},
-        {"temperature": float("nan")},
+        {"temperature": "hot"},
+        *({name: value} for name in NAMES for value in (math.nan, math.inf, -math.inf)),
     ],
     ids=str,
 )
 def test_what_cannot_be_is_refused(change):
     (name,) = change
-    with pytest.raises(ValueError, match=f"{name} must be .*got {name}="):
+    with pytest.raises(ValueError, match=f"{name} must be .*got "):
         Sampling(**change)
+
+
+EXTREMES = {
+    "temperature": (0.0, 5e-324, 1e-40, 1e-38, 1e-30, 1e-6, 1e-5, 1e300),
+    "top_k": (1, 3, 2**40),
+    "top_p": (5e-324, 1e-30, 1.0 - 1e-16),
+    "min_p": (5e-324, 1.0),
+    "repetition_penalty": (5e-324, 1e-30, 1e30, 1e300),
+}
+LOGITS = np.array(
+    [[1.0, 3.0, 2.0, 3.0, -1.0], [3e38, -3e38, 0.0, 1.0, 2.0], [-3e38, -3.2e38, -3e38, -3.1e38, -3.3e38], [0.0] * 5],
+    np.float32,
+)
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in EXTREMES.items() for value in values])
+def test_extreme_settings_leave_a_distribution(name, value):
+    """Finite logits of any size, with ties, give finite probabilities that sum to 1."""
+    temperature = {} if name == "temperature" else {"temperature": 1.0}
+    sampling = Sampling(**temperature, **{name: value})
+    assert EXTREMES.keys() == {*NAMES}
+    found = ours(LOGITS, np.arange(5) % 2 == 0, sampling)
+    np.testing.assert_allclose(found.sum(-1), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-38, 1e-30, 1e-6])
+def test_temperatures_near_0_are_greedy(temperature):
+    """Of a tie, too, the first token is taken, with any filter."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    for sampling in (Sampling(temperature=temperature), Sampling(temperature=temperature, top_p=0.5, top_k=3)):
+        assert sampling.traced(5).choose(jnp.asarray(LOGITS), None, keys).tolist() == [1, 0, 0, 0]
+
+
+def test_seeds_of_64_bits_differ():
+    seeds = [0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**63 - 1, 2**63, 2**64 - 1]
+    keys = [tuple(jax.random.key_data(random_key(seed)).tolist()) for seed in seeds]
+    assert len({*keys}) == len(seeds)
+    assert keys[:4] == [tuple(jax.random.key_data(jax.random.key(seed)).tolist()) for seed in seeds[:4]]
+    assert random_key(np.uint64(2**64 - 1)) == random_key(2**64 - 1) == jax.jit(lambda: random_key(2**64 - 1))()
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**64, 1.5, math.nan, "1", None], ids=str)
+def test_other_seeds_are_refused(seed):
+    with pytest.raises(ValueError, match="a seed must be an integer of at least 0 and below"):
+        random_key(seed)

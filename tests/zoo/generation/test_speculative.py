@@ -105,7 +105,7 @@ def test_kept_and_replaced_tokens_follow_the_model():
     weights = jnp.tile(p[None], (rows, 1, 1))
     for drawn in (True, False):
         if drawn:
-            guesses = filters.draw(jnp.log(jnp.tile(q, (rows, 1))), row_keys(keys, zeros, 1))
+            guesses = filters.sample(jnp.log(jnp.tile(q, (rows, 1))), row_keys(keys, zeros, 1))
             shares = jnp.tile(q[None], (rows, 1, 1))
         else:
             guesses, shares = zeros + 2, None
