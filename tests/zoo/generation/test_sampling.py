@@ -181,7 +181,7 @@ def test_seeds_of_64_bits_differ():
     keys = [tuple(jax.random.key_data(random_key(seed)).tolist()) for seed in seeds]
     assert len({*keys}) == len(seeds)
     assert keys[:4] == [tuple(jax.random.key_data(jax.random.key(seed)).tolist()) for seed in seeds[:4]]
-    assert random_key(np.uint64(2**64 - 1)) == random_key(2**64 - 1) == jax.jit(lambda: random_key(2**64 - 1))()
+    assert random_key(2**64 - 1) == jax.jit(lambda: random_key(2**64 - 1))()
 
 
 @pytest.mark.parametrize("seed", [-1, -(2**63), 2**64, 1.5, math.nan, "1", None], ids=str)
