@@ -65,8 +65,10 @@ class Optimizer(Spec):
     """What is left of the highest learning rate when all steps are done."""
     weight_decay: float = ranged(0.1, NON_NEGATIVE)
     """Decoupled weight decay of matrices; norms, biases and other vectors have none."""
-    b1: float = ranged(0.9, DECAY)
+    b1: float | None = ranged(None, DECAY)
+    """Decay of the moving average of gradients. By default 0.9, and 0.95 for the matrices that Muon updates."""
     b2: float = ranged(0.95, DECAY)
+    """Decay of the moving average of squared gradients; of Lion, the decay of its momentum."""
     eps: float = ranged(1e-8, Range(1e-30))
     """Added to the denominator of an update, so that a parameter without gradients gets no update of 0/0."""
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -68,8 +68,8 @@ SEED = Range(0, 2**64, below=True)
 """Seeds of random keys (`random_key`)."""
 
 
-def ranged(default: int | float, accepted: Range) -> Any:
-    """A dataclass field with a default and the numbers it accepts, for `check_ranges`."""
+def ranged(default: int | float | None, accepted: Range) -> Any:
+    """A dataclass field and the numbers it accepts, for `check_ranges`. None is accepted if it is the default."""
     return dataclasses.field(default=default, metadata={"range": accepted})
 
 
@@ -149,6 +149,8 @@ def check_ranges(spec: Spec, prefix: str = "") -> None:
         if accepted is None:
             continue
         value = getattr(spec, field.name)
+        if value is None and field.default is None:
+            continue
         whole = isinstance(field.default, int)
         if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
             noun = "a whole number" if whole else "a number"

@@ -35,7 +35,7 @@ def metrics(done: Done, tokens: Float[Array, ""]) -> dict[str, Float[Array, ""]]
     if not done:
         return {}
     even, z = _means(done, loads(done), tokens)
-    violations = [jnp.max(load, axis=-1) / jnp.mean(load, axis=-1) - 1 for load in loads(done).values()]
+    violations = [_violation(load) for load in loads(done).values()]
     return {
         "balance_loss": even,
         "router_z_loss": z,
@@ -54,6 +54,12 @@ def corrected(balance: Balance, params: Parameters, done: Done) -> Parameters:
             missing = jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
             moved[f"{name}.ffn.router.correction"] = correction + balance.bias_rate * reshard_like(missing, correction)
     return params | moved
+
+
+def _violation(load: Float[Array, "*L E"]) -> Float[Array, "*L"]:
+    """The load of the busiest expert over the mean load, minus 1; 0 where no token was routed."""
+    mean = jnp.mean(load, axis=-1)
+    return jnp.where(mean > 0, jnp.max(load, axis=-1) / jnp.where(mean > 0, mean, 1.0) - 1, 0.0)
 
 
 def _means(done: Done, loads: dict[str, Array], tokens: Array) -> tuple[Array, Array]:

@@ -1,5 +1,7 @@
 """Optimizers and schedules by name, from optax."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +13,8 @@ from ..layers.sharding.axes import stacked
 from ..zoo.parameters import Description
 
 Descriptions = dict[str, Description]
+B1, MUON_B1 = 0.9, 0.95
+"""Decay of the moving average of gradients where `Optimizer.b1` is not given; of Muon's matrices as in 2502.16982."""
 
 
 def schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
@@ -38,13 +42,14 @@ def schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
 
 
 def make(optimizer: Optimizer, steps: int, parameters: Descriptions) -> optax.GradientTransformation:
-    """The optax transformation, without clipping: weight decay on matrices alone, Muon on hidden matrices alone.
+    """The optax transformation, without clipping by the global norm.
 
-    Decay is decoupled (1711.05101) and scaled by the learning rate, for every optimizer.
+    Weight decay is decoupled (1711.05101), scaled by the learning rate, and applied to matrices only. Layers and
+    experts that are stacked in one array are updated as if each were an array of its own.
     """
     rate = schedule(optimizer, steps)
     matrices = {name: known.inputs > 0 for name, known in parameters.items()}
-    decay, b1, b2 = optimizer.weight_decay, optimizer.b1, optimizer.b2
+    decay, b1, b2 = optimizer.weight_decay, B1 if optimizer.b1 is None else optimizer.b1, optimizer.b2
     dtype = jnp.dtype(optimizer.momentum_dtype)
     match optimizer.name:
         case "adamw":
@@ -52,24 +57,69 @@ def make(optimizer: Optimizer, steps: int, parameters: Descriptions) -> optax.Gr
         case "lion":  # 2302.06675
             return optax.lion(rate, b1=b1, b2=b2, mu_dtype=dtype, weight_decay=decay, mask=matrices)
         case "adafactor":  # 1804.04235
-            return optax.chain(
-                optax.scale_by_factored_rms(decay_rate=0.8),
-                optax.clip_by_block_rms(1.0),
-                optax.add_decayed_weights(decay, matrices),
-                optax.scale_by_learning_rate(rate),
-            )
+            direction = optax.chain(optax.scale_by_factored_rms(decay_rate=0.8), optax.clip_by_block_rms(1.0))
+            direction = per_layer(direction, {name: stacked(known.axes) for name, known in parameters.items()})
         case "sgd":
-            return optax.chain(
-                optax.trace(decay=b1, nesterov=True, accumulator_dtype=dtype),
-                optax.add_decayed_weights(decay, matrices),
-                optax.scale_by_learning_rate(rate),
-            )
+            direction = optax.trace(decay=b1, nesterov=True, accumulator_dtype=dtype)
         case "muon":
-            return _muon(optimizer, rate, parameters)
+            direction = _muon(optimizer, parameters)
+    return optax.chain(direction, optax.add_decayed_weights(decay, matrices), optax.scale_by_learning_rate(rate))
 
 
-def _muon(optimizer: Optimizer, rate: optax.Schedule, parameters: Descriptions) -> optax.GradientTransformation:
-    """Muon (kellerjordan.github.io/posts/muon) on hidden matrices; embeddings, head and vectors by AdamW.
+def per_layer(transformation: optax.GradientTransformation, depths: dict[str, int]) -> optax.GradientTransformation:
+    """A transformation for named arrays that updates each layer and expert of a stacked array by itself.
+
+    Args:
+        transformation: reads the shape or norm of a whole array, as factored second moments and clipping by block do.
+        depths: by name, how many leading dimensions of the array stack layers and experts.
+
+    State of the transformation has these dimensions in front too, except for scalars, such as the number of steps.
+    """
+
+    def mapped(function: Callable[..., Any], name: str, array: jax.Array, *, inputs: tuple[str, ...]) -> Any:
+        layer = jax.ShapeDtypeStruct(array.shape[depths[name] :], array.dtype)
+        state = jax.tree.map(lambda leaf: 0 if leaf.ndim else None, jax.eval_shape(transformation.init, layer))
+        axes = tuple(state if kind == "state" else 0 for kind in inputs)
+        for _ in range(depths[name]):
+            function = jax.vmap(function, in_axes=axes, out_axes=state if len(inputs) == 1 else (0, state))
+        return function
+
+    def blocks(name: str, array: jax.Array) -> jax.Array:
+        """The array with a dimension after the stacked ones: that of a number in each layer is 1."""
+        return array if array.ndim > depths[name] else array[..., None]
+
+    def init(params: Any) -> Any:
+        states = {}
+        for name, array in params.items():
+            array = blocks(name, array)
+            state = mapped(transformation.init, name, array, inputs=("array",))(array)
+            split = functools.partial(_split_as, array=array, depth=depths[name])
+            states[name] = jax.tree.map(split, state)
+        return states
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        new_updates, states = {}, {}
+        for name, gradient in updates.items():
+            arrays = blocks(name, gradient), state[name], blocks(name, params[name])
+            function = mapped(transformation.update, name, arrays[0], inputs=("array", "state", "array"))
+            updated, states[name] = function(*arrays)
+            new_updates[name] = updated.reshape(gradient.shape)
+        return new_updates, states
+
+    return optax.GradientTransformation(init, update)
+
+
+def _split_as(state: jax.Array, array: jax.Array, depth: int) -> jax.Array:
+    """State of a stacked array with its leading dimensions split over the mesh as those of the array are."""
+    sharding = jax.typeof(array).sharding
+    if not state.ndim or not depth or sharding.mesh.empty:
+        return state
+    inner = jax.typeof(state).sharding.spec[depth:]
+    return jax.sharding.reshard(state, jax.sharding.PartitionSpec(*sharding.spec[:depth], *inner))
+
+
+def _muon(optimizer: Optimizer, parameters: Descriptions) -> optax.GradientTransformation:
+    """Muon (kellerjordan.github.io/posts/muon) for hidden matrices; AdamW for embeddings, head and vectors.
 
     Both have Nesterov momentum, as optax combines them. Updates are scaled to the root mean square of AdamW's
     (2502.16982, section 2.2), so one learning rate serves both.
@@ -87,20 +137,15 @@ def _muon(optimizer: Optimizer, rate: optax.Schedule, parameters: Descriptions) 
             if hidden
             else None
         )
-    direction = optax.contrib.muon(
-        -1.0,  # optax subtracts; decay and learning rate come after, for they are the same for both
-        adam_b1=optimizer.b1,
+    return optax.contrib.muon(
+        -1.0,  # optax subtracts; weight decay and learning rate come after, for they are the same for both
+        beta=MUON_B1 if optimizer.b1 is None else optimizer.b1,
+        adam_b1=B1 if optimizer.b1 is None else optimizer.b1,
         adam_b2=optimizer.b2,
         eps=optimizer.eps,
         mu_dtype=jnp.dtype(optimizer.momentum_dtype),
         muon_weight_dimension_numbers=dimensions,
         consistent_rms=0.2,
-    )
-    matrices = {name: known.inputs > 0 for name, known in parameters.items()}
-    return optax.chain(
-        direction,
-        optax.add_decayed_weights(optimizer.weight_decay, matrices),
-        optax.scale_by_learning_rate(rate),
     )
 
 

@@ -154,7 +154,8 @@ def test_numbers_of_a_run_outside_their_range_are_refused(field, wrong):
 def test_every_number_of_a_run_has_a_range():
     for kind in (Run, Optimizer, Balance):
         for field in dataclasses.fields(kind):
-            assert ("range" in field.metadata) == (field.type in (int, float)), f"{kind.__name__}.{field.name}"
+            number = field.type in (int, float, float | None)
+            assert ("range" in field.metadata) == number, f"{kind.__name__}.{field.name}"
 
 
 def test_a_count_is_a_whole_number():

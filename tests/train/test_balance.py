@@ -54,12 +54,16 @@ def random_batch(run: Run, seed: int = 0) -> dict[str, Any]:
 
 
 @functools.cache
+def gradients_of(run: Run) -> Any:
+    """A function of parameters and a batch that gives loss, likelihood, gradients and routing."""
+    return jax.jit(lambda parameters, batch: _gradients(run, run.model.abstract(), parameters, batch))
+
+
+@functools.cache
 def outcome(run: Run) -> Any:
     """Loss, likelihood, gradients and routing of a fresh model on the first random batch."""
     parameters = split(run.model.build(rngs=nnx.Rngs(run.seed)))
-    return jax.jit(lambda parameters, batch: _gradients(run, run.model.abstract(), parameters, batch))(
-        parameters, jax.tree.map(jnp.asarray, random_batch(run))
-    )
+    return gradients_of(run)(parameters, jax.tree.map(jnp.asarray, random_batch(run)))
 
 
 def test_losses_by_their_formulas(routed: Run) -> None:
@@ -90,6 +94,21 @@ def test_equal_loads_cost_one_and_others_more() -> None:
     for loads, wanted in ((equal, 1.0), (uneven, 8 * (0.3**2 + 0.2**2 + 5 * 0.1**2))):
         done = {"stack.0": {"load": loads, "probability": loads, "z": jnp.zeros(())}}
         assert float(balance.metrics(done, tokens)["balance_loss"]) == pytest.approx(wanted)
+
+
+def test_reports_of_a_batch_of_padding(routed: Run) -> None:
+    """No token is routed, and every report of a step is finite; no correction moves."""
+    batch = random_batch(routed)
+    batch |= {"segments": 0 * batch["segments"], "weights": 0 * batch["weights"]}
+    run = routed.replace(balance=Balance(loss=0.3, router_z_loss=0.2))
+    parameters = split(run.model.build(rngs=nnx.Rngs(0)))
+    loss, nll, gradients, routing = gradients_of(run)(parameters, jax.tree.map(jnp.asarray, batch))
+    reports = balance.metrics(routing, jnp.float32(0.0))
+    assert {name: float(value) for name, value in reports.items()} == dict.fromkeys(reports, 0.0)
+    assert (float(loss), float(nll)) == (0.0, 0.0)
+    assert all(bool(jnp.all(gradient == 0)) for gradient in gradients.values())
+    corrected = balance.corrected(Balance(bias_rate=0.01), parameters, routing)
+    jax.tree.map(np.testing.assert_array_equal, corrected, parameters)
 
 
 def test_metrics_of_routers_on_stages_and_outside_of_them() -> None:

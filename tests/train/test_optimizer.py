@@ -1,5 +1,7 @@
 """Optimizers and schedules by name: each learns, decays what it should, and follows its formula."""
 
+import dataclasses
+import itertools
 import math
 from typing import Any, get_args, get_type_hints
 
@@ -10,12 +12,14 @@ import optax
 import pytest
 from flax import nnx
 from flaxzoo.configs import Optimizer, Run
+from flaxzoo.configs.run import UNUSED
 from flaxzoo.layers.norm import RMSNorm
+from flaxzoo.layers.sharding.axes import stacked
 from flaxzoo.train import optimizer as optimizers
 from flaxzoo.train.distributed import mesh as meshes
 from flaxzoo.train.step import initial_state, make_step
 from flaxzoo.zoo import LayerNorm
-from flaxzoo.zoo.parameters import describe, split
+from flaxzoo.zoo.parameters import Description, describe, split
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -94,6 +98,118 @@ def test_the_default_is_optax_to_the_bit(tiny: Run) -> None:
         return moved, state
 
     jax.tree.map(np.testing.assert_array_equal, twice(ours), twice(plain))
+
+
+# Stacked parameters, and settings.
+
+SHAPES = {
+    "matrix": Description("L D F", (3, 130, 140), jnp.float32, inputs=1),
+    "heads": Description("L D N H", (2, 130, 2, 140), jnp.float32, inputs=1),
+    "norm": Description("L D", (128, 128), jnp.float32, inputs=0),  # as large as what Adafactor factors
+    "expert": Description("L E D F", (2, 3, 130, 140), jnp.float32, inputs=1),
+    "expert_bias": Description("L E F", (2, 128, 130), jnp.float32, inputs=0),
+    "number": Description("L", (3,), jnp.float32, inputs=0),
+    "table": Description("V D", (130, 140), jnp.float32, inputs=1),
+}
+
+
+def random_arrays(shapes: dict[str, Description], seed: int) -> dict[str, jax.Array]:
+    """Random numbers whose scale differs by layer and expert."""
+    source, arrays = np.random.default_rng(seed), {}
+    for name, known in shapes.items():
+        depth = stacked(known.axes)
+        scale = 10.0 ** source.uniform(-2, 2, known.shape[:depth] + (1,) * (len(known.shape) - depth))
+        arrays[name] = jnp.asarray(scale * source.normal(size=known.shape), jnp.float32)
+    return arrays
+
+
+def after_updates(
+    settings: Optimizer, known: dict[str, Description], params: Any, gradients: list[Any]
+) -> dict[str, jax.Array]:
+    """The parameters after as many steps as there are gradients."""
+    transformation = optimizers.make(settings, len(gradients), known)
+    state = transformation.init(params)
+    for gradient in gradients:  # not jitted: single operations are compiled once for all settings
+        params, state = optimizers.update(transformation, gradient, state, params)
+    return params
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stacked_layers_and_experts_are_updated_as_if_each_were_alone(name: str) -> None:
+    def alone(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The first two layers and experts of each array, as arrays of their own."""
+        return {
+            f"{key}{list(index)}": arrays[key][index]
+            for key, known in SHAPES.items()
+            for index in itertools.product(range(2), repeat=stacked(known.axes))
+        }
+
+    settings = Optimizer(name=name, learning_rate=0.1, warmup_steps=0, weight_decay=0.1)  # pyright: ignore
+    params, gradients = random_arrays(SHAPES, 0), [random_arrays(SHAPES, seed) for seed in (1, 2)]
+    known = {}
+    for key in alone(params):
+        what = SHAPES[key.partition("[")[0]]
+        depth = stacked(what.axes)
+        axes = " ".join(what.axes.split()[depth:])
+        known[key] = Description(axes, what.shape[depth:], what.dtype, inputs=what.inputs)
+    together = alone(after_updates(settings, SHAPES, params, gradients))
+    separate = after_updates(settings, known, alone(params), [alone(gradient) for gradient in gradients])
+    before = alone(params)
+    for key, array in separate.items():
+        moved = float(jnp.max(jnp.abs(array - before[key])))
+        np.testing.assert_allclose(together[key], array, rtol=1e-6, atol=1e-3 * moved, err_msg=key)
+
+
+OTHER_SETTINGS = {
+    "learning_rate": 0.2,
+    "warmup_steps": 3,
+    "decay_fraction": 0.9,
+    "final_fraction": 0.5,
+    "weight_decay": 0.3,
+    "b1": 0.5,
+    "b2": 0.5,
+    "eps": 0.5,
+    "schedule": "constant",
+}
+"""A value of each setting that is not its default. Others: `clip` and `momentum_dtype` have tests of their own."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_setting_changes_all_it_names_or_is_refused(name: str) -> None:
+    fields = {field.name for field in dataclasses.fields(Optimizer)}
+    assert fields == {*OTHER_SETTINGS, "name", "clip", "momentum_dtype"}
+    shapes = {
+        "matrix": Description("L D F", (2, 6, 8), jnp.float32, inputs=1),
+        "norm": Description("L D", (2, 8), jnp.float32, inputs=0),
+        "table": Description("V D", (6, 8), jnp.float32, inputs=1),
+    }
+    params, gradients = random_arrays(shapes, 0), [random_arrays(shapes, seed) for seed in range(1, 7)]
+    base: dict[str, Any] = {"name": name, "schedule": "wsd", "learning_rate": 0.1, "warmup_steps": 1}
+    base["decay_fraction"] = 0.5
+    before = after_updates(Optimizer(**base), shapes, params, gradients)
+    for setting, value in OTHER_SETTINGS.items():
+        changed = base | {setting: value}
+        if setting in UNUSED.get(name, ()):
+            with pytest.raises(ValueError, match=f"{name} has no use for {setting}"):
+                Optimizer(**changed)
+            continue
+        if setting == "schedule":
+            del changed["decay_fraction"]
+        after = after_updates(Optimizer(**changed), shapes, params, gradients)
+        for key, array in after.items():
+            named = (setting != "weight_decay" or key != "norm") and (
+                setting != "b2" or name != "muon" or key != "matrix"  # Muon has no moving average of squares
+            )
+            assert bool(jnp.any(array != before[key])) == named, f"{setting} of {key}"
+
+
+def test_the_defaults_of_b1_are_those_of_each_method() -> None:
+    shapes = {"matrix": SHAPES["matrix"], "table": SHAPES["table"]}
+    params, gradients = random_arrays(shapes, 0), [random_arrays(shapes, seed) for seed in (1, 2)]
+    default = after_updates(Optimizer(name="muon"), shapes, params, gradients)
+    given = {b1: after_updates(Optimizer(name="muon", b1=b1), shapes, params, gradients) for b1 in (0.9, 0.95)}
+    np.testing.assert_array_equal(default["matrix"], given[0.95]["matrix"])
+    np.testing.assert_array_equal(default["table"], given[0.9]["table"])
 
 
 # Schedules.
