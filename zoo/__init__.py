@@ -32,3 +32,5 @@ from .parameters import Parameters as Parameters
 from .parameters import describe as describe
 from .parameters import merge as merge
 from .parameters import split as split
+from .text_model import TextModel as TextModel
+from .text_model import open as open

@@ -11,12 +11,12 @@ from rich.table import Table
 
 from ...zoo.evaluation.harness import HarnessBackend, harness_lm
 from ...zoo.evaluation.score import Score, Scorer
+from ...zoo.text_model import TextModel
 from ..data.cache import cache_folder
 from ..data.sources import open_source
-from .writer import Writer
 
 
-def prefix_of(writer: Writer) -> int:
+def prefix_of(writer: TextModel) -> int:
     """Token on which the first token of a text is conditioned. Raises ValueError if the tokenizer has none."""
     if writer.prefix is None:
         raise ValueError(
@@ -26,7 +26,7 @@ def prefix_of(writer: Writer) -> int:
 
 
 def score_files(
-    writer: Writer, names: Sequence[str], *, length: int, stride: int, batch: int, field: str, console: Console
+    writer: TextModel, names: Sequence[str], *, length: int, stride: int, batch: int, field: str, console: Console
 ) -> dict[str, Score]:
     """The score of each source of text by its name.
 
@@ -77,7 +77,9 @@ def as_json(found: dict[str, Score]) -> str:
     )
 
 
-def run_tasks(writer: Writer, tasks: Sequence[str], folder: Path | None, *, length: int, batch: int, limit: int) -> Any:
+def run_tasks(
+    writer: TextModel, tasks: Sequence[str], folder: Path | None, *, length: int, batch: int, limit: int
+) -> Any:
     """Results of tasks of lm-evaluation-harness by name; `folder` has YAML files of more of them."""
     limit_of_model = writer.model.spec.max_positions
     backend = HarnessBackend(

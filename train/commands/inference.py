@@ -8,19 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import tyro
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
 from ... import zoo
 from ...layers.spec import unknown
+from ...zoo.decoder import Decoder
 from ...zoo.generation.chat import ChatTemplate, Conversation
+from ...zoo.text_model import DTYPES, TextModel
+from ..distributed import mesh as meshes
 from ..distributed import processes
 from ..runs import loop
+from ..runs.folder import Folder, is_named
 from . import evaluate
 from .chat import converse
-from .writer import DTYPES, Writer, open_writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +65,24 @@ class Place:
     cache_dtype: str = ""
     """Of keys and values; int8 stores them quantized."""
 
-    def open(self, source: str) -> Writer:
+    def open(self, source: str) -> TextModel:
         """The model of a source."""
         if self.cache_dtype and self.cache_dtype not in ("int8", *DTYPES):
             raise unknown("cache_dtype", self.cache_dtype, ("int8", *DTYPES))
         loop.use_compilation_cache()
+        if is_named(path := Path(source)):
+            Folder(path).run()  # the error for a mistyped run lists the runs beside it
         with bytes_shown("loading ") as progress:
-            return open_writer(source, step=self.step, mesh=self.mesh, dtype=self.dtype, progress=progress)
+            return zoo.open(
+                source,
+                step=self.step,
+                mesh=self._mesh_of if self.mesh or jax.process_count() > 1 else None,
+                dtype=self.dtype or None,
+                progress=progress,
+            )
+
+    def _mesh_of(self, model: Decoder) -> Mesh:
+        return meshes.for_parameters(model, self.mesh)
 
 
 @contextlib.contextmanager

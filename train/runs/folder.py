@@ -5,6 +5,7 @@ import json
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ from tokenizers import Tokenizer
 
 from ...configs.run import LAYOUT, Run
 from ...layers.spec import unknown
-from ...zoo.decoder import DecoderModel
+from ...zoo.decoder import Decoder, DecoderModel
 from ...zoo.formats.hugging_face import CheckpointFolder
 from ...zoo.formats.load import is_run
 from ...zoo.formats.save import ModelSource, write_description
 from ...zoo.formats.source import Source
+from ...zoo.formats.text_ends import end_ids
 from ...zoo.formats.tokenizer_file import read_tokenizer_file
 from ...zoo.parameters import describe, merge, shardings
 from ..checkpoints import step_folders
 from ..checkpoints.checkpoints import LOCK, Checkpoints
+from ..data.tokenizer import ends
 from ..distributed import mesh as meshes
 from ..distributed import processes
 
@@ -187,14 +190,19 @@ def _write(path: Path, text: str) -> None:
 
 
 def load(
-    path: str | Path, *, step: int | None = None, mesh: str | Mesh | None = None, dtype: Any = None
+    path: str | Path,
+    *,
+    step: int | None = None,
+    mesh: str | Mesh | Callable[[Decoder], Mesh] | None = None,
+    dtype: Any = None,
 ) -> tuple[DecoderModel, Tokenizer]:
     """The model and tokenizer of a trained run, from its latest whole checkpoint (or the one of `step`).
 
     Args:
         path: the run's folder, e.g. "runs/shakespeare".
         step: of the checkpoint; the latest by default.
-        mesh: to place the parameters on, or its axes and sizes, e.g. "fsdp=4"; one device by default.
+        mesh: to place the parameters on, its axes and sizes, e.g. "fsdp=4", or a function from the model's spec to a
+            mesh; one device by default.
         dtype: of the parameters; float32, as they were trained, by default.
 
     Raises:
@@ -204,7 +212,10 @@ def load(
     run = folder.run()
     abstract = run.model.abstract()
     described = describe(abstract)
-    devices = mesh if isinstance(mesh, Mesh) else meshes.for_parameters(run.model, mesh or "")
+    if mesh is None or isinstance(mesh, str):
+        devices = meshes.for_parameters(run.model, mesh or "")
+    else:
+        devices = mesh if isinstance(mesh, Mesh) else mesh(run.model)
     places = shardings(described, devices)
     target = {
         name: jax.ShapeDtypeStruct(known.shape, known.dtype, sharding=places[name]) for name, known in described.items()
@@ -216,14 +227,39 @@ def load(
     return merge(abstract, parameters), read_tokenizer_file(folder.tokenizer)
 
 
-def open_run(path: str | Path) -> ModelSource:
-    """The checkpoint of a run as a source.
+@dataclass(frozen=True)
+class RunText:
+    """What a run's folder says about its text: the part of a `CheckpointFolder` that needs no weights."""
 
-    What started from pretrained weights goes on with their config, chat template and companions; the length of others
-    is the one they were trained on.
+    config: dict[str, Any]
+    companions: dict[str, Path]
+    chat_template: str | None
+    special_tokens: bool
+    """Whether text that spells a special token was read as that token."""
+
+
+def text_of_run(path: str | Path) -> RunText:
+    """Special tokens, companions and chat template of a run.
+
+    The token that training puts after each document ends a text, and so do the end tokens of the pretrained weights
+    that the run started from.
     """
-    model, tokenizer = load(path)
     folder = Folder(Path(path))
-    if (described := folder.described) is not None:
-        return ModelSource(model, tokenizer=tokenizer, described=described)
-    return ModelSource(model, tokenizer=tokenizer, config={"max_position_embeddings": folder.run().length})
+    run, described = folder.run(), folder.described
+    tokenizer = read_tokenizer_file(folder.tokenizer)
+    begin, end = ends(tokenizer)
+    if described is None:
+        # The length of a model without learned positions is the one it was trained on.
+        fields = {"max_position_embeddings": run.length, "bos_token_id": begin, "eos_token_id": end}
+        return RunText(fields, {}, None, run.data.special_tokens)
+    ids = [*dict.fromkeys((end, *end_ids(described, tokenizer)))]
+    config = described.config | {"eos_token_id": ids if len(ids) > 1 else end}
+    return RunText(config, described.companions, described.chat_template, run.data.special_tokens)
+
+
+def open_run(path: str | Path) -> ModelSource:
+    """The checkpoint of a run as a source, with the config, companions and chat template of `text_of_run`."""
+    model, tokenizer = load(path)
+    return ModelSource(
+        model, tokenizer=tokenizer, config=text_of_run(path).config, described=Folder(Path(path)).described
+    )

@@ -37,13 +37,6 @@ class CheckpointFolder:
         return snapshots.parent.name.rsplit("--")[-1] if snapshots.name == "snapshots" else self.path.resolve().name
 
     @property
-    def end_tokens(self) -> list[int]:
-        """The ids of tokens that end a text by `generation_config.json`."""
-        path = self.path / "generation_config.json"
-        value = read_json(path).get("eos_token_id") if path.is_file() else None
-        return [index for index in (value if isinstance(value, list) else [value]) if type(index) is int]
-
-    @property
     def companions(self) -> dict[str, Path]:
         """The files beside the weights that tell of text, by name: they go along when the checkpoint is converted."""
         return {name: self.path / name for name in COMPANIONS if (self.path / name).is_file()}

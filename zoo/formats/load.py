@@ -38,6 +38,8 @@ class Runs:
 
     load: Callable[..., Loaded]
     open: Callable[[str | Path], Source]
+    text: Callable[[str | Path], Any]
+    """The config, companions and chat template of a run, as of a `CheckpointFolder`."""
 
 
 RUNS: list[Runs] = []
@@ -72,7 +74,7 @@ def load(
             not of floating point, or cannot hold a number.
     """
     if isinstance(source, str | Path) and is_run(source):
-        return _runs(source).load(source, dtype=dtype, mesh=mesh)
+        return runs_of(source).load(source, dtype=dtype, mesh=mesh)
     source = open_source(source)
     source = source if progress is None else WithProgress(source, progress)
     return model_of(source, dtype=dtype, mesh=mesh, ignore=ignore), tokenizer_of(source)
@@ -84,7 +86,7 @@ def open_source(source: str | Path | Source) -> Source:
         return source
     path = Path(source)
     if is_run(path):
-        return _runs(path).open(path)
+        return runs_of(path).open(path)
     if path.suffix == ".gguf":
         from .gguf import GgufFile  # which needs the `gguf` extra
 
@@ -104,7 +106,8 @@ def is_run(path: str | Path) -> bool:
     return config.is_file() and read_json(config).get("kind") == "Run"
 
 
-def _runs(source: str | Path) -> Runs:
+def runs_of(source: str | Path) -> Runs:
+    """How this folder of a run is read. Raises ValueError if `flaxzoo.train` is not imported."""
     if not RUNS:
         raise ValueError(f"{source} is the folder of a run: `import flaxzoo.train` first, or use flaxzoo.train.load")
     return RUNS[0]

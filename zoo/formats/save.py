@@ -20,9 +20,10 @@ from ..families import rope_config
 from ..families.family import differences, read, write
 from ..families.names import Unit, units
 from ..parameters import describe, split
-from .hugging_face import CheckpointFolder
+from .hugging_face import CheckpointFolder, read_json
 from .safetensors import NAMES
 from .source import Progress, Source, TensorInfo, WithProgress, check_fits, floating, token_of, widest
+from .text_ends import end_ids
 from .tokenizer_file import prepare_tokenizer, tokenizer_of
 
 SHARD_BYTES = 5_000_000_000
@@ -87,7 +88,6 @@ class ModelSource:
         self.companions = described.companions if described else {}
         self.chat_template = described.chat_template if described else None
         self.name = described.name if described else None
-        self.end_tokens = described.end_tokens if described else []
         family, fields = write(model.spec, carried.get("model_type"))
         self.config: dict[str, Any] = _merged(carried, fields, model.spec) | {"architectures": [family.architecture]}
         self._parameters, self._tokenizer = split(model), None if tokenizer is None else prepare_tokenizer(tokenizer)
@@ -149,7 +149,9 @@ def write_folder(source: Source, folder: str | Path, *, dtype: Any = None, shard
     try:
         _write_weights(source, tensors, aside, shard_bytes)
         write_description(source, aside, widest(info.dtype for info in tensors.values()))
-        _write_tokenizer(source, aside)
+        if (tokenizer := tokenizer_of(source)) is not None:
+            _write_tokenizer(source, tokenizer, aside)
+            _write_ends(source, tokenizer, aside)
         aside.rename(folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -195,12 +197,20 @@ def write_description(source: Source | CheckpointFolder, folder: Path, dtype: np
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
-def _write_tokenizer(source: Source, folder: Path) -> None:
-    """Writes the tokenizer, and what its special tokens are where no companion says so."""
-    if (tokenizer := tokenizer_of(source)) is not None:
-        tokenizer.save(str(folder / "tokenizer.json"))
-        if not (folder / "tokenizer_config.json").exists():
-            _write_json(folder / "tokenizer_config.json", _special_tokens(tokenizer, source.config))
+def _write_tokenizer(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes the tokenizer, and the names of its special tokens where no companion has them."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if not (folder / "tokenizer_config.json").exists():
+        _write_json(folder / "tokenizer_config.json", _special_tokens(tokenizer, source.config))
+
+
+def _write_ends(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes every token that ends a text into generation_config.json, which is where transformers reads them."""
+    path, ids = folder / "generation_config.json", [*end_ids(source, tokenizer)]
+    fields = read_json(path) if path.is_file() else {}
+    listed = fields.get("eos_token_id")
+    if not {*ids} <= {*(listed if isinstance(listed, list) else [listed])}:
+        _write_json(path, fields | {"eos_token_id": ids if len(ids) > 1 else ids[0]})
 
 
 def _special_tokens(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str, Any]:

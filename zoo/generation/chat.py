@@ -17,7 +17,7 @@ from .generate import Generation, StreamInterval, check_length
 from .sampling import Sampling
 from .session import Session, Speed
 from .speculative import Speculation
-from .stream import TextStream
+from .stream import TextStream, split_stop
 
 Message = Mapping[str, Any]
 """`{"role": "system" | "user" | "assistant", "content": text}`, and whatever else a template reads."""
@@ -33,14 +33,14 @@ class ChatTemplate:
 
     Args:
         template: the Jinja source.
-        tokens: special tokens by the names templates use, e.g. `{"bos_token": "<s>", "eos_token": "</s>"}`.
+        special_tokens: their texts by the names templates use, e.g. `{"bos_token": "<s>", "eos_token": "</s>"}`.
 
     Raises ValueError where the template is not valid Jinja, or Jinja (the `chat` extra) is not installed.
     """
 
-    def __init__(self, template: str, tokens: Mapping[str, str] | None = None):
+    def __init__(self, template: str, special_tokens: Mapping[str, str] | None = None):
         jinja2 = _jinja()
-        self.source, self.tokens = template, dict(tokens or {})
+        self.source, self.special_tokens = template, dict(special_tokens or {})
         try:
             self._template = _sandbox().from_string(template)
         except jinja2.TemplateSyntaxError as error:
@@ -59,7 +59,7 @@ class ChatTemplate:
         for message in messages:
             if not isinstance(message.get("role"), str) or "content" not in message:
                 raise ValueError(f"a message has a role and content, got {message}")
-        names = self.tokens | {"messages": list(messages), "add_generation_prompt": prompt} | variables
+        names = self.special_tokens | {"messages": list(messages), "add_generation_prompt": prompt} | variables
         try:
             return self._template.render(names)
         except (
@@ -147,7 +147,7 @@ class Conversation:
         tokenizer: Tokenizer,
         template: ChatTemplate,
         *,
-        stop: Sequence[str],
+        stop: Sequence[str | int],
         system: str | None = None,
         sampling: Sampling = Sampling(),
         seed: int = 0,
@@ -155,10 +155,10 @@ class Conversation:
         cache_dtype: Any = None,
         speculation: Speculation | None = None,
     ):
-        self.model, self.tokenizer, self.template, self.stop = model, tokenizer, template, tuple(stop)
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.stop, self.ends = split_stop(tokenizer, stop)
         self.first = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, Any]] = [*self.first]
-        self.ends = [token for token in map(tokenizer.token_to_id, stop) if token is not None]
         self._options: dict[str, Any] = {
             "sampling": sampling,
             "ends": self.ends,

@@ -1,4 +1,4 @@
-"""Text from a model."""
+"""Text generation from prompts: all at once (`generate`, `complete`) or piece by piece (`stream`)."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,58 +11,59 @@ from tokenizers import Tokenizer
 from ...layers.random import random_key
 from ...layers.spec import unknown
 from ..decoder import DecoderModel
+from ..formats.text_ends import known_end_ids
 from ..text_encoding import encode
 from .sampling import Sampling
 from .session import NewTokens, Session, Speed
 from .speculative import Speculation
 from .state import STRIDE
-from .stream import TextStream
+from .stream import TextStream, split_stop
 
-STOP = ("<|endoftext|>",)
 Prompt = str | Sequence[int]
-"""A text, or its tokens."""
+"""A text, or its token ids."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model made of one prompt."""
+    """The continuation of one prompt."""
 
     text: str
-    """Up to, and without, what stopped it."""
+    """The continuation, without the stop string or token that ended it."""
     ids: list[int]
-    """All tokens that were drawn, with the one that stopped it."""
+    """All generated tokens, with the one that ended the text."""
     log_probs: list[float]
-    """The logarithm of the probability of each, by the model before any filter; empty where not asked for."""
+    """The log-probability of each token, by the model before any filter; empty unless requested."""
     stopped: bool
-    """Whether a stop string or token came; or it was cut at `max_tokens`."""
+    """Whether a stop string or token ended the text; otherwise it has `max_tokens` tokens."""
     speed: Speed
-    """Of all prompts together."""
+    """The speed of the whole batch."""
 
 
 class Options(TypedDict, total=False):
-    """What `generate`, `complete` and `stream` take by name, beside `max_tokens`."""
+    """The keyword arguments that `generate`, `complete` and `stream` share, beside `max_tokens`."""
 
     sampling: Sampling
     """Temperature, filters and repetition penalty."""
-    stop: Sequence[str]
-    """Strings that end a text, wherever they stand; one that is a token of the tokenizer also ends it as such. By
-    default STOP."""
+    stop: Sequence[str | int]
+    """What ends a text. A string ends it where the text spells it, across tokens too. An integer is a token id, and the
+    text of a special token ("</s>") means that token. By default the special tokens of the tokenizer that are known to
+    end texts (`known_end_ids`); `TextModel` passes those of its checkpoint."""
     seed: int
-    """Of the random draws, by default 0."""
+    """Random seed of sampling, by default 0."""
     key: Key[Array, ""] | None
-    """In place of `seed`."""
+    """Random key of sampling, in place of `seed`."""
     log_probs: bool
-    """Return the log-probability of each token, too."""
+    """Whether to return the log-probability of each token."""
     dtype: Any
-    """What the model computes in, by default float32."""
+    """The dtype the model computes in, by default float32."""
     cache_dtype: Any
-    """Of keys and values; int8 stores them quantized. By default, `dtype`."""
+    """The dtype of the KV cache, by default `dtype`; int8 quantizes it."""
     speculation: Speculation | None
-    """Guess tokens ahead by looking up what followed the latest ones in the text (zoo/generation/speculative.py)."""
+    """Speculative decoding: candidates are the tokens that followed the latest ones earlier in the text."""
     special_tokens: bool
     """Read text of a prompt that spells a special token as that token. By default it is plain text."""
     draft: DecoderModel | None
-    """A smaller model of the same vocabulary that guesses tokens ahead, as many as `speculation` says."""
+    """A smaller model with the same vocabulary that proposes the candidates of speculative decoding."""
 
 
 def generate(
@@ -73,11 +74,12 @@ def generate(
     max_tokens: int = 200,
     **options: Unpack[Options],
 ) -> list[str]:
-    """Continues each prompt, and returns the continuations without their prompts.
+    """Continues each prompt and returns the continuations, without their prompts.
 
-    The options are those of `complete`: sampling, stop, seed, key, log_probs, dtype, cache_dtype, speculation, draft.
+    Arguments and errors are those of `complete`.
     """
-    return [found.text for found in complete(model, tokenizer, prompts, max_tokens=max_tokens, **options)]
+    completions = complete(model, tokenizer, prompts, max_tokens=max_tokens, **options)
+    return [completion.text for completion in completions]
 
 
 def complete(
@@ -90,34 +92,34 @@ def complete(
 ) -> list[Completion]:
     """Continues each prompt.
 
-    Prompts may differ in length; each result is what the prompt alone would have given, and each row draws from its own
-    random stream, which depends on the seed and the row.
+    Prompts may differ in length. A prompt's continuation does not depend on the other prompts of the batch. Each row
+    samples from its own random stream, which depends on the seed and the row's index.
 
     Args:
         model: the decoder.
-        tokenizer: turns prompts into the ids the model was trained on, with the special tokens it adds by itself.
-        prompts: texts, or their tokens; an empty one starts with the first token that `stop` names.
-        max_tokens: how many tokens are generated at most.
+        tokenizer: turns prompts into ids; it adds the special tokens that it is configured to add.
+        prompts: texts, or lists of token ids. An empty prompt starts with the first token that `stop` names.
+        max_tokens: the most tokens that a continuation has.
         **options: `Options`: sampling, stop, seed or key, log_probs, dtype, cache_dtype, speculation, draft.
 
     Raises:
-        ValueError: on no prompts, max_tokens below 1, an empty stop string, an empty prompt with no token to start
-            from, more tokens than the model has learned positions for,
-            or a draft model of another vocabulary.
-        TypeError: on an option that there is not.
+        ValueError: no prompts, max_tokens below 1, an empty stop string, an empty prompt with no token to start
+            from, more tokens than the model has learned positions for, or a draft model with another vocabulary.
+        TypeError: an unknown option.
     """
-    writing, rows = _begin(model, tokenizer, prompts, max_tokens, options)
-    for _ in writing.pieces(rows, max_tokens, lambda: STRIDE):
+    generation, rows = _begin(model, tokenizer, prompts, max_tokens, options)
+    for _ in generation.pieces(rows, max_tokens, lambda: STRIDE):
         pass
-    return writing.completions()
+    return generation.completions()
 
 
 class stream:
-    """Continues one prompt, and gives the text in pieces, each about as soon as it is there.
+    """Continues one prompt and gives the text in pieces as they are generated.
 
-    `for piece in zoo.stream(model, tokenizer, prompt): print(piece, end="", flush=True)`. The options are those of
-    `complete`. A piece never ends within a character, nor has it the start of a stop string. After the last one,
-    `completion` has it all, with the speed.
+    `for piece in zoo.stream(model, tokenizer, prompt): print(piece, end="", flush=True)`. Arguments are those of
+    `complete`, with one prompt. A piece never ends within a character, nor with the start of a stop string. After the
+    last piece, `completion` has the text, its tokens and the speed. A stream can be read once: a second iteration
+    raises ValueError.
     """
 
     def __init__(
@@ -129,23 +131,32 @@ class stream:
         max_tokens: int = 200,
         **options: Unpack[Options],
     ):
-        self._writing, self._rows = _begin(model, tokenizer, [prompt], max_tokens, options)
-        self._max_tokens = max_tokens
+        self._generation, self._rows = _begin(model, tokenizer, [prompt], max_tokens, options)
+        self._max_tokens, self._started = max_tokens, False
 
     def __iter__(self) -> Iterator[str]:
-        pace = StreamInterval(self._writing.session)
-        for (piece,) in self._writing.pieces(self._rows, self._max_tokens, pace):
+        if self._started:
+            raise ValueError(
+                "a stream can be read once: its text is in stream.completion.text; "
+                "call zoo.stream again to generate another one"
+            )
+        self._started = True
+        return self._pieces()
+
+    def _pieces(self) -> Iterator[str]:
+        interval = StreamInterval(self._generation.session)
+        for (piece,) in self._generation.pieces(self._rows, self._max_tokens, interval):
             if piece:
                 yield piece
 
     @property
     def completion(self) -> Completion:
-        """What has come so far."""
-        return self._writing.completions()[0]
+        """The continuation so far."""
+        return self._generation.completions()[0]
 
 
 class StreamInterval:
-    """How many tokens to draw before the next piece: what a tenth of a second is enough for."""
+    """How many tokens to generate between two pieces: about a tenth of a second's worth."""
 
     def __init__(self, session: Session):
         self.session = session
@@ -158,43 +169,45 @@ class StreamInterval:
 def _begin(
     model: DecoderModel, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: int, options: Options
 ) -> tuple["Generation", list[list[int]]]:
-    """A session for prompts, and their tokens."""
+    """A generation that has not read its prompts yet, and their tokens."""
     _check_names(options)
-    rest: dict[str, Any] = {"sampling": Sampling(), **options}
-    stop, seed, key = rest.pop("stop", STOP), rest.pop("seed", 0), rest.pop("key", None)
-    special_tokens = rest.pop("special_tokens", False)
+    session_options: dict[str, Any] = {"sampling": Sampling(), **options}
+    stop = session_options.pop("stop", None)
+    stop = known_end_ids(tokenizer) if stop is None else stop
+    seed, key = session_options.pop("seed", 0), session_options.pop("key", None)
+    special_tokens = session_options.pop("special_tokens", False)
     _check(model, prompts, max_tokens, stop)
-    ends = [found for found in map(tokenizer.token_to_id, stop) if found is not None]
-    rows = [_ids(tokenizer, prompt, special_tokens) or ends[:1] for prompt in prompts]
+    strings, ends = split_stop(tokenizer, stop)
+    rows = [_ids(tokenizer, prompt, special_tokens) or [*ends[:1]] for prompt in prompts]
     if not all(rows):
-        raise ValueError(f"an empty prompt needs a token to start from, and none of stop={tuple(stop)} is one")
+        raise ValueError(f"an empty prompt needs a token to start from, and stop={tuple(stop)} names no token")
     length = max(map(len, rows)) + max_tokens
     check_length(model, length)
     key = random_key(seed) if key is None else key
-    session = Session(model, batch=len(rows), length=length, key=key, ends=ends, **rest)
-    # What follows an empty prompt is the beginning of a text.
-    before = [row if prompt else [] for row, prompt in zip(rows, prompts, strict=True)]
-    return Generation(session, [TextStream(tokenizer, stop, ends, row) for row in before]), rows
+    session = Session(model, batch=len(rows), length=length, key=key, ends=ends, **session_options)
+    # The continuation of an empty prompt is the beginning of a text.
+    contexts = [row if prompt else [] for row, prompt in zip(rows, prompts, strict=True)]
+    return Generation(session, [TextStream(tokenizer, strings, ends, context) for context in contexts]), rows
 
 
 class Generation:
-    """Rows of a session on their way to texts."""
+    """The rows of a session and the texts they become."""
 
     def __init__(self, session: Session, streams: Sequence[TextStream]):
         self.session, self.streams = session, streams
         self.log_probs: list[list[float]] = [[] for _ in streams]
 
     def pieces(self, rows: Sequence[Sequence[int]], max_tokens: int, limit: Callable[[], int]) -> Iterator[list[str]]:
-        """Reads the rows, and gives the new text of each, time and again until all are done.
+        """Reads the rows and yields the new text of every row, until all rows are finished.
 
-        `limit` says how many tokens are drawn before the next piece.
+        `limit` returns how many tokens are generated before the next piece.
         """
-        drawn = self.session.read(rows, max_tokens)
+        new_tokens = self.session.read(rows, max_tokens)
         while True:
-            yield [self._push(row, new) for row, new in enumerate(drawn)]
+            yield [self._push(row, new) for row, new in enumerate(new_tokens)]
             if not any(self.session.active):
                 break
-            drawn = self.session.advance(limit())
+            new_tokens = self.session.advance(limit())
         rest = [stream.finish() for stream in self.streams]
         if any(rest):
             yield rest
@@ -208,19 +221,19 @@ class Generation:
         return piece
 
     def completions(self) -> list[Completion]:
-        """What came of it all."""
+        """The continuations so far."""
         logged = self.session.log_probs
         return [
-            Completion(stream.text, stream.ids, probs if logged else [], stream.stopped, self.session.speed)
-            for stream, probs in zip(self.streams, self.log_probs, strict=True)
+            Completion(stream.text, stream.ids, log_probs if logged else [], stream.stopped, self.session.speed)
+            for stream, log_probs in zip(self.streams, self.log_probs, strict=True)
         ]
 
 
 def check_length(model: DecoderModel, length: int) -> None:
-    """Raises ValueError where rows of so many tokens do not fit the model."""
+    """Raises ValueError if a row of `length` tokens has more positions than the model learned."""
     limit = model.spec.max_positions
     if limit and length > limit:
-        raise ValueError(f"prompt and continuation come to {length} tokens, the model has {limit} positions")
+        raise ValueError(f"prompt and continuation have {length} tokens, and the model has {limit} positions")
 
 
 def _check_names(options: Mapping[str, Any]) -> None:
@@ -231,16 +244,18 @@ def _check_names(options: Mapping[str, Any]) -> None:
         raise TypeError(str(unknown("option", name, ["max_tokens", *Options.__annotations__])))
 
 
-def _check(model: DecoderModel, prompts: Sequence[Prompt], max_tokens: int, stop: Sequence[str]) -> None:
+def _check(model: DecoderModel, prompts: Sequence[Prompt], max_tokens: int, stop: Sequence[str | int]) -> None:
+    vocab = model.spec.vocab
     if isinstance(prompts, str):
         raise ValueError(f"prompts are a list of texts, got one text; write [{prompts[:20]!r}]")
     if not prompts or max_tokens < 1:
         raise ValueError(
             f"generation needs prompts and max_tokens >= 1, got {len(prompts)} prompts, max_tokens={max_tokens}"
         )
-    if isinstance(stop, str) or not all(stop):
-        raise ValueError(f"stop is a sequence of strings that are not empty, got {stop!r}")
-    vocab = model.spec.vocab
+    if isinstance(stop, str) or "" in stop:
+        raise ValueError(f"stop is a sequence of strings that are not empty and of token ids, got {stop!r}")
+    if wrong := [item for item in stop if not isinstance(item, str) and not 0 <= item < vocab]:
+        raise ValueError(f"token ids in stop must be at least 0 and below the vocabulary of {vocab}, got {wrong}")
     for prompt in prompts:
         if not isinstance(prompt, str) and not all(0 <= token < vocab for token in prompt):
             raise ValueError(f"tokens of a prompt must be at least 0 and below the vocabulary of {vocab}, got {prompt}")

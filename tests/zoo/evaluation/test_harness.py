@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flaxzoo.train.commands.writer import open_writer
+from flaxzoo import zoo
 from flaxzoo.zoo import ChatTemplate
 from flaxzoo.zoo.evaluation.harness import HarnessBackend, harness_lm
 
@@ -30,7 +30,7 @@ def case(request: Any, tmp_path_factory: Any) -> tuple[HarnessBackend, dict[str,
     named = json.loads((truth / "tokenizer_config.json").read_text())
     vocabulary = json.loads((truth / "tokenizer.json").read_text())["model"]["vocab"]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": vocabulary[named["eos_token"]]}))
-    writer = open_writer(folder, dtype="float32")
+    writer = zoo.open(folder, dtype="float32")
     assert writer.prefix is not None
     backend = HarnessBackend(writer.model, writer.tokenizer, prefix=writer.prefix, stop=writer.stop, length=LENGTH)
     return backend, json.loads((truth / "answers.json").read_text())

@@ -107,7 +107,9 @@ def test_an_empty_prompt_starts_with_the_stop_token(models, tokenizer):
         (["a"], {"stop": ("",)}, "strings that are not empty"),
         ("a", {}, r"write \['a'\]"),
         ([[1, 48]], {}, "below the vocabulary of 48"),
-        ([""], {"stop": ()}, "a token to start from"),
+        ([""], {"stop": ()}, "names no token"),
+        ([""], {"stop": ("a",)}, "names no token"),
+        (["a"], {"stop": (48,)}, "token ids in stop"),
         (["hello"], {"max_tokens": 60}, r"64 positions"),
     ],
 )
@@ -201,6 +203,15 @@ def test_a_stream_is_the_text_in_pieces(models, tokenizer):
     assert "".join(pieces) == text == streamed.completion.text
     assert streamed.completion.speed.tokens == 39
     assert "tokens/s" in str(streamed.completion.speed)
+    with pytest.raises(ValueError, match="read once"):
+        next(iter(streamed))
+
+
+def test_a_stream_that_was_left_is_not_read_again(models, tokenizer):
+    streamed = stream(models["mixed"], tokenizer, "hello", max_tokens=20, stop=())
+    next(iter(streamed))
+    with pytest.raises(ValueError, match="read once"):
+        iter(streamed)
 
 
 def test_similar_lengths_and_other_settings_share_programs(models, tokenizer):

@@ -14,9 +14,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flaxzoo import zoo
 from flaxzoo.train.commands.evaluate import prefix_of
-from flaxzoo.train.commands.writer import Writer, open_writer
-from flaxzoo.zoo import GREEDY, Conversation, Scorer, Speculation, complete, optimize_for_decoding
+from flaxzoo.zoo import GREEDY, Conversation, Scorer, Speculation, TextModel, complete, optimize_for_decoding
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parents[3]
@@ -26,8 +26,8 @@ FILES = {CHATS: "SmolLM2-135M-Instruct.Q4_1.gguf", BASE: "gemma-3-270m-q4_k_m.gg
 
 
 @pytest.fixture(scope="module")
-def writers() -> dict[str, Writer]:
-    return {name: open_writer(FOLDER / file, dtype="float32") for name, file in FILES.items()}
+def writers() -> dict[str, TextModel]:
+    return {name: zoo.open(FOLDER / file, dtype="float32") for name, file in FILES.items()}
 
 
 def truth(name: str) -> Any:
@@ -35,10 +35,10 @@ def truth(name: str) -> Any:
 
 
 @pytest.mark.parametrize("guess", [0, 3])
-def test_conversation(guess: int, writers: dict[str, Writer]) -> None:
+def test_conversation(guess: int, writers: dict[str, TextModel]) -> None:
     """As `zoo chat` has it; and with guesses, by the model with its layers in one scan."""
     writer, before = writers[CHATS], 0
-    assert writer.stop == ("<|im_end|>",)
+    assert writer.stop == ("<|im_end|>", "<|endoftext|>")
     assert writer.template is not None
     options: dict[str, Any] = {"speculation": Speculation(tokens=guess) if guess else None, "sampling": GREEDY}
     model = writer.model if guess else optimize_for_decoding(writer.model, writer.dtype)
@@ -52,7 +52,7 @@ def test_conversation(guess: int, writers: dict[str, Writer]) -> None:
         before = len(turn["ids"])
 
 
-def test_int8_cache(writers: dict[str, Writer]) -> None:
+def test_int8_cache(writers: dict[str, TextModel]) -> None:
     """Answers stay where the margins are wide."""
     writer, turn = writers[CHATS], truth(CHATS)["talk"][1]
     assert turn["margin"] > 2
@@ -62,7 +62,7 @@ def test_int8_cache(writers: dict[str, Writer]) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_greedy_text(name: str, writers: dict[str, Writer]) -> None:
+def test_greedy_text(name: str, writers: dict[str, TextModel]) -> None:
     """Of prompts in one batch."""
     writer, rows = writers[name], truth(name)["prompts"]
     length = max(len(row["new_ids"]) for row in rows)
@@ -84,7 +84,7 @@ def test_greedy_text(name: str, writers: dict[str, Writer]) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_scores(name: str, writers: dict[str, Writer]) -> None:
+def test_scores(name: str, writers: dict[str, TextModel]) -> None:
     writer, wanted = writers[name], truth(name)
     scorer = Scorer(writer.model, length=wanted["window"])
     for one in wanted["scores"].values():

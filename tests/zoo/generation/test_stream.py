@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from flaxzoo.zoo.generation.stream import TextStream
+from flaxzoo.zoo.generation.stream import BYTES, INVALID, REPLACEMENT, TextStream, split_stop
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -78,14 +78,67 @@ def test_a_token_ends_the_text_and_is_not_in_it():
     assert stream.push(ids) == stream.finish() == ""
 
 
-@pytest.mark.parametrize("data", [b"\xff\xfea", b"caf\xc3"])
-def test_bytes_that_are_no_text_come_at_the_end(data):
-    # Bytes that are not printable are 256 and up, in order, in this alphabet.
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in printable]
-    tokens: list[Any] = [TOKENIZER.token_to_id(chr(b if b in printable else 256 + others.index(b))) for b in data]
-    stream = TextStream(TOKENIZER)
-    assert "".join(stream.push([token]) for token in tokens) + stream.finish() == data.decode(errors="replace")
+def tokens_of(data):
+    alphabet = {byte: char for char, byte in BYTES.items()}
+    return [TOKENIZER.token_to_id(alphabet[byte]) for byte in data]
+
+
+def fallback_tokenizer():
+    """SentencePiece's kind: a token for each byte, and a few words."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁a": 256, "b": 257, REPLACEMENT: 258}
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="b"))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def in_pieces(tokenizer, ids, sizes, **options):
+    stream, ids, pieces = TextStream(tokenizer, **options), list(ids), []
+    while ids:
+        size = sizes[len(pieces) % len(sizes)]
+        pieces.append(stream.push(ids[:size]))
+        ids = ids[size:]
+    return "".join([*pieces, stream.finish()])
+
+
+# Incomplete characters, bytes that no character has, and replacement characters that were written.
+DATA = st.lists(
+    st.sampled_from([b"\xc3", b"\xa9", b"\xff", b"\xf0\x9f", b"a", "\ufffd".encode(), "é".encode()]), max_size=8
+)
+
+
+@given(DATA, st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_bytes_that_are_not_text(data, sizes):
+    """Within a text they are U+FFFD; at its end they are left out; a U+FFFD that was written stays."""
+    data = b"".join(data)
+    marked = data.decode(errors="flaxzoo.invalid")
+    expected = marked.rstrip(INVALID).replace(INVALID, REPLACEMENT)
+    assert in_pieces(TOKENIZER, tokens_of(data), sizes) == expected
+    assert in_pieces(fallback_tokenizer(), data, sizes) == expected
+    assert data.decode(errors="replace").startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("data", "text"), [(b"caf\xc3", "caf"), (b"ok \xef\xbf\xbd", "ok \ufffd"), (b"\xf0\x9f\x98", ""), (b"a\xff", "a")]
+)
+def test_the_end_of_a_text_is_a_whole_character(data, text):
+    """At max_tokens, at an end token, at a stop string, and with a prompt before it."""
+    ids = tokens_of(data)
+    assert in_pieces(TOKENIZER, ids, [1]) == in_pieces(TOKENIZER, ids, [9]) == text
+    assert in_pieces(TOKENIZER, [*ids, END, *ids], [1], ends=(END,)) == text
+    assert in_pieces(TOKENIZER, [*ids, *tokens_of(b"###")], [2], stop=("###",)) == text
+    assert in_pieces(TOKENIZER, ids, [2], before=tokens_of("a \ufffd".encode())) == text
+    assert in_pieces(TOKENIZER, ids, [2], before=tokens_of(b"a \xf0\x9f")) == text
+
+
+def test_stop_strings_match_text_and_special_tokens_match_ids():
+    assert split_stop(TOKENIZER, ("é", "a", "<|end|>", 5, END)) == (("é", "a"), (END, 5))
+    byte = TOKENIZER.token_to_id("é")  # the byte 0xE9 in a byte-level alphabet
+    assert byte is not None
+    strings, ends = split_stop(TOKENIZER, ("é",))
+    assert in_pieces(TOKENIZER, [byte, *TOKENIZER.encode("aé").ids], [1], stop=strings, ends=ends) == REPLACEMENT + "a"
+    strings, ends = split_stop(TOKENIZER, ("<|end|>",))
+    spelled = [token for char in "<|end|>b" for token in TOKENIZER.encode(char).ids]
+    assert in_pieces(TOKENIZER, [*spelled, END, *spelled], [3], stop=strings, ends=ends) == "<|end|>b"
 
 
 def test_a_space_between_prompt_and_continuation_stays():

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from ..sentencepiece import CONTROL
 from ..source import TensorInfo
+from ..text_ends import ends_among
 from .architecture import Architecture
 from .architectures import ARCHITECTURES
 from .blocks import decode
@@ -131,9 +133,18 @@ def _config(file: GgufFile, metadata: Metadata, ignore: Collection[str]) -> dict
     config["torch_dtype"] = file.header.tensors["token_embd.weight"].format.dtype.name
     for field, names in SPECIAL.items():
         ids = [metadata.values.get(f"tokenizer.ggml.{name}_token_id") for name in names]
+        ids += ends_among(_control_tokens(file.header.metadata)) if field == "eos_token_id" else ()
         if found := list(dict.fromkeys(index for index in ids if isinstance(index, int))):
             config[field] = found if len(found) > 1 else found[0]
     return config
+
+
+def _control_tokens(metadata: Mapping[str, Any]) -> dict[str, int]:
+    """Ids of the control tokens by their texts; empty where the metadata have no tokens or no types of tokens."""
+    tokens, types = (metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    if not isinstance(tokens, list) or types is None or len(types) != len(tokens):
+        return {}
+    return {tokens[index]: int(index) for index in np.flatnonzero(np.asarray(types) == CONTROL)}
 
 
 def _made(file: GgufFile) -> dict[str, Made]:

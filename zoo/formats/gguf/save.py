@@ -2,14 +2,16 @@
 
 import contextlib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from ...families.family import read, write
 from ..source import Source, TensorInfo
+from ..text_ends import end_ids, known_end_ids
 from ..tokenizer_file import tokenizer_of
 from .architecture import Architecture
 from .architectures import ARCHITECTURES
@@ -62,8 +64,10 @@ def save_gguf(
     values = {f"{architecture.name}.{key}": value for key, value in architecture.metadata(config).items()}
     rows = next((one.info.shape[0] for one in made if one.name == "token_embd.weight"), 0)
     tokenizer = tokenizer_of(source)
+    if ends := [*end_ids(source, tokenizer)]:
+        config = config | {"eos_token_id": ends}
     values |= {"tokenizer.ggml.model": "none"} if tokenizer is None else write_tokenizer(tokenizer, rows, config, name)
-    values |= {f"{architecture.name}.vocab_size": rows, **_special(config, getattr(source, "end_tokens", ()))}
+    values |= {f"{architecture.name}.vocab_size": rows, **_special(config, tokenizer)}
     template = chat_template if chat_template is not None else getattr(source, "chat_template", None)
     values |= {} if template is None else {"tokenizer.chat_template": template}
     values |= {"general.name": name, "general.file_type": FILE_TYPES[quantization], "general.quantization_version": 2}
@@ -123,17 +127,19 @@ class _Whole:
         return x if index is None else x[index]
 
 
-def _special(config: dict[str, Any], end_tokens: Sequence[int] = ()) -> dict[str, int]:
+def _special(config: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, int]:
     """The ids of special tokens; several ends of a text take the keys that GGUF has for ends of turns and messages.
 
-    `end_tokens` are ends of a text beside those of the config.
+    Where these do not suffice, ends that readers know by their text have no key.
     """
+    known = set() if tokenizer is None else {*known_end_ids(tokenizer)}
     keys: dict[str, int] = {}
     for field, names in SPECIAL.items():
         value = config.get(field)
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        ids = [*ids, *(end_tokens if field == "eos_token_id" else ())]
         ids = list(dict.fromkeys(index for index in ids if index != -1))  # which stands for none
+        if len(ids) > len(names):
+            ids = [index for place, index in enumerate(ids) if place == 0 or index not in known]
         if len(ids) > len(names):
             raise ValueError(
                 f"GGUF has room for {len(names)} tokens as {field}, got {ids}: name fewer in config.json and "

@@ -113,7 +113,7 @@ def test_chat_template(memory: Any, arrays: dict[str, np.ndarray], tmp_path: Pat
 
 def test_tokens_that_are_none() -> None:
     """Many configs have a pad_token_id of -1."""
-    assert _special({"pad_token_id": -1, "eos_token_id": [2, -1]}) == {"tokenizer.ggml.eos_token_id": 2}
+    assert _special({"pad_token_id": -1, "eos_token_id": [2, -1]}, None) == {"tokenizer.ggml.eos_token_id": 2}
 
 
 WRONG = {

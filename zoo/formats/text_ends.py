@@ -1,0 +1,127 @@
+"""Which tokens end a text, which special tokens have names, and which sampling settings a checkpoint recommends.
+
+The same rule holds for every format and every command: `end_ids`.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from .hugging_face import read_json
+from .source import token_of
+
+END_TOKENS = (
+    *("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[EOS]", "<|return|>"),
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<EOT>", "_<EOT>", "[EOT]"),
+    *("<end_of_utterance>", "<turn|>", "<|call|>", "<|calls|>", "<|flush|>", "<|tool_response>", "[e~["),
+)
+"""Texts of tokens that end a text, a message or a turn: those that llama.cpp (llama-vocab.cpp) knows by their text.
+
+Tokens that end a text come first: the first one that a vocabulary has also begins a text that has no other beginning.
+"""
+
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def end_ids(source: Any, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Ids of the tokens that end a text of this model, without duplicates.
+
+    They are, in this order: `eos_token_id` of the config and of generation_config.json (a number or a list of them),
+    and `eos_token` of tokenizer_config.json. For a GGUF file the config already includes the end-of-turn tokens of
+    `known_end_ids`. If none of these names a token of the vocabulary, they are the `known_end_ids` of the tokenizer.
+
+    Args:
+        source: a `Source` or a `CheckpointFolder`.
+        tokenizer: the model's tokenizer; without one, ids are not checked.
+    """
+    ids = [*_ids(source.config.get("eos_token_id")), *_ids(generation_config(source).get("eos_token_id"))]
+    if tokenizer is None:
+        return tuple(dict.fromkeys(ids))
+    named = _named_tokens(_token_files(source)).get("eos_token")
+    ids = [index for index in ids if token_of(tokenizer, index) is not None]
+    if named is not None and (index := tokenizer.token_to_id(named)) is not None:
+        ids.append(index)
+    return tuple(dict.fromkeys(ids)) or known_end_ids(tokenizer)
+
+
+def known_end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids of the special tokens whose text is one of `END_TOKENS`, in that order."""
+    return ends_among(special_ids(tokenizer))
+
+
+def ends_among(control_tokens: Mapping[str, int]) -> tuple[int, ...]:
+    """Ids of the control tokens whose text is one of `END_TOKENS`, in that order.
+
+    As in llama.cpp, "<|end|>" only separates messages in vocabularies that have "<|return|>" and "<|call|>" (gpt-oss)
+    or "<|calls|>" and "<|flush|>".
+    """
+    separates = {"<|return|>", "<|call|>"} <= control_tokens.keys() or {
+        "<|calls|>",
+        "<|flush|>",
+    } <= control_tokens.keys()
+    ends = [text for text in END_TOKENS if not (separates and text == "<|end|>")]
+    return tuple(control_tokens[text] for text in ends if text in control_tokens)
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The special tokens of a tokenizer: their ids by their texts."""
+    return {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+
+
+def named_special_tokens(source: Any, tokenizer: Tokenizer) -> dict[str, str]:
+    """Special tokens by the names that chat templates use, e.g. {"bos_token": "<s>", "eos_token": "</s>"}.
+
+    Those of tokenizer_config.json and special_tokens_map.json; of a source without these files, those of the config's
+    ids. Where nothing names "eos_token", it is the first of `end_ids`.
+    """
+    files = _token_files(source)
+    named = _named_tokens(files)
+    for name in () if files else ("bos_token", "eos_token", "pad_token", "unk_token"):
+        for index in _ids(source.config.get(f"{name}_id"))[:1]:
+            if (text := token_of(tokenizer, index)) is not None:
+                named[name] = text
+    if "eos_token" not in files | named and (ends := end_ids(source, tokenizer)):
+        named["eos_token"] = str(tokenizer.id_to_token(ends[0]))
+    return named
+
+
+def generation_config(source: Any) -> dict[str, Any]:
+    """The fields of generation_config.json; empty if the source has no such file."""
+    return _companion(source, "generation_config.json")
+
+
+def sampling_settings(source: Any) -> dict[str, float]:
+    """The sampling settings of generation_config.json by their names in `Sampling`.
+
+    `do_sample: false` is temperature 0. Raises ValueError where a setting is not a number.
+    """
+    config = generation_config(source)
+    settings = {name: config[name] for name in SAMPLING_FIELDS if config.get(name) is not None}
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"generation_config.json: {name} must be a number, got {value!r:.60}")
+    if config.get("do_sample") is False:
+        settings["temperature"] = 0.0
+    return settings
+
+
+def _companion(source: Any, name: str) -> dict[str, Any]:
+    companions: Mapping[str, Path] = getattr(source, "companions", {})
+    return read_json(companions[name]) if name in companions else {}
+
+
+def _token_files(source: Any) -> dict[str, Any]:
+    return _companion(source, "special_tokens_map.json") | _companion(source, "tokenizer_config.json")
+
+
+def _named_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in fields.items()}
+    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
+
+
+def _ids(value: Any) -> list[int]:
+    """Token ids of a field that holds one, a list of them or none; -1 often stands for none."""
+    values: Iterable[Any] = value if isinstance(value, list) else [value]
+    return [index for index in values if type(index) is int and index >= 0]
