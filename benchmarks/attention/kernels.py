@@ -88,13 +88,13 @@ def decode(compiler: Compiler, chip: str, case: tuple[int, ...]) -> dict[str, An
 
     batch, length, heads, kv_heads = case
     traced, counts = pairs.trace(Causal().visible), pairs.Sizes(batch, heads, 1, length, length - 1)
-    sides = [np.asarray(x) for x in traced.side_values(counts)]
-    problem = Problem(traced, None, 128**-0.5, jnp.bfloat16, query_offset=length - 1, mask_sides=sides)
+    hoisted = [np.asarray(x) for x in traced.hoisted_values(counts)]
+    problem = Problem(traced, None, 128**-0.5, jnp.bfloat16, query_offset=length - 1, mask_hoisted=hoisted)
     query = jax.ShapeDtypeStruct((batch, 1, heads, 128), jnp.bfloat16)
     cache = jax.ShapeDtypeStruct((batch, kv_heads, length, 128), jnp.bfloat16)
 
     def operands(q: Any, k: Any, v: Any) -> Operands:
-        return Operands(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), mask_sides=[], score_sides=[])
+        return Operands(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), mask_hoisted=[], score_hoisted=[])
 
     given = jax.eval_shape(operands, query, cache, cache)
     chosen = sizes(compiler.devices(chip)[0], given, heads // kv_heads)

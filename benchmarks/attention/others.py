@@ -26,8 +26,8 @@ def masks(connection: Any, quick: bool) -> None:
         for name, mask in ours.items():
             began = time.perf_counter()
             function, sizes = pairs.trace(mask.visible), pairs.Sizes(1, 1, length, length)
-            sides = function.side_values(sizes)
-            found = blocks.classify(function, sides, sizes, MASK_BLOCK, MASK_BLOCK, kv_heads=1)
+            hoisted = function.hoisted_values(sizes)
+            found = blocks.classify(function, hoisted, sizes, MASK_BLOCK, MASK_BLOCK, kv_heads=1)
             seconds = time.perf_counter() - began
             row: dict[str, Any] = {"length": length, "mask": name, "ours": {"seconds": seconds, "bytes": found.nbytes}}
             for package in PACKAGES if name != "documents" and length <= (2**15 if quick else 2**17) else ():

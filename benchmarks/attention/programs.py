@@ -41,12 +41,12 @@ def ours(device: Any, case: Case, which: Pass, settings: Settings) -> Program:
     if case.mask == "documents":
         mask = mask & Documents(jnp.asarray(case.document_ids)[None])
     traced, counts = pairs.trace(mask.visible), pairs.Sizes(1, case.heads, case.length, case.length)
-    sides = [np.asarray(x) for x in traced.side_values(counts)]
-    problem = Problem(traced, None, case.size**-0.5, jnp.bfloat16, causal=True, mask_sides=sides)
+    hoisted = [np.asarray(x) for x in traced.hoisted_values(counts)]
+    problem = Problem(traced, None, case.size**-0.5, jnp.bfloat16, causal=True, mask_hoisted=hoisted)
     shapes = [jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for x in shapes_of(case)]
 
     def operands(*arrays: Any) -> Operands:
-        return Operands(*(jnp.swapaxes(x, 1, 2) for x in arrays), mask_sides=[], score_sides=[])
+        return Operands(*(jnp.swapaxes(x, 1, 2) for x in arrays), mask_hoisted=[], score_hoisted=[])
 
     given = jax.eval_shape(operands, *shapes)
     chosen = dataclasses.replace(sizes(device, given), **settings)

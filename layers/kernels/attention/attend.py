@@ -106,9 +106,9 @@ def attend(
     if context_axis is not None:
         shared = plan(traced_mask, sizes, context_axis, split.context_devices, context)
         query_positions = pairs.positions(sizes)["query"]
-    mask_sides = split.sides(traced_mask, sizes)
-    traced_sides = any(isinstance(side, Tracer) for side in mask_sides)
-    known = fixed and context_axis is None and not traced_sides and not split.cuts(mask_sides)
+    mask_hoisted = split.hoisted(traced_mask, sizes)
+    traced_hoisted = any(isinstance(side, Tracer) for side in mask_hoisted)
+    known = fixed and context_axis is None and not traced_hoisted and not split.cuts(mask_hoisted)
     rows = split.place(dropout.rows(jnp.asarray(dropout_seed), batch, heads)) if dropout_rate else None
     problem = Problem(
         mask=traced_mask,
@@ -117,7 +117,7 @@ def attend(
         out_dtype=q.dtype if sinks is None else jnp.float32,
         dropout_rate=dropout_rate,
         query_offset=offset if fixed else 0,
-        mask_sides=[np.asarray(side) for side in mask_sides] if known else None,
+        mask_hoisted=[np.asarray(side) for side in mask_hoisted] if known else None,
         causal=mask.causal and fixed and offset <= 0 and context_axis is None,
         band=mask.band,
         wants_lse=sinks is not None or return_lse or shared is not None,
@@ -127,16 +127,16 @@ def attend(
         q=q,
         k=k,
         v=v,
-        mask_sides=[] if known else [split.place(side) for side in mask_sides],
-        score_sides=[] if traced_score is None else [split.place(x) for x in split.sides(traced_score, sizes)],
+        mask_hoisted=[] if known else [split.place(side) for side in mask_hoisted],
+        score_hoisted=[] if traced_score is None else [split.place(x) for x in split.hoisted(traced_score, sizes)],
         dropout_rows=rows,
         query_positions=None if query_positions is None else split.place(query_positions),
         key_positions=None if shared is None else split.place(pairs.positions(sizes)["key"]),
     )
     hidden = context_axis is not None and shared is None
-    if problem.mask_sides is not None:
+    if problem.mask_hoisted is not None:
         found = problem.blocks(operands, portable.BLOCK, portable.BLOCK)
-        hidden = hides_everything(traced_mask, problem.mask_sides, sizes, found, portable.BLOCK)
+        hidden = hides_everything(traced_mask, problem.mask_hoisted, sizes, found, portable.BLOCK)
     if hidden:
         raise ValueError(
             f"the mask hides every key from every query: {mask} for T={queries}, S={keys}, {query_offset=}"
@@ -297,30 +297,30 @@ class _Split:
         names = (self.batch, self.heads, self.context)
         return PartitionSpec(*(None if size == 1 else name for size, name in zip(shape, names, strict=False)))
 
-    def cuts(self, sides: list[Array]) -> bool:
+    def cuts(self, hoisted: list[Array]) -> bool:
         """Whether devices have different parts of any of these."""
-        return any(name is not None for side in sides for name in self.spec(side.shape))
+        return any(name is not None for side in hoisted for name in self.spec(side.shape))
 
     def place(self, array: Array) -> Array:
         """An array (B or 1, N or 1, ...) split as it should be."""
         return array if self.whole else reshard(array, self.spec(array.shape))
 
-    def sides(self, function: pairs.PairFunction, sizes: pairs.Sizes) -> list[Array]:
-        """The sides of a function, split as they should be.
+    def hoisted(self, function: pairs.PairFunction, sizes: pairs.Sizes) -> list[Array]:
+        """The hoisted of a function, split as they should be.
 
         They are computed as on one device: a function that looks arrays up says nothing about meshes. Under a mesh they
         are never known now, for its devices may be there to compile for alone.
         """
         fixed = isinstance(sizes.query, int)
         if jax.sharding.get_abstract_mesh().empty:
-            with jax.ensure_compile_time_eval() if function.known and fixed else contextlib.nullcontext():
-                return function.side_values(sizes)
+            with jax.ensure_compile_time_eval() if function.concrete and fixed else contextlib.nullcontext():
+                return function.hoisted_values(sizes)
 
         def compute(arrays: list[Array], places: list[Array]) -> list[Array]:
             known = sizes if fixed else dataclasses.replace(sizes, query=places[0])
-            return function.side_values(known, arrays)
+            return function.hoisted_values(known, arrays)
 
-        specs = [self.spec(shape) for shape in function.side_shapes(sizes)]
+        specs = [self.spec(shape) for shape in function.hoisted_shapes(sizes)]
         # Jitted, because numbers made one by one belong to the mesh around, whatever mode that is in here.
         # Axes that are manual here, as that of a pipeline's stages, stay so.
         explicit = jax.sharding.get_abstract_mesh().explicit_axes

@@ -209,12 +209,13 @@ def _part(problem: Problem) -> Problem:
 def _map(function: Callable[[Array, int], Array], side: Side, problem: Problem, operands: Operands) -> Operands:
     """Operands where `function(array, dim)` is in place of all that belongs to the queries, or to the keys."""
 
-    def sides(of: PairFunction | None, arrays: list[Array]) -> list[Array]:
-        values = () if of is None else of.sides
+    def hoisted(of: PairFunction | None, arrays: list[Array]) -> list[Array]:
+        values = () if of is None else of.hoisted
         return [function(x, 2) if value.side == side else x for value, x in zip(values, arrays, strict=True)]
 
     operands = operands._replace(
-        mask_sides=sides(problem.mask, operands.mask_sides), score_sides=sides(problem.score, operands.score_sides)
+        mask_hoisted=hoisted(problem.mask, operands.mask_hoisted),
+        score_hoisted=hoisted(problem.score, operands.score_hoisted),
     )
     assert operands.query_positions is not None
     assert operands.key_positions is not None
@@ -229,11 +230,11 @@ def _map_gradients(
     function: Callable[[Array, int], Array], problem: Problem, operands: Operands, gradients: Gradients
 ) -> Gradients:
     """The same for gradients of what belongs to the keys."""
-    q, k, v, sides = gradients
-    values = () if problem.score is None else problem.score.sides
-    trained = [value for value, side in zip(values, operands.score_sides, strict=True) if differentiable(side)]
-    sides = [function(x, 2) if value.side == "key" else x for value, x in zip(trained, sides, strict=True)]
-    return q, function(k, 1), function(v, 1), sides
+    q, k, v, hoisted = gradients
+    values = () if problem.score is None else problem.score.hoisted
+    trained = [value for value, side in zip(values, operands.score_hoisted, strict=True) if differentiable(side)]
+    hoisted = [function(x, 2) if value.side == "key" else x for value, x in zip(trained, hoisted, strict=True)]
+    return q, function(k, 1), function(v, 1), hoisted
 
 
 def _merged(out: Array, lse: Array, new_out: Array, new_lse: Array) -> tuple[Array, Array]:

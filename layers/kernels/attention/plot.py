@@ -19,7 +19,7 @@ NAMES = {EMPTY: "empty", PARTIAL: "partial", FULL: "full"}
 def kinds_of(mask: Mask, queries: int, keys: int, block: int, *, batch: int = 1, heads: int = 1) -> np.ndarray:
     """The kind of every block: (batch or 1, heads or 1, rows, columns) of EMPTY, PARTIAL or FULL."""
     function, sizes = trace(mask.visible), Sizes(batch, heads, queries, keys)
-    found = classify(function, function.side_values(sizes), sizes, block, block, kv_heads=heads)
+    found = classify(function, function.hoisted_values(sizes), sizes, block, block, kv_heads=heads)
     return np.asarray(found.kinds(-(-keys // block)))
 
 

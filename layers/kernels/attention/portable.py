@@ -35,9 +35,9 @@ class Part:
     q: Float[Array, "G T H"]
     k: Float[Array, "S H"]
     v: Float[Array, "S Hv"]
-    mask_sides: list[Array]
+    mask_hoisted: list[Array]
     """(G or 1, T or S or 1)."""
-    score_sides: list[Array]
+    score_hoisted: list[Array]
     dropout_rows: Array | None
     query_positions: Int[Array, " T"]
     key_positions: Int[Array, " S"]
@@ -62,13 +62,13 @@ def backward(problem: Problem, operands: Operands, lse: Array, delta: Array, g_o
     """Gradients; `delta` is the sum over Hv of out * g_out, less the cotangent of lse (B N T)."""
     work = _Work(problem, operands)
     rows = work.row_arrays(g_out, lse, delta)
-    q, k, v, sides = work.each(lambda args: work.backward(*args), (work.part, rows))
-    like_q, *like, like_sides = gradients_like(problem, operands)
+    q, k, v, hoisted = work.each(lambda args: work.backward(*args), (work.part, rows))
+    like_q, *like, like_hoisted = gradients_like(problem, operands)
     found_q = _ungrouped(q, like_q.shape[1], like_q.dtype)
     found_k, found_v = (
         jnp.swapaxes(x, 1, 2)[:, : y.shape[1]].astype(y.dtype) for x, y in zip((k, v), like, strict=True)
     )
-    return found_q, found_k, found_v, [_reduced(x, side) for x, side in zip(sides, like_sides, strict=True)]
+    return found_q, found_k, found_v, [_reduced(x, side) for x, side in zip(hoisted, like_hoisted, strict=True)]
 
 
 def tangent(
@@ -76,13 +76,15 @@ def tangent(
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
     """The directional derivative of `forward`."""
     work = _Work(problem, operands)
-    t_q, t_k, t_v, t_sides = tangents
-    sides = iter(t_sides)
+    t_q, t_k, t_v, t_hoisted = tangents
+    hoisted = iter(t_hoisted)
     moved = operands._replace(
         q=t_q,
         k=t_k,
         v=t_v,
-        score_sides=[next(sides) if differentiable(side) else jnp.zeros_like(side) for side in operands.score_sides],
+        score_hoisted=[
+            next(hoisted) if differentiable(side) else jnp.zeros_like(side) for side in operands.score_hoisted
+        ],
     )
     rows = work.row_arrays(out, lse)
     t_out, t_lse = work.each(lambda args: work.tangent(*args), (work.part, work.parts_of(moved), rows))
@@ -114,21 +116,23 @@ class _Work:
             q=grouped.reshape(self.batch, self.kv_heads, self.group, *grouped.shape[2:]),
             k=padded(jnp.swapaxes(operands.k, 1, 2), -2, self.block_k),
             v=padded(jnp.swapaxes(operands.v, 1, 2), -2, self.block_k),
-            mask_sides=self.sides_of(problem.mask.sides, problem.sides(operands)),
-            score_sides=[] if problem.score is None else self.sides_of(problem.score.sides, operands.score_sides),
+            mask_hoisted=self.hoisted_of(problem.mask.hoisted, problem.hoisted(operands)),
+            score_hoisted=[]
+            if problem.score is None
+            else self.hoisted_of(problem.score.hoisted, operands.score_hoisted),
             dropout_rows=None if rows is None else self.headed(rows),
             query_positions=padded(places["query"], 2, self.block_q, None),
             key_positions=padded(places["key"], 2, self.block_k, None),
             blocks=jax.tree.map(jnp.asarray, self.blocks),
         )
 
-    def sides_of(self, values: Any, sides: list[Any]) -> list[Array]:
-        """Sides as (B or 1, K or 1, G or 1, padded length, ...)."""
+    def hoisted_of(self, values: Any, hoisted: list[Any]) -> list[Array]:
+        """Hoisted as (B or 1, K or 1, G or 1, padded length, ...)."""
         blocks = {"query": self.block_q, "key": self.block_k, "neither": 1}
         # Padding has the numbers of a real row: a score may divide by them.
         return [
             self.headed(padded(jnp.asarray(side), 2, blocks[value.side], None))
-            for value, side in zip(values, sides, strict=True)
+            for value, side in zip(values, hoisted, strict=True)
         ]
 
     def headed(self, array: Array) -> Array:
@@ -197,8 +201,8 @@ class _Work:
         """The positions of a block of keys, (block_k)."""
         return self.cut(part.key_positions, column, self.block_k, 0)
 
-    def read(self, part: Part, row: Any, column: Any, score: Array | None, sides: Any) -> Callable[[Value], Array]:
-        """Leaves and sides of a block as arrays that broadcast to (G, block_q, block_k)."""
+    def read(self, part: Part, row: Any, column: Any, score: Array | None, hoisted: Any) -> Callable[[Value], Array]:
+        """Leaves and hoisted of a block as arrays that broadcast to (G, block_q, block_k)."""
 
         def read(value: Value) -> Array:
             match value.leaf:
@@ -209,7 +213,7 @@ class _Work:
                     return self.query_places(part, row)
                 case "key":
                     return self.key_places(part, column)
-            side = sides[value]
+            side = hoisted[value]
             if value.shape:
                 return side
             if value.side == "query":
@@ -220,18 +224,18 @@ class _Work:
 
     def visible(self, part: Part, row: Any, column: Any) -> Array:
         """Whether pairs of a partial block see each other."""
-        sides = dict(zip(self.problem.mask.sides, part.mask_sides, strict=True))
-        (seen,) = self.problem.mask.evaluate(self.read(part, row, column, None, sides))
+        hoisted = dict(zip(self.problem.mask.hoisted, part.mask_hoisted, strict=True))
+        (seen,) = self.problem.mask.evaluate(self.read(part, row, column, None, hoisted))
         if self.keys % self.block_k:
             seen = seen & (column * self.block_k + jnp.arange(self.block_k, dtype=jnp.int32) < self.keys)
         return seen
 
-    def scored(self, part: Part, row: Any, column: Any, score: Array, sides: list[Array]) -> Array:
+    def scored(self, part: Part, row: Any, column: Any, score: Array, hoisted: list[Array]) -> Array:
         """The score function on a block."""
         function = self.problem.score
         if function is None:
             return score
-        known = dict(zip(function.sides, sides, strict=True))
+        known = dict(zip(function.hoisted, hoisted, strict=True))
         return function.evaluate(self.read(part, row, column, score, known))[0]
 
     def dropped(self, part: Part, row: Any, column: Any, weights: Array) -> Array:
@@ -247,7 +251,7 @@ class _Work:
         """The scores of a block, -inf where a pair does not see each other."""
         q, k = self.cut(part.q, row, self.block_q, 1), self.cut(part.k, column, self.block_k, 0)
         score = _product("GTH,SH->GTS", q, k) * self.problem.scale
-        score = self.scored(part, row, column, score, part.score_sides)
+        score = self.scored(part, row, column, score, part.score_hoisted)
         return jnp.where(self.visible(part, row, column), score, -jnp.inf) if masked else score
 
     # The three passes -------------------------------------------------------------------------------------------------
@@ -277,8 +281,8 @@ class _Work:
         return mixed / total, jnp.where(empty, -jnp.inf, highest + jnp.log(total))[..., 0]
 
     def backward(self, part: Part, rows: tuple[Array, Array, Array]) -> tuple[Array, Array, Array, list[Array]]:
-        """Gradients of one part: q (G T H), k (S H), v (S Hv), and the differentiable sides of the score."""
-        trained = [differentiable(side) for side in part.score_sides]
+        """Gradients of one part: q (G T H), k (S H), v (S Hv), and the differentiable hoisted of the score."""
+        trained = [differentiable(side) for side in part.score_hoisted]
 
         def row_step(row: Any, carry: Any) -> Any:
             g_out, lse, delta = (self.cut(x, row, self.block_q, 1) for x in rows)
@@ -288,14 +292,15 @@ class _Work:
                 q_grad, k_grad, v_grad, side_grads = carry
                 k, v = (self.cut(x, column, self.block_k, 0) for x in (part.k, part.v))
                 score = _product("GTH,SH->GTS", q, k) * self.problem.scale
-                floats = [side for side, float_ in zip(part.score_sides, trained, strict=True) if float_]
+                floats = [side for side, float_ in zip(part.score_hoisted, trained, strict=True) if float_]
 
                 def scored(score: Array, floats: list[Array]) -> Array:
                     given = iter(floats)
-                    sides = [
-                        next(given) if float_ else side for side, float_ in zip(part.score_sides, trained, strict=True)
+                    hoisted = [
+                        next(given) if float_ else side
+                        for side, float_ in zip(part.score_hoisted, trained, strict=True)
                     ]
-                    return self.scored(part, row, column, score, sides)
+                    return self.scored(part, row, column, score, hoisted)
 
                 logits, pull = jax.vjp(scored, score, floats)
                 logits = jnp.where(self.visible(part, row, column), logits, -jnp.inf) if masked else logits
@@ -315,10 +320,10 @@ class _Work:
             return (self.put(q_grads, row, q_grad), *others)
 
         zeros = [jnp.zeros(x.shape, jnp.float32) for x in (part.q, part.k, part.v)]
-        sides = [jnp.zeros(x.shape, x.dtype) for x, float_ in zip(part.score_sides, trained, strict=True) if float_]
+        hoisted = [jnp.zeros(x.shape, x.dtype) for x, float_ in zip(part.score_hoisted, trained, strict=True) if float_]
         if self.row_count == 1:
-            return row_step(0, (*zeros, sides))
-        return jax.lax.fori_loop(0, self.row_count, row_step, (*zeros, sides))
+            return row_step(0, (*zeros, hoisted))
+        return jax.lax.fori_loop(0, self.row_count, row_step, (*zeros, hoisted))
 
     def put(self, rows: Array, row: Any, block: Array) -> Array:
         """Writes a block of queries (G block_q ...)."""
@@ -338,10 +343,10 @@ class _Work:
             out, lse = (self.cut(x, row, self.block_q, 1) for x in rows)
 
             def step(column: Any, masked: bool, carry: Any) -> Any:
-                def logits(q: Array, k: Array, sides: list[Array]) -> Array:
-                    return self.logits(replace(part, q=q, k=k, score_sides=sides), row, column, False)
+                def logits(q: Array, k: Array, hoisted: list[Array]) -> Array:
+                    return self.logits(replace(part, q=q, k=k, score_hoisted=hoisted), row, column, False)
 
-                given = [(part.q, part.k, part.score_sides), (moved.q, moved.k, moved.score_sides)]
+                given = [(part.q, part.k, part.score_hoisted), (moved.q, moved.k, moved.score_hoisted)]
                 primals, tangents = (
                     (self.cut(q, row, self.block_q, 1), self.cut(k, column, self.block_k, 0), s) for q, k, s in given
                 )

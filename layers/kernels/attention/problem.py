@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Int32, Shaped
 
 from . import dropout
@@ -19,9 +20,9 @@ class Operands(NamedTuple):
     q: Float[Array, "B T N H"]
     k: Float[Array, "B S K H"]
     v: Float[Array, "B S K Hv"]
-    mask_sides: list[Shaped[Array, "..."]]
+    mask_hoisted: list[Shaped[Array, "..."]]
     """Of the mask (pair_function.py), (B or 1, N or 1, T or S or 1); none where they are known now."""
-    score_sides: list[Shaped[Array, "..."]]
+    score_hoisted: list[Shaped[Array, "..."]]
     """Of the score; those that are floating-point get gradients."""
     dropout_rows: Int32[Array, "B N 1"] | None = None
     query_positions: Int[Array, "..."] | None = None
@@ -50,8 +51,8 @@ class Problem:
     """What the mask is where it is only query - left < key < query + right (masks.py)."""
     wants_lse: bool = False
     """Whether the logarithms of the sums are used."""
-    mask_sides: list[np.ndarray] | None = None
-    """The mask's sides where all of them, and the positions, are known now."""
+    mask_hoisted: list[np.ndarray] | None = None
+    """The mask's hoisted where all of them, and the positions, are known now."""
     context: Any = None
     """How devices share the sequence (context.py)."""
     known_blocks: dict[tuple[Any, ...], Blocks] = field(default_factory=dict)
@@ -64,23 +65,24 @@ class Problem:
             batch, heads, queries, keys, self.query_offset if query is None else query, 0 if key is None else key
         )
 
-    def sides(self, operands: Operands) -> list[Any]:
-        """The mask's sides."""
-        return operands.mask_sides if self.mask_sides is None else self.mask_sides
+    def hoisted(self, operands: Operands) -> list[Any]:
+        """The mask's hoisted."""
+        return operands.mask_hoisted if self.mask_hoisted is None else self.mask_hoisted
 
     def blocks(self, operands: Operands, block_q: int, block_k: int, *, transposed: bool = False) -> Blocks:
         """The kinds of all blocks; numpy arrays where they are known now."""
         sizes, kv_heads = self.sizes(operands), operands.k.shape[2]
-        if self.mask_sides is None:
+        if self.mask_hoisted is None:
             return classify(
-                self.mask, self.sides(operands), sizes, block_q, block_k, kv_heads=kv_heads, transposed=transposed
+                self.mask, self.hoisted(operands), sizes, block_q, block_k, kv_heads=kv_heads, transposed=transposed
             )
         key = (block_q, block_k, transposed, sizes, kv_heads)
-        if key not in self.known_blocks:
-            self.known_blocks[key] = classify(
-                self.mask, self.mask_sides, sizes, block_q, block_k, kv_heads=kv_heads, transposed=transposed
-            )
-        return self.known_blocks[key]
+        blocks = self.known_blocks.get(key) or classify(
+            self.mask, self.mask_hoisted, sizes, block_q, block_k, kv_heads=kv_heads, transposed=transposed
+        )
+        if not isinstance(blocks.words, Tracer):
+            self.known_blocks[key] = blocks
+        return blocks
 
     def kept(self, row: Int32[Array, "..."], query: Int[Array, "..."], key: Int[Array, "..."]) -> Float[Array, "..."]:
         """What dropout multiplies the weight of a pair with: 0 or 1 / (1 - rate)."""
@@ -101,9 +103,9 @@ def gradients_like(problem: Problem, operands: Operands) -> "Gradients":
 
 
 Gradients = tuple[Array, Array, Array, list[Array]]
-"""Of q, k, v and the differentiable sides of the score."""
+"""Of q, k, v and the differentiable hoisted of the score."""
 
 
 def tangents_of(operands: Operands) -> Gradients:
     """What of the operands is differentiable, in the order of `Gradients`."""
-    return operands.q, operands.k, operands.v, [side for side in operands.score_sides if differentiable(side)]
+    return operands.q, operands.k, operands.v, [side for side in operands.score_hoisted if differentiable(side)]

@@ -16,14 +16,14 @@ def forward(problem: Problem, operands: Operands) -> tuple[Float[Array, "B T N H
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", group, k, preferred_element_type=jnp.float32) * problem.scale
     logits = logits.reshape(batch, heads, queries, keys)
     places = positions(problem.sizes(operands))
-    sides = dict(zip(problem.mask.sides, map(jnp.asarray, problem.sides(operands)), strict=True))
+    hoisted = dict(zip(problem.mask.hoisted, map(jnp.asarray, problem.hoisted(operands)), strict=True))
     if problem.score is not None:
-        sides |= dict(zip(problem.score.sides, operands.score_sides, strict=True))
+        hoisted |= dict(zip(problem.score.hoisted, operands.score_hoisted, strict=True))
 
     def read(value: Value) -> Array:
         if value.leaf == "score":
             return logits
-        array = places[value.leaf] if value.leaf else sides[value]
+        array = places[value.leaf] if value.leaf else hoisted[value]
         if value.shape or value.side == "neither":
             return array if value.shape else array[..., None]
         return array[..., None] if value.side == "query" else array[..., None, :]

@@ -60,7 +60,7 @@ def _of_queries(work: Work, out_grad: Array, lse: Array, delta: Array) -> Array:
     def kernel(
         q_ref: Any, k_ref: Any, v_ref: Any, g_ref: Any, lse_ref: Any, delta_ref: Any, schedule_ref: Any, *refs: Any
     ) -> None:
-        *sides, out_ref, q_tile, g_tile, lse_tile, delta_tile, k_tiles, v_tiles, here, full, free = refs
+        *hoisted, out_ref, q_tile, g_tile, lse_tile, delta_tile, k_tiles, v_tiles, here, full, free = refs
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         kv_head = lax.div(head, jnp.int32(work.group))
         row = queries // TILE - 1 - lax.axis_index("row")
@@ -87,7 +87,7 @@ def _of_queries(work: Work, out_grad: Array, lse: Array, delta: Array) -> Array:
                 weights = jnp.exp2(score * (scale * LOG2_E) - spread(sums, SHAPE))
                 if masked:
                     pairs = Pairs("query", SHAPE, batch, head, (first, (span.low + n) * BLOCK))
-                    weights = jnp.where(work.visible(pairs, sides), weights, 0.0)
+                    weights = jnp.where(work.visible(pairs, hoisted), weights, 0.0)
                 of_weights = logits(g_tile.at[own], v_tiles.at[slot], SHAPE)
                 of_score = weights * (of_weights - spread(less, SHAPE))
                 found = added(found, of_score.astype(dtype), k_tiles.at[slot])
@@ -124,7 +124,7 @@ def _of_keys(work: Work, out_grad: Array, lse: Array, delta: Array) -> tuple[Arr
     def kernel(
         q_ref: Any, k_ref: Any, v_ref: Any, g_ref: Any, lse_ref: Any, delta_ref: Any, schedule_ref: Any, *refs: Any
     ) -> None:
-        *sides, k_out, v_out, k_tile, v_tile, q_tiles, g_tiles, lse_tiles, delta_tiles, here, full, free = refs
+        *hoisted, k_out, v_out, k_tile, v_tile, q_tiles, g_tiles, lse_tiles, delta_tiles, here, full, free = refs
         batch, kv_head, row = (lax.axis_index(axis) for axis in ("batch", "head", "row"))
         span, ring = Span.read(schedule_ref, batch, kv_head, row), Ring(full, free)
 
@@ -153,7 +153,7 @@ def _of_keys(work: Work, out_grad: Array, lse: Array, delta: Array) -> tuple[Arr
                     if masked:
                         places = first, (span.low + n) * BLOCK
                         pairs = Pairs("key", SHAPE, batch, kv_head * group + index, places)
-                        weights = jnp.where(work.visible(pairs, sides), weights, 0.0)
+                        weights = jnp.where(work.visible(pairs, hoisted), weights, 0.0)
                     of_values = added(of_values, weights.astype(dtype), g_tiles.at[slot])
                     of_weights = logits(v_tile.at[own], g_tiles.at[slot], SHAPE)
                     of_score = weights * (of_weights - spread(less, SHAPE, 1))

@@ -41,7 +41,7 @@ def attention(
     shape, scale = (ROWS, BLOCK), problem.scale * LOG2_E
 
     def kernel(q_ref: Any, k_ref: Any, v_ref: Any, schedule_ref: Any, *refs: Any) -> None:
-        *sides, out_ref, lse_ref, q_tile, out_tile, lse_tile, k_tiles, v_tiles, here, full, free = refs
+        *hoisted, out_ref, lse_ref, q_tile, out_tile, lse_tile, k_tiles, v_tiles, here, full, free = refs
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         kv_head = lax.div(head, jnp.int32(work.group))
         row = queries // TILE - 1 - lax.axis_index("row")  # those that see most of a causal mask begin first
@@ -64,7 +64,7 @@ def attention(
                 score = logits(q_tile.at[own], k_tiles.at[slot], shape) * scale
                 if masked:
                     pairs = Pairs("query", shape, batch, head, (first, (span.low + n) * BLOCK))
-                    score = jnp.where(work.visible(pairs, sides), score, -jnp.inf)
+                    score = jnp.where(work.visible(pairs, hoisted), score, -jnp.inf)
                 higher = jnp.maximum(top, jnp.max(score, axis=1))
                 shift = jnp.where(higher == -jnp.inf, 0.0, higher)
                 shrunk, weights = jnp.exp2(top - shift), jnp.exp2(score - spread(shift, shape))

@@ -47,7 +47,7 @@ def refusal(problem: Problem, operands: Operands) -> str | None:
         return "scores and dropout are not in the kernels for Hopper"
     if problem.context is not None or problem.out_dtype != operands.q.dtype:
         return "the kernels for Hopper round results to the type of q, and sinks and context_axis need float32"
-    for operation in problem.mask.body:
+    for operation in problem.mask.per_pair:
         kinds = {np.dtype(value.dtype).name for value in (*operation.inputs, *operation.outputs)}
         if not any(operation.name in names and kinds <= types for names, types in OPERATIONS):
             return f"the kernels for Hopper have no {operation.name} of {' and '.join(sorted(kinds))} for each pair"

@@ -58,23 +58,24 @@ class Work:
         self.q, self.k, self.v = (filled(x) for x in (operands.q, operands.k, operands.v))
         self.group = self.q.shape[2] // self.k.shape[2]
         """Query heads of a key/value head."""
-        sides: list[tuple[Value | str, str | None, Any]] = [
-            (value, value.side, side) for value, side in zip(problem.mask.sides, problem.sides(operands), strict=True)
+        hoisted: list[tuple[Value | str, str | None, Any]] = [
+            (value, value.side, side)
+            for value, side in zip(problem.mask.hoisted, problem.hoisted(operands), strict=True)
         ]
         if operands.query_positions is not None:
-            sides.append(("query", "query", operands.query_positions))
-        self.names = [name for name, _, _ in sides]
-        self.sides = [_side(side, jnp.asarray(array)) for _, side, array in sides]
+            hoisted.append(("query", "query", operands.query_positions))
+        self.names = [name for name, _, _ in hoisted]
+        self.hoisted = [_side(side, jnp.asarray(array)) for _, side, array in hoisted]
         """Of the mask: numbers of queries and keys, and what else it reads."""
 
     def schedule(self, block: int, *, transposed: bool = False) -> Int32[Array, "B K rows 4"]:
         """The spans of blocks of `TILE` queries over tiles of `block` keys; transposed, of keys over queries."""
         other = (self.operands.q if transposed else self.operands.k).shape[1]
-        sides = (block, TILE) if transposed else (TILE, block)
-        return _schedule(self.problem.blocks(self.operands, *sides, transposed=transposed), -(-other // block))
+        hoisted = (block, TILE) if transposed else (TILE, block)
+        return _schedule(self.problem.blocks(self.operands, *hoisted, transposed=transposed), -(-other // block))
 
     def call(self, kernel: Any, name: str, grid: tuple[int, int], out: Any, scratch: list[Any], *arrays: Array) -> Any:
-        """The results of a kernel, over heads and blocks of rows of each sequence, for some arrays and the sides."""
+        """The results of a kernel, over heads and blocks of rows of each sequence, for some arrays and the hoisted."""
         return plgpu.kernel(
             kernel,
             out_type=out,
@@ -86,11 +87,11 @@ class Work:
             compiler_params=plgpu.CompilerParams(approx_math=True),
             kernel_name=name,
             interpret=self.interpret,
-        )(*arrays, *self.sides)
+        )(*arrays, *self.hoisted)
 
-    def visible(self, pairs: "Pairs", sides: list[Any]) -> Array:
+    def visible(self, pairs: "Pairs", hoisted: list[Any]) -> Array:
         """Whether pairs see each other."""
-        refs = dict(zip(self.names, sides, strict=True))
+        refs = dict(zip(self.names, hoisted, strict=True))
 
         def read(value: Value) -> Array:
             if value.leaf == "key":

@@ -34,13 +34,13 @@ from .parts import (
     Strip,
     WriteBack,
     dot,
+    hoisted_bytes,
+    hoisted_inputs,
+    hoisted_of,
     in_blocks,
     lanes,
     row_spec,
     schedule,
-    side_bytes,
-    side_inputs,
-    sides_of,
     trained,
 )
 
@@ -66,11 +66,11 @@ def backward(
     q, g, k, v = padded(q, 2, block_q), padded(g, 2, block_q), padded(k, 2, block_k), padded(v, 2, block_k)
     q_blocks, k_blocks = q.shape[2] // block_q, k.shape[2] // block_k
     stats = jnp.moveaxis(stats.reshape(batch, heads, 2, q_blocks, block_q), 2, 3)
-    sides = side_inputs(sides_of(problem, operands, block_k), block_q, block_k)
+    hoisted = hoisted_inputs(hoisted_of(problem, operands, block_k), block_q, block_k)
     params = _Trained(problem, size)
     query_bytes, key_bytes = 4 * q.shape[2] * params.dq_rows, 4 * k.shape[2] * (lanes(size) + lanes(value_size))
-    of_sides = side_bytes(sides, "query", q.shape[2], block_k)
-    together, held = _together(group, query_bytes, key_bytes, sizes.holds(RESIDENT_SHARE, q, g) - of_sides)
+    of_hoisted = hoisted_bytes(hoisted, "query", q.shape[2], block_k)
+    together, held = _together(group, query_bytes, key_bytes, sizes.holds(RESIDENT_SHARE, q, g) - of_hoisted)
     resident, parts = held > 0, group // together
     chain = Chain((batch, kv_heads, parts, k_blocks, together), sizes.cores)
 
@@ -91,12 +91,12 @@ def backward(
         problem=problem,
         strip=math.gcd(block_k, sizes.strip),
         key_length=keys if keys % block_k else None,
-        sides=[(side.key, side.side) for side in sides],
+        hoisted=[(side.key, side.side) for side in hoisted],
         params=params,
         chain=chain,
         resident=resident,
     )
-    like_q, like_k, like_v, like_sides = gradients_like(problem, operands)
+    like_q, like_k, like_v, like_hoisted = gradients_like(problem, operands)
     extra_rows = params.dq_rows - params.first_row
     if resident:
         q_shapes = [jax.ShapeDtypeStruct((batch, heads, q_blocks, block_q, size), like_q.dtype)]
@@ -122,7 +122,7 @@ def backward(
         in_blocks(q, block_q),
         in_blocks(g, block_q),
         stats,
-        *(side.array for side in sides),
+        *(side.array for side in hoisted),
         *([] if resident else [jnp.zeros(q_shapes[0].shape, jnp.float32)]),
     ]
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
@@ -139,7 +139,7 @@ def backward(
             key_block(size),
             key_block(value_size),
             *[in_hbm] * 3,
-            *[side.spec(None, grid_place, whole) for side in sides],
+            *[side.spec(None, grid_place, whole) for side in hoisted],
             *([] if resident else [in_hbm]),
         ],
         out_specs=[
@@ -169,7 +169,7 @@ def backward(
         ],
         input_output_aliases={} if resident else {len(inputs) - 1: 2},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=chain.semantics, vmem_limit_bytes=sizes.vmem_limit(held + of_sides, q, g)
+            dimension_semantics=chain.semantics, vmem_limit_bytes=sizes.vmem_limit(held + of_hoisted, q, g)
         ),
         name="attention_backward",
         interpret=interpret,
@@ -181,7 +181,7 @@ def backward(
     found += [extra[:, :, :, row] for row, _ in enumerate(params.along_queries)]
     q_grad = q_grad.reshape(batch, heads, -1, size)[:, :, :queries]
     q_grad, k_grad, v_grad = (jnp.swapaxes(x, 1, 2) for x in (q_grad, k_grad[:, :, :keys], v_grad[:, :, :keys]))
-    return q_grad, k_grad, v_grad, params.gradients(found, operands, like_sides)
+    return q_grad, k_grad, v_grad, params.gradients(found, operands, like_hoisted)
 
 
 def _together(group: int, query_bytes: int, key_bytes: int, most: float) -> tuple[int, int]:
@@ -218,7 +218,7 @@ class _Trained:
             ref[0, 0, :, keys] += dot(ones, grads[value], 1, 1)[:1]
 
     def gradients(self, sums: list[Array], operands: Operands, like: list[Any]) -> list[Array]:
-        """The gradients in the order and the shapes of the sides, from sums (B N T or S) of each sequence and head."""
+        """The gradients of the hoisted values, in their order and shapes, from sums (B N T or S) of all heads."""
         by_value = dict(zip([*self.along_keys, *self.along_queries], sums, strict=True))
 
         def one(value: Value, like: Any) -> Array:
@@ -244,14 +244,16 @@ def _kernel(
     problem: Problem,
     strip: int,
     key_length: int | None,
-    sides: list[tuple[Key, Side]],
+    hoisted: list[tuple[Key, Side]],
     params: _Trained,
     chain: Chain,
     resident: bool,
 ) -> None:
-    side_refs: dict[Key, tuple[Side, Any]] = {key: (side, ref) for (key, side), ref in zip(sides, refs, strict=False)}
+    hoisted_refs: dict[Key, tuple[Side, Any]] = {
+        key: (side, ref) for (key, side), ref in zip(hoisted, refs, strict=False)
+    }
     # After the zeros that dq begins with, where it is copied.
-    dk_ref, dv_ref, dq_ref, *others = refs[len(sides) + (not resident) :]
+    dk_ref, dv_ref, dq_ref, *others = refs[len(hoisted) + (not resident) :]
     extra_refs = [others.pop(0)] if resident and params.along_queries else []
     key_refs, others = others[: len(params.along_keys)], others[len(params.along_keys) :]
     dk_sums, dv_sums, *scratch = others
@@ -266,7 +268,7 @@ def _kernel(
     block_q, (block_k, size) = q_ref.shape[3], k_ref.shape[2:]
     dk_sum, dv_sum = (ref.at[index if parts > 1 else 0] for ref in (dk_sums, dv_sums))
     row, following = Row(row_ref), Row(following_ref)
-    pairs = Pairs(problem, side_refs, key_length)
+    pairs = Pairs(problem, hoisted_refs, key_length)
     strips = range(0, block_k, strip)
     head = head_of(*grid)
     heads = head, head_of(*chain.following(*grid))

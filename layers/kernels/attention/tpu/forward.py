@@ -25,21 +25,21 @@ from .parts import (
     LOG2_E,
     BlockSizes,
     Chain,
+    Hoisted,
+    HoistedInput,
     Key,
     Pairs,
     Row,
-    SideInput,
-    Sides,
     Stream,
     Strip,
     dot,
+    hoisted_bytes,
+    hoisted_inputs,
+    hoisted_of,
     in_blocks,
     lanes,
     row_spec,
     schedule,
-    side_bytes,
-    side_inputs,
-    sides_of,
 )
 
 LOWEST = -1e30
@@ -55,16 +55,16 @@ def forward(
     (batch, queries, heads, _), (_, keys, _, value_size) = operands.q.shape, operands.v.shape
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (operands.q, operands.k, operands.v))
     blocks = problem.blocks(operands, sizes.block_q, sizes.block_k)
-    sides = sides_of(problem, operands, sizes.block_k)
-    packed = packs(operands, sides, sizes.block_q)
+    hoisted = hoisted_of(problem, operands, sizes.block_k)
+    packed = packs(operands, hoisted, sizes.block_q)
     if packed:
         q = q.reshape(batch, k.shape[1], -1, q.shape[3])
-        problem, sides = replace(problem, causal=False), _packed(problem, operands, sides)
+        problem, hoisted = replace(problem, causal=False), _packed(problem, operands, hoisted)
     q, k, v = padded(q, 2, sizes.block_q), padded(k, 2, sizes.block_k), padded(v, 2, sizes.block_k)
     head_bytes = k.dtype.itemsize * k.shape[2] * (lanes(k.shape[3]) + lanes(value_size))
     # Of a long cache, little may be in use: what is not seen is not read.
     resident = 2 * head_bytes <= sizes.holds(RESIDENT_SHARE, q, v) and not packed
-    inputs = side_inputs(sides, sizes.block_q, sizes.block_k)
+    inputs = hoisted_inputs(hoisted, sizes.block_q, sizes.block_k)
     out, lse = _call(problem, blocks, resident, q, k, v, inputs, sizes, keys, interpret)
     if packed:
         out, lse = (x[..., : queries * heads // x.shape[1], :] for x in (out, jnp.swapaxes(lse, 2, 3)))
@@ -72,18 +72,18 @@ def forward(
     return jnp.swapaxes(out[:, :, :queries], 1, 2), lse[:, :, 0, :queries]
 
 
-def packs(operands: Operands, sides: Sides, most: int) -> bool:
+def packs(operands: Operands, hoisted: Hoisted, most: int) -> bool:
     """Whether all heads that share keys are taken as one: their queries are few, as in decoding, and fit a block."""
     queries, group = operands.q.shape[1], operands.q.shape[2] // operands.k.shape[2]
-    alike = not any(side == "key" and array.shape[1] > 1 for _, side, array in sides)
+    alike = not any(side == "key" and array.shape[1] > 1 for _, side, array in hoisted)
     return group > 1 and alike and queries * group <= most
 
 
-def _packed(problem: Problem, operands: Operands, sides: Sides) -> Sides:
-    """The sides of G T queries for each key/value head, those of a query head after those of another."""
+def _packed(problem: Problem, operands: Operands, hoisted: Hoisted) -> Hoisted:
+    """The hoisted of G T queries for each key/value head, those of a query head after those of another."""
     queries, heads, kv_heads = *operands.q.shape[1:3], operands.k.shape[2]
     places = positions(problem.sizes(operands))["query"]
-    given: Sides = [side for side in sides if side[0] != "query"]
+    given: Hoisted = [side for side in hoisted if side[0] != "query"]
 
     def one(key: Key, side: Side, array: Array) -> tuple[Key, Side, Array]:
         if side == "key" or (side == "neither" and array.shape[1] == 1):
@@ -102,7 +102,7 @@ def _call(
     q: Array,
     k: Array,
     v: Array,
-    sides: list[SideInput],
+    hoisted: list[HoistedInput],
     sizes: BlockSizes,
     keys: int,
     interpret: Any,
@@ -110,7 +110,7 @@ def _call(
     """The kernel on whole blocks: (B N T Hv), (B N 1 T)."""
     block_q, block_k, size, value_size = sizes.block_q, sizes.block_k, k.shape[3], v.shape[3]
     rows, group = schedule(blocks), q.shape[1] // k.shape[1]
-    held = side_bytes(sides, "query", block_q, k.shape[2]) + side_bytes(sides, "key", k.shape[2], block_k)
+    held = hoisted_bytes(hoisted, "query", block_q, k.shape[2]) + hoisted_bytes(hoisted, "key", k.shape[2], block_k)
     if resident:
         held += 2 * k.dtype.itemsize * k.shape[2] * (lanes(size) + lanes(value_size))
     chain = Chain((*q.shape[:2], q.shape[2] // block_q), sizes.cores)
@@ -138,7 +138,7 @@ def _call(
         problem=problem,
         strip=math.gcd(block_k, sizes.strip),
         key_length=keys if keys % block_k else None,
-        sides=[(side.key, side.side) for side in sides],
+        hoisted=[(side.key, side.side) for side in hoisted],
         chain=None if resident else chain,
         group=group,
     )
@@ -151,7 +151,7 @@ def _call(
             pl.BlockSpec((1, 1, block_q, size), lambda b, n, i: (b, n, i, 0)),
             whole_head(size),
             whole_head(value_size),
-            *[side.spec(lambda b, n, i: (b, n, i), None, whole) for side in sides],
+            *[side.spec(lambda b, n, i: (b, n, i), None, whole) for side in hoisted],
         ],
         out_specs=[
             pl.BlockSpec((1, 1, block_q, value_size), lambda b, n, i: (b, n, i, 0)),
@@ -172,7 +172,7 @@ def _call(
         ),
         name="attention_forward",
         interpret=interpret,
-    )(rows, rows, q, in_blocks(k, block_k), in_blocks(v, block_k), *(side.array for side in sides))
+    )(rows, rows, q, in_blocks(k, block_k), in_blocks(v, block_k), *(side.array for side in hoisted))
 
 
 class _Resident:
@@ -269,16 +269,18 @@ def _kernel(
     problem: Problem,
     strip: int,
     key_length: int | None,
-    sides: list[tuple[Key, Side]],
+    hoisted: list[tuple[Key, Side]],
     chain: Chain | None,
     group: int,
 ) -> None:
-    side_refs: dict[Key, tuple[Side, Any]] = {key: (side, ref) for (key, side), ref in zip(sides, refs, strict=False)}
-    out_ref, lse_ref, sum_ref, logits_ref, *streams = refs[len(sides) :]
+    hoisted_refs: dict[Key, tuple[Side, Any]] = {
+        key: (side, ref) for (key, side), ref in zip(hoisted, refs, strict=False)
+    }
+    out_ref, lse_ref, sum_ref, logits_ref, *streams = refs[len(hoisted) :]
     block_q, block_k = q_ref.shape[2], logits_ref.shape[0]
     batch, head, index = (pl.program_id(dim) for dim in range(3))
     row = Row(row_ref)
-    pairs = Pairs(problem, side_refs, key_length)
+    pairs = Pairs(problem, hoisted_refs, key_length)
     strips = range(0, block_k, strip)
     has_diagonal = problem.causal and block_q == block_k
     q = q_ref[0, 0]

@@ -176,11 +176,11 @@ class Row:
         return lax.while_loop(skip, lambda block: block + 1, block + 1)
 
 
-# Sides ----------------------------------------------------------------------------------------------------------------
+# Hoisted values -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class SideInput:
+class HoistedInput:
     """An operand of a kernel with a number for each query or key, or for each sequence and head."""
 
     key: "Key"
@@ -222,13 +222,13 @@ Key = Value | Operation | str
 """Of a side input: a side of the mask or the score; a lookup in a table by query and key; "query" or "key", their
 positions; or "dropout", the numbers of its rows."""
 
-Sides = list[tuple[Key, Side, Array]]
+Hoisted = list[tuple[Key, Side, Array]]
 """What a kernel reads besides q, k and v, and what it is for each of: (B or 1, N or 1, T or S or 1)."""
 
 
-def side_bytes(sides: list[SideInput], side: Side, length: int, block_k: int) -> int:
+def hoisted_bytes(hoisted: list[HoistedInput], side: Side, length: int, block_k: int) -> int:
     """VMEM of so many queries' or keys' numbers, and of those that are on their way."""
-    return 8 * length * sum(x.words(block_k) for x in sides if x.side == side)
+    return 8 * length * sum(x.words(block_k) for x in hoisted if x.side == side)
 
 
 def word_span(operation: Operation) -> int:
@@ -278,11 +278,11 @@ def _words_of(operation: Operation, values: dict[Value, Any], places: dict[str, 
     return words[tuple(jnp.broadcast_arrays(*map(index, indices), places["query"]))[:-1]]
 
 
-def sides_of(problem: Problem, operands: Operands, block_k: int) -> Sides:
-    """The sides of mask and score, tables, the rows of dropout, and positions where they are not known before."""
-    found: Sides = []
-    for function, sides in ((problem.mask, problem.sides(operands)), (problem.score, operands.score_sides)):
-        values = dict(zip(() if function is None else function.sides, sides, strict=True))
+def hoisted_of(problem: Problem, operands: Operands, block_k: int) -> Hoisted:
+    """The hoisted of mask and score, tables, the rows of dropout, and positions where they are not known before."""
+    found: Hoisted = []
+    for function, hoisted in ((problem.mask, problem.hoisted(operands)), (problem.score, operands.score_hoisted)):
+        values = dict(zip(() if function is None else function.hoisted, hoisted, strict=True))
         for value, side in values.items():
             assert value.side is not None
             if not value.shape:
@@ -300,18 +300,18 @@ def sides_of(problem: Problem, operands: Operands, block_k: int) -> Sides:
     return found
 
 
-def side_inputs(sides: Sides, block_q: int, block_k: int) -> list[SideInput]:
-    """Sides in whole blocks, as int32 or float32."""
+def hoisted_inputs(hoisted: Hoisted, block_q: int, block_k: int) -> list[HoistedInput]:
+    """Hoisted in whole blocks, as int32 or float32."""
 
-    def one(key: Key, side: Side, array: Array) -> SideInput:
+    def one(key: Key, side: Side, array: Array) -> HoistedInput:
         array = array.astype(jnp.float32 if jnp.issubdtype(array.dtype, jnp.floating) else jnp.int32)
         if side == "neither":
-            return SideInput(key, side, array[..., None])
+            return HoistedInput(key, side, array[..., None])
         if isinstance(key, Operation):
-            return SideInput(key, side, jnp.swapaxes(padded(array, 2, block_q, None), 2, 3)[:, :, :, None])
-        return SideInput(key, side, padded(array, 2, block_q if side == "query" else block_k, None)[:, :, None])
+            return HoistedInput(key, side, jnp.swapaxes(padded(array, 2, block_q, None), 2, 3)[:, :, :, None])
+        return HoistedInput(key, side, padded(array, 2, block_q if side == "query" else block_k, None)[:, :, None])
 
-    return [one(*side) for side in sides]
+    return [one(*side) for side in hoisted]
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,7 @@ class Pairs:
     key_length: int | None
     """How many keys there are, where the last block has some that are padding."""
 
-    def _side(self, key: Value | str, strip: Strip) -> Any:
+    def _hoisted(self, key: Value | str, strip: Strip) -> Any:
         """A side: (1, queries), (keys, 1) or a number."""
         side, ref = self.refs[key]
         if side == "query":
@@ -349,7 +349,7 @@ class Pairs:
     def _queries(self, strip: Strip) -> Any:
         """The positions of its queries."""
         if "query" in self.refs:
-            return self._side("query", strip)
+            return self._hoisted("query", strip)
         first = strip.query + self.problem.query_offset
         return first + lax.broadcasted_iota(jnp.int32, (1, strip.queries), 1)
 
@@ -359,10 +359,10 @@ class Pairs:
 
     def _keys(self, strip: Strip) -> Any:
         """The positions of its keys."""
-        return self._side("key", strip) if "key" in self.refs else self._indices(strip)
+        return self._hoisted("key", strip) if "key" in self.refs else self._indices(strip)
 
     def _reader(self, strip: Strip, given: dict[Value | str, Any]) -> Callable[[Value], Any]:
-        """Reads leaves and sides; some are given, by Value or "score"."""
+        """Reads leaves and hoisted; some are given, by Value or "score"."""
 
         def read(value: Value) -> Any:
             if (value.leaf or value) in given:
@@ -371,7 +371,7 @@ class Pairs:
                 return self._queries(strip)
             if value.leaf == "key":
                 return self._keys(strip)
-            found = self._side(value, strip)
+            found = self._hoisted(value, strip)
             return found != 0 if value.dtype == np.bool_ else found.astype(value.dtype)
 
         return read
@@ -398,7 +398,7 @@ class Pairs:
         """What dropout multiplies the weights with; None without dropout."""
         if "dropout" not in self.refs:
             return None
-        return self.problem.kept(self._side("dropout", strip), self._queries(strip), self._keys(strip))
+        return self.problem.kept(self._hoisted("dropout", strip), self._queries(strip), self._keys(strip))
 
     def scored(self, products: Array, strip: Strip) -> Array:
         """The logits, to base 2, of products q k."""
@@ -414,7 +414,7 @@ class Pairs:
         if function is None:
             return self.scored(products, strip), None, []
         names = ["score", *trained(self.problem)]
-        inputs = [products * self.problem.scale, *(self._side(x, strip).astype(x.dtype) for x in names[1:])]
+        inputs = [products * self.problem.scale, *(self._hoisted(x, strip).astype(x.dtype) for x in names[1:])]
         known = dict(zip(names, inputs, strict=True))
 
         def along(name: Value | str) -> tuple[Array, Array]:
@@ -430,9 +430,9 @@ class Pairs:
 
 
 def trained(problem: Problem) -> list[Value]:
-    """The sides of the score that get gradients."""
-    sides = () if problem.score is None else problem.score.sides
-    return [value for value in sides if jnp.issubdtype(value.dtype, jnp.floating)]
+    """The hoisted of the score that get gradients."""
+    hoisted = () if problem.score is None else problem.score.hoisted
+    return [value for value in hoisted if jnp.issubdtype(value.dtype, jnp.floating)]
 
 
 def _column(row: Array) -> Array:

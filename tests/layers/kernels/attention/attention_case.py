@@ -123,7 +123,7 @@ CASES = {
     "offset of each sequence": Case(LONG, Causal() & Window(12), {"query_offset": numbers(0, 40)}),
     "fewer keys than queries": Case((45, 20, 4, 2, 16, 16)),
     "window": Case(SQUARE, Causal() & Window(9)),
-    "both sides": Case(SQUARE, Window(9, 5)),
+    "both hoisted": Case(SQUARE, Window(9, 5)),
     "window, offset": Case(LONG, Causal() & Window(9), {"query_offset": 40}),
     "chunks": Case(SQUARE, Causal() & Chunked(11)),
     "prefix": Case(SQUARE, Causal() | Prefix(numbers(5, 31))),

@@ -33,7 +33,7 @@ from jax.sharding import PartitionSpec as P
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
-JAX_CASES = ("groups of 2, whole blocks", "multi-query", "offset", "both sides", "scale")
+JAX_CASES = ("groups of 2, whole blocks", "multi-query", "offset", "both hoisted", "scale")
 WITHOUT_CAUSE_TO_SEE = ("nothing in one sequence", "documents with padding", "not", "lengths", "sinks and nothing")
 
 REFUSED_BY_TPU = {
@@ -279,7 +279,7 @@ CONTEXT_CASES = {
     "causal": Case(EVEN),
     "full": Case(EVEN, Full()),
     "window": Case(EVEN, Causal() & Window(9)),
-    "both sides": Case(EVEN, Window(9, 5)),
+    "both hoisted": Case(EVEN, Window(9, 5)),
     "documents with padding": Case(EVEN, Causal() & Documents(ids(64, 13, 40, 55)), parameters={"sinks": (4,)}),
     "fewer queries": Case((32, 64, 4, 2, 16, 24), Causal() & Window(30), {"query_offset": numbers(5, 32)}),
     "halves that are not whole": Case((40, 40, 4, 2, 16, 16)),

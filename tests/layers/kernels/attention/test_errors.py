@@ -89,7 +89,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "few buckets": ({"score": RelativeBias(jnp.ones((4, 1)))}, r"got table of shape \(4, 1\) with bidirectional=False"),
     "half a position": ({"query_offset": 0.5}, "query_offset must be of type integer, got float32"),
     "half positions": ({"query_offset": jnp.ones(2)}, "query_offset must be of type integer, got float32"),
-    "before the documents": ({"mask": Documents(IDS), "query_offset": -1}, "nothing for positions before 0, got query"),
+    "before the documents": (
+        {"mask": Documents(IDS), "query_offset": -1},
+        "no entries for positions before 0, got query",
+    ),
     "after the documents": ({"mask": Documents(IDS), "query_offset": 1}, r"B T with T at least 7, got shape \(2, 6\)"),
     "key as seed": ({"dropout_rate": 0.5, "dropout_seed": jax.random.key(0)}, "seed must be of type integer, got key"),
     "list of sinks": ({"sinks": [0.0] * 4}, "sinks must be an array, got list"),

@@ -184,7 +184,7 @@ BODIES = {
 def test_what_masks_may_compute(names: str) -> None:
     """It is lowered, which Pallas refuses to do of what it does not have."""
     mask = Where(eval(f"lambda b, h, q, k: {BODIES[names]}", {"jnp": jnp, "jax": jax}))
-    done = {operation.name for operation in trace(mask.visible).body}
+    done = {operation.name for operation in trace(mask.visible).per_pair}
     assert names.startswith("of ") or done >= set(names.split())
     assert kernels(lowered(mask, implementation="cuda")) == ALL
 

@@ -64,11 +64,11 @@ def test_blocks_are_never_called_empty_or_full_that_are_not(case, block_q, block
     mask, sees = case
     function, sizes = pairs.trace(mask.visible), pairs.Sizes(B, N, T, S)
 
-    def classify(sides: Any) -> blocks.Blocks:
-        return blocks.classify(function, sides, sizes, block_q, block_k, kv_heads=N, transposed=transposed)
+    def classify(hoisted: Any) -> blocks.Blocks:
+        return blocks.classify(function, hoisted, sizes, block_q, block_k, kv_heads=N, transposed=transposed)
 
-    sides = function.side_values(sizes)
-    found = jax.jit(classify)(sides) if traced else classify([np.asarray(side) for side in sides])
+    hoisted = function.hoisted_values(sizes)
+    found = jax.jit(classify)(hoisted) if traced else classify([np.asarray(side) for side in hoisted])
     assert traced or isinstance(found.words, np.ndarray)
     rows, columns = -(-T // block_q), -(-S // block_k)
     said = kinds(found, *((columns, rows) if transposed else (rows, columns)))
@@ -108,7 +108,7 @@ def test_blocks_are_never_called_empty_or_full_that_are_not(case, block_q, block
 def test_blocks_are_called_what_they_are(mask, size):
     """For these masks intervals, tables or a look at every pair say exactly what a block is."""
     function, sizes = pairs.trace(mask.visible), pairs.Sizes(B, N, S, S)
-    found = blocks.classify(function, function.side_values(sizes), sizes, size, size, kv_heads=N)
+    found = blocks.classify(function, function.hoisted_values(sizes), sizes, size, size, kv_heads=N)
     count = -(-S // size)
     said = np.broadcast_to(kinds(found, count, count), (B, N, count, count))
     index = np.broadcast_arrays(*np.ogrid[:B, :N, :S, :S])
@@ -129,11 +129,11 @@ def test_a_million_tokens_are_classified_within_a_mebibyte(name, traced):
     mask = {"causal": Causal(), "window": Causal() & Window(4096), "documents": Causal() & Documents(ids)}[name]
     function, sizes = pairs.trace(mask.visible), pairs.Sizes(1, 8, length, length)
 
-    def classify(sides: Any) -> blocks.Blocks:
-        return blocks.classify(function, sides, sizes, 1024, 1024, kv_heads=1)
+    def classify(hoisted: Any) -> blocks.Blocks:
+        return blocks.classify(function, hoisted, sizes, 1024, 1024, kv_heads=1)
 
-    sides = function.side_values(sizes)
-    found = jax.jit(classify)(sides) if traced else classify([np.asarray(side) for side in sides])
+    hoisted = function.hoisted_values(sizes)
+    found = jax.jit(classify)(hoisted) if traced else classify([np.asarray(side) for side in hoisted])
     assert found.nbytes < 2**20
     rows = np.arange(1024)
     np.testing.assert_array_equal(found.high[0, 0], rows + 1)
@@ -173,9 +173,9 @@ def test_numbers_that_make_no_mask(make, message):
 def test_a_mask_is_said_to_hide_everything_only_if_it_does(case, block):
     mask, sees = case
     function, sizes = pairs.trace(mask.visible), pairs.Sizes(B, N, T, S)
-    sides = [np.asarray(side) for side in function.side_values(sizes)]
-    found = blocks.classify(function, sides, sizes, block, block, kv_heads=N)
-    hidden = blocks.hides_everything(function, sides, sizes, found, block)
+    hoisted = [np.asarray(side) for side in function.hoisted_values(sizes)]
+    found = blocks.classify(function, hoisted, sizes, block, block, kv_heads=N)
+    hidden = blocks.hides_everything(function, hoisted, sizes, found, block)
     assert not (hidden and slowly(sees).any())
 
 
@@ -215,14 +215,14 @@ def test_a_mask_that_hides_everything_is_refused(name):
 def test_no_time_is_lost_looking_for_a_visible_pair(mask, monkeypatch):
     """However long the sequence, so many blocks are looked at in all."""
     looked: list[int] = []
-    bounds = blocks._bounds
+    visible = blocks._visible
 
     def count(*arguments: Any) -> Any:
         looked.append(arguments[6][0].size)
-        return bounds(*arguments)
+        return visible(*arguments)
 
     function, sizes = pairs.trace(mask.visible), pairs.Sizes(1, 1, 2**19, 2**19)
     found = blocks.classify(function, [], sizes, 512, 512, kv_heads=1)
-    monkeypatch.setattr(blocks, "_bounds", count)
+    monkeypatch.setattr(blocks, "_visible", count)
     assert not blocks.hides_everything(function, [], sizes, found, 512)
     assert sum(looked) < 10 * 64 + 2 * blocks.SEARCHED

@@ -26,6 +26,7 @@ from flaxzoo.layers.kernels.attention.masks import (
     GlobalTokens,
     Lengths,
     Mask,
+    Where,
     Window,
 )
 from flaxzoo.layers.kernels.attention.scores import SoftCap
@@ -334,3 +335,14 @@ def test_the_blocks_that_ship_are_the_fastest_of_those_tried() -> None:
         settings = {name: getattr(ships, name) for name in ("block_q", "block_k", "strip")}
         times = {tuple(each["settings"].items()): each["us"] for each in row["tried"] if "us" in each}
         assert times[tuple(settings.items())] <= 1.01 * min(times.values()), row
+
+
+@needs_libtpu
+def test_pairs_are_not_evaluated_on_devices_that_exist_only_to_compile_for() -> None:
+    """A mask of operations without an interval rule, under the mesh of a topology."""
+    mesh = devices_of("v5e", 1, "x")
+    x = jax.ShapeDtypeStruct((1, 600, 1, 64), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
+    mask = Where(lambda b, h, q, k: ((q ^ k) >> 3) < 9)
+    with jax.set_mesh(mesh):
+        traced = jax.jit(jax.grad(lambda x: jnp.sum(attend(x, x, x, mask=mask).astype(jnp.float32)))).trace(x)
+        assert "attention_backward" in traced.lower(lowering_platforms=("tpu",)).as_text()
