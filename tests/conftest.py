@@ -4,6 +4,7 @@ import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # JAX reads these when it is imported. A sharding that does nothing on one device hides bugs, hence 8.
@@ -18,6 +19,7 @@ import hypothesis
 import jax
 import jaxtyping
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # Like static checkers, take an int where a float is annotated. beartype cannot resolve Self outside its own classes.
 CHECKER = (
@@ -57,6 +59,26 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("hypothesis_profile", None):
         marks = str(config.getoption("markexpr"))
         hypothesis.settings.load_profile("thorough" if "slow" in marks and "not slow" not in marks else "quick")
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compilation cache of this process and of those that it starts."""
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compilation_cache(programs: Path) -> Iterator[None]:
+    """Compiles programs that several tests have only once."""
+    settings = {"jax_compilation_cache_dir": str(programs), "jax_persistent_cache_min_compile_time_secs": 0.2}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

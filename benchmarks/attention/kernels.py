@@ -113,12 +113,12 @@ def put(compiler: Compiler, chip: str, case: tuple[int, ...]) -> dict[str, Any]:
     """One token of every row, written into its cache."""
     import jax
     import jax.numpy as jnp
-    from flaxzoo.layers.kernels.cache_update import put_tiles
+    from flaxzoo.layers.kernels.cache_update import write_tiles
 
     batch, length, heads = case
     shapes = [jax.ShapeDtypeStruct((batch, heads, slots, 128), jnp.bfloat16) for slots in (length, 1)]
     index = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    return {"us": measure(compiler, chip, put_tiles, (*shapes, index))["us"]}
+    return {"us": measure(compiler, chip, write_tiles, (*shapes, index))["us"]}
 
 
 def grouped(compiler: Compiler, chip: str, case: tuple[int, ...], outer: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A linear function that has a transpose of its own."""
+"""A linear function with a transpose of its own."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,17 +11,24 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 Flat = Callable[..., list[Array]]
-"""A function of residuals and of what it is linear in, as flat lists."""
+"""A function of residuals and arguments, as flat lists of arrays."""
+Avals = tuple[ShapedArray, ...]
 
 
-def linear(
+def with_transpose(
     forward: Callable[[Any, Any], Any], transpose: Callable[[Any, Any], Any], residuals: Any, x: Any, like: Any
 ) -> Any:
-    """`forward(residuals, x)`, linear in x, whose transpose is `transpose(residuals, y)`; all are pytrees.
+    """`forward(residuals, x)`, linear in x, with the transpose `transpose(residuals, y)`.
 
     With `jax.custom_jvp` this gives a function both modes of differentiation, each with a program of its own. Unlike
-    `jax.custom_derivatives.linear_call` it works under `jax.vmap`, and it does not trace the mode that is not used:
-    `like` has the structure and the types of the result.
+    `jax.custom_derivatives.linear_call` it works under `jax.vmap`, and it does not trace the mode that is not used.
+
+    Args:
+        forward: returns a pytree of the structure and types of `like`.
+        transpose: returns a pytree of the structure and types of `x`.
+        residuals: a pytree.
+        x: a pytree.
+        like: a pytree of arrays or shapes.
     """
     leaves, tree = jax.tree.flatten((residuals, x))
     count = len(jax.tree.leaves(residuals))
@@ -32,11 +39,11 @@ def linear(
         return jax.tree.leaves(forward(*tree.unflatten(leaves)))
 
     def flat_transpose(*leaves: Array) -> list[Array]:
-        found = transpose(residuals_tree.unflatten(leaves[:count]), like_tree.unflatten(leaves[count:]))
-        assert jax.tree.structure(found) == jax.tree.structure(x), (found, x)
-        return jax.tree.leaves(found)
+        cotangents = transpose(residuals_tree.unflatten(leaves[:count]), like_tree.unflatten(leaves[count:]))
+        assert jax.tree.structure(cotangents) == jax.tree.structure(x), (cotangents, x)
+        return jax.tree.leaves(cotangents)
 
-    found = linear_p.bind(
+    results = linear_p.bind(
         *leaves,
         forward=flat_forward,
         transpose=flat_transpose,
@@ -44,7 +51,7 @@ def linear(
         results=tuple(map(jax.typeof, like_leaves)),
         arguments=tuple(map(jax.typeof, leaves[count:])),
     )
-    return like_tree.unflatten(found)
+    return like_tree.unflatten(results)
 
 
 def _apply(*leaves: Array, forward: Flat, **_: Any) -> list[Array]:
@@ -54,7 +61,7 @@ def _apply(*leaves: Array, forward: Flat, **_: Any) -> list[Array]:
 def _jvp(primals: Sequence[Array], tangents: Sequence[Any], count: int, **rest: Any) -> Any:
     if not all(isinstance(tangent, ad.Zero) for tangent in tangents[:count]):
         raise NotImplementedError(
-            "a linear function has no derivatives in its residuals; of attention, the reference implementation alone "
+            "a linear function has no derivatives in its residuals; for attention, only implementation='reference' "
             "has second derivatives"
         )
     moved = [ad.instantiate_zeros(tangent) for tangent in tangents[count:]]
@@ -62,14 +69,26 @@ def _jvp(primals: Sequence[Array], tangents: Sequence[Any], count: int, **rest: 
 
 
 def _transpose(
-    cotangents: Sequence[Any], *values: Any, count: int, forward: Flat, transpose: Flat, results: Any, arguments: Any
+    cotangents: Sequence[Any],
+    *values: Any,
+    count: int,
+    forward: Flat,
+    transpose: Flat,
+    results: Avals,
+    arguments: Avals,
 ) -> list[Any]:
-    given = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
-    found = linear_p.bind(
-        *values[:count], *given, count=count, forward=transpose, transpose=forward, results=arguments, arguments=results
+    inputs = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
+    outputs = linear_p.bind(
+        *values[:count],
+        *inputs,
+        count=count,
+        forward=transpose,
+        transpose=forward,
+        results=arguments,
+        arguments=results,
     )
-    wanted = (y if ad.is_undefined_primal(x) else None for x, y in zip(values[count:], found, strict=True))
-    return [None] * count + list(wanted)
+    needed = (y if ad.is_undefined_primal(x) else None for x, y in zip(values[count:], outputs, strict=True))
+    return [None] * count + list(needed)
 
 
 def _batch(
@@ -78,10 +97,10 @@ def _batch(
     count: int,
     forward: Flat,
     transpose: Flat,
-    results: Any,
-    arguments: Any,
+    results: Avals,
+    arguments: Avals,
 ) -> tuple[list[Array], list[int]]:
-    """Residuals that are shared stay so; what the function is linear in becomes an entry for each."""
+    """Residuals without a batch dimension stay without it; every argument gets one."""
     size = next(x.shape[dim] for x, dim in zip(values, dims, strict=True) if dim is not None)
 
     def front(x: Array, dim: int | None) -> Array:
@@ -96,18 +115,18 @@ def _batch(
     def mapped(function: Flat) -> Flat:
         return lambda *leaves: jax.vmap(function, in_axes=(*axes, *[0] * (len(leaves) - count)))(*leaves)
 
-    def wider(avals: Any) -> Any:
+    def batched(avals: Avals) -> Avals:
         return tuple(ShapedArray((size, *aval.shape), aval.dtype) for aval in avals)
 
-    found = linear_p.bind(
+    outputs = linear_p.bind(
         *moved,
         count=count,
         forward=mapped(forward),
         transpose=mapped(transpose),
-        results=wider(results),
-        arguments=wider(arguments),
+        results=batched(results),
+        arguments=batched(arguments),
     )
-    return found, [0] * len(found)
+    return outputs, [0] * len(outputs)
 
 
 linear_p = Primitive("linear")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8
 
 from ..kernels.attention.masks import KeysAt, Mask
-from ..kernels.cache_update import put
+from ..kernels.cache_update import write_token
 from ..sharding.axes import partition, per_device, reshard_like, zeros
 from .mixer import Positions
 
@@ -173,7 +173,7 @@ def _put(slots: Array, new: Array, index: Int[Array, "B T"]) -> Array:
 
     def local(new: Array, slots: Array, index: Array) -> Array:
         if new.shape[2] == 1:
-            return put(slots, new, index[:, 0])
+            return write_token(slots, new, index[:, 0])
         row = jnp.arange(new.shape[0], dtype=jnp.int32)[:, None]
         return slots.at[row, :, index].set(jnp.swapaxes(new, 1, 2), mode="drop")
 

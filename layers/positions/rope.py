@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..kernels.by_platform import by_platform
-from ..kernels.transposable import linear
+from ..kernels.transposable import with_transpose
 from ..spec import Spec
 from .positions import Positions
 from .scaling import EVERY_LENGTH, RopeScaling, check_positive, rope_frequencies
@@ -50,7 +50,7 @@ class Rope(Spec):
         def back(rotation: tuple[Array, Array], x: Array) -> Array:
             return turn((rotation[0], -rotation[1]), x)
 
-        return linear(turn, back, (cos, sin), x, x)
+        return with_transpose(turn, back, (cos, sin), x, x)
 
     def _by_parts(
         self, cos: Float[Array, "B T R"], sin: Float[Array, "B T R"], x: Float[Array, "B T N H"]

@@ -7,10 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import pytest
 from flaxzoo.configs import Data, Optimizer, Run, models
-from jax.experimental.compilation_cache import compilation_cache
 
 TEXT = "the cat sat on a mat and then dog ran to house with blue sky over green hill but nobody saw it go"
 
@@ -40,25 +38,6 @@ def tiny(text: Path) -> Run:
         save_every=0,
         prompt="the cat",
     )
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where compiled programs are kept, for this process and those it starts."""
-    return tmp_path_factory.mktemp("programs")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(programs: Path) -> Iterator[None]:
-    settings = {"jax_compilation_cache_dir": str(programs), "jax_persistent_cache_min_compile_time_secs": 0.2}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,13 @@
 """Attention over a sequence that is split over the devices of a mesh axis.
 
-Every device keeps its queries. In a ring (2310.01889) the keys and values travel from device to device, and what a
-device has found so far is merged with what each part of them adds; the next part is on its way meanwhile. Gathered
-(Llama 3, 2407.21783, section 3.3.2), every device has all keys and values at once: quicker while they are few.
+Every device keeps its queries. In a ring (2310.01889) the keys and values are passed from device to device; each device
+merges its output with that for the part it has received, while the next part is being copied. With all_gather (Llama 3,
+2407.21783, section 3.3.2) every device has all keys and values at once, which is faster while they are few.
 
-Under a causal mask the devices with late queries would have most of the work. So the sequence is cut into twice as many
-chunks as there are devices, and device i works on chunks i and 2n - 1 - i; the result returns to its place. Nobody
-outside sees that order. Which order is taken, and how far keys travel, follows from what the mask shows when it is run
-on intervals: for a window, nothing goes farther than it reaches.
+Under a causal mask the devices with late queries would have most of the work. So the sequence is split into twice as
+many chunks as devices, and device i works on chunks i and 2n - 1 - i; the output is returned in the original order.
+Which order is used, and how far keys are passed, follows from the mask on intervals: for a window, keys are passed no
+farther than it reaches.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ Method = Literal["ring", "all_gather"]
 
 @dataclass(frozen=True)
 class Context:
-    """How attention is done by the devices of a mesh axis; its methods are for each device, inside `jax.shard_map`."""
+    """How the devices of a mesh axis share attention; its methods run on each device, inside `jax.shard_map`."""
 
     axis: str
     devices: int
@@ -39,28 +39,28 @@ class Context:
     balanced: bool
     """Whether a device works on an early and a late chunk."""
     first: int
-    """The keys that a device begins with are its own (0), or those of the device so many before it."""
+    """A device starts with the keys of the device this many places before it; 0 for its own."""
     steps: int
-    """How many parts of the keys come by."""
+    """The number of parts of the keys that a device uses."""
 
     # Order ------------------------------------------------------------------------------------------------------------
 
-    def spread(self, problem: Problem, operands: Operands) -> Operands:
-        """The operands in the order that is worked in."""
+    def balanced_order(self, problem: Problem, operands: Operands) -> Operands:
+        """The operands in the order of the computation."""
         if not self.balanced:
             return operands
         operands = _map(self._exchanged, "query", problem, operands)
         return operands if self.method == "all_gather" else _map(self._exchanged, "key", problem, operands)
 
-    def restored(self, array: Array, dim: int) -> Array:
-        """An array of queries in the order of the sequence again."""
+    def original_order(self, array: Array, dim: int) -> Array:
+        """An array of queries, back in the order of the sequence."""
         return self._exchanged(array, dim, back=True) if self.balanced else array
 
     def _exchanged(self, array: Array, dim: int, back: bool = False) -> Array:
-        """Chunks 2i and 2i + 1 of device i, exchanged for chunks i and 2n - 1 - i.
+        """Exchanges chunks 2i and 2i + 1 of device i for chunks i and 2n - 1 - i.
 
-        Of these two, one is even and one is odd, so all even chunks move by one permutation of the devices, and all odd
-        ones by another.
+        One of the latter is even and one is odd, so one permutation of the devices moves all even chunks, and another
+        all odd ones.
         """
         owners = [chunk if chunk < self.devices else 2 * self.devices - 1 - chunk for chunk in range(2 * self.devices)]
         routes = [list(enumerate(owners[parity::2])) for parity in (0, 1)]
@@ -75,19 +75,19 @@ class Context:
     # The three passes -------------------------------------------------------------------------------------------------
 
     def forward(self, attention: Any, problem: Problem, operands: Operands) -> tuple[Array, Array]:
-        """Attention of this device's queries to all keys; `attention(problem, operands)` is that to some of them."""
+        """Attention of this device's queries to all keys; `attention(problem, operands)` is that to some keys."""
         part = _part(problem)
         if self.method == "all_gather":
             out, lse = attention(part, self.gathered(problem, operands))
             return out.astype(problem.out_dtype), lse
 
         def step(state: Any, rotated: Any) -> Any:
-            operands, *found = state
-            return rotated(problem, operands), *_merged(*found, *attention(part, operands))
+            operands, *total = state
+            return rotated(problem, operands), *_merged(*total, *attention(part, operands))
 
         (batch, length, heads, _), size = operands.q.shape, operands.v.shape[3]
-        nothing = jnp.zeros((batch, length, heads, size), jnp.float32), jnp.full((batch, heads, length), -jnp.inf)
-        start = self._rotated(problem, operands, self.first), *nothing
+        empty = jnp.zeros((batch, length, heads, size), jnp.float32), jnp.full((batch, heads, length), -jnp.inf)
+        start = self._rotated(problem, operands, self.first), *empty
         _, out, lse = self._round(step, start)
         return out.astype(problem.out_dtype), lse
 
@@ -96,32 +96,32 @@ class Context:
     ) -> Gradients:
         """Gradients; `gradients(problem, operands, lse, delta, out_grad)` are those of attention to some keys.
 
-        The gradients of keys travel with them, one step behind, so that they too move while products are computed.
+        The gradients of keys are passed along with them, one step behind, so that they are copied during computation.
         """
-        part, wanted = _part(problem), tangents_of(operands)
+        part, like = _part(problem), tangents_of(operands)
         if self.method == "all_gather":
-            found = gradients(part, self.gathered(problem, operands), lse, delta, out_grad)
+            sums = gradients(part, self.gathered(problem, operands), lse, delta, out_grad)
             scattered = partial(jax.lax.psum_scatter, axis_name=self.axis, tiled=True)
-            found = _map_gradients(lambda x, dim: scattered(x, scatter_dimension=dim), problem, operands, found)
+            sums = _map_gradients(lambda x, dim: scattered(x, scatter_dimension=dim), problem, operands, sums)
         else:
 
             def step(state: Any, rotated: Any) -> Any:
                 operands, sums = state
-                found = gradients(part, operands, lse, delta, out_grad)
+                terms = gradients(part, operands, lse, delta, out_grad)
                 sums = _map_gradients(self._moved, problem, operands, sums)
-                return rotated(problem, operands), jax.tree.map(jnp.add, sums, found)
+                return rotated(problem, operands), jax.tree.map(jnp.add, sums, terms)
 
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), wanted)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
             start = self._rotated(problem, operands, self.first), zeros
-            _, found = self._round(step, start)
-            home = partial(self._moved, places=1 - self.first - self.steps)
-            found = _map_gradients(home, problem, operands, found)
-        return jax.tree.map(lambda x, like: x.astype(like.dtype), found, wanted)
+            _, sums = self._round(step, start)
+            to_owner = partial(self._moved, places=1 - self.first - self.steps)
+            sums = _map_gradients(to_owner, problem, operands, sums)
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), sums, like)
 
     def tangent(
         self, tangent: Any, problem: Problem, operands: Operands, out: Array, lse: Array, moved: Gradients
     ) -> tuple[Array, Array]:
-        """The directional derivative; `tangent(problem, operands, out, lse, moved)` is what some keys add to it."""
+        """The directional derivative; `tangent(problem, operands, out, lse, moved)` is the term of some keys."""
         part = _part(problem)
         if self.method == "all_gather":
             moved = _map_gradients(self._gather, problem, operands, moved)
@@ -130,9 +130,9 @@ class Context:
 
         def step(state: Any, rotated: Any) -> Any:
             operands, moved, *sums = state
-            found = tangent(part, operands, out, lse, moved)
+            terms = tangent(part, operands, out, lse, moved)
             ahead = rotated(problem, operands), _map_gradients(self._moved, problem, operands, moved)
-            return *ahead, *jax.tree.map(jnp.add, tuple(sums), found)
+            return *ahead, *jax.tree.map(jnp.add, tuple(sums), terms)
 
         turn = partial(self._moved, places=self.first)
         start = self._rotated(problem, operands, self.first), _map_gradients(turn, problem, operands, moved)
@@ -141,10 +141,10 @@ class Context:
         return t_out.astype(problem.out_dtype), t_lse
 
     def _round(self, step: Callable[[Any, Any], Any], state: Any) -> Any:
-        """All steps of the ring, each given what passes the keys on.
+        """All steps of the ring; `step(state, rotated)` passes the keys on by `rotated(problem, operands)`.
 
-        Two or less, as a window has, are written out, and nothing moves after the last. More are a loop, whose last
-        copies nobody needs, and which are on their way while products are computed.
+        Two steps or fewer, as for a window, are unrolled, and nothing is copied after the last. More are a loop, which
+        overlaps copies with computation; the copies of its last step are not used.
         """
         if self.steps > 2:
             return jax.lax.fori_loop(0, self.steps, lambda _, state: step(state, self._rotated), state)
@@ -163,7 +163,7 @@ class Context:
         return _map(partial(self._moved, places=places), "key", problem, operands)
 
     def _moved(self, array: Array, dim: int, places: int = 1) -> Array:
-        """What the device so many places before this one has."""
+        """The array of the device this many places before this one."""
         if places % self.devices == 0:
             return array
         route = [(device, (device + places) % self.devices) for device in range(self.devices)]
@@ -171,9 +171,9 @@ class Context:
 
 
 def plan(mask: PairFunction, sizes: Sizes, axis: str, devices: int, method: Method) -> Context | None:
-    """The quickest way for a mask, as far as it is known now; None where it is known to hide everything.
+    """The order and the steps that cost least, by the mask on intervals; None if no query sees any key.
 
-    In a ring all wait for the one that has most to do in a step. `sizes` are those of all devices together.
+    In each step of a ring all devices wait for the one with most work. `sizes` are those of all devices together.
     """
     if method not in get_args(Method):
         raise unknown("context method", method, get_args(Method))
@@ -182,19 +182,19 @@ def plan(mask: PairFunction, sizes: Sizes, axis: str, devices: int, method: Meth
     if not seen.any():
         return None
     device = np.arange(devices)
-    found = []
+    options = []
     for balanced in (False, True)[:halves]:
         own = np.stack([device, 2 * devices - 1 - device]) if balanced else device * halves + np.arange(halves)[:, None]
         work = seen[np.ix_(own.T.ravel(), own.T.ravel())].reshape(devices, halves, devices, halves).sum((1, 3))
         of_step = np.array([max(work[device, device - places]) for places in range(devices)])
         cost = of_step.sum() if method == "ring" else work.sum(1).max()
-        found.append((cost, balanced, *_arc(of_step > 0)))
-    _, balanced, first, steps = min(found)
+        options.append((cost, balanced, *_arc(of_step > 0)))
+    _, balanced, first, steps = min(options)
     return Context(axis, devices, method, balanced, first, steps)
 
 
 def _arc(needed: np.ndarray) -> tuple[int, int]:
-    """Start and length of the shortest arc of a circle that has all that are needed."""
+    """Start and length of the shortest arc of a circle that contains all needed places."""
     count = len(needed)
     arcs = [(start, 1 + max(np.flatnonzero(np.roll(needed, -start)))) for start in range(count)]
     start, length = min(arcs, key=lambda arc: arc[1])
@@ -202,12 +202,12 @@ def _arc(needed: np.ndarray) -> tuple[int, int]:
 
 
 def _part(problem: Problem) -> Problem:
-    """The problem for some of the keys: what is found is merged with more, in float32."""
+    """The problem for some of the keys; its results are merged with others in float32."""
     return dataclasses.replace(problem, out_dtype=jnp.float32, gradient_dtype=jnp.float32, context=None)
 
 
 def _map(function: Callable[[Array, int], Array], side: Side, problem: Problem, operands: Operands) -> Operands:
-    """Operands where `function(array, dim)` is in place of all that belongs to the queries, or to the keys."""
+    """Applies `function(array, dim)` to all operands of the queries, or of the keys."""
 
     def hoisted(of: PairFunction | None, arrays: list[Array]) -> list[Array]:
         values = () if of is None else of.hoisted
@@ -229,16 +229,16 @@ def _map(function: Callable[[Array, int], Array], side: Side, problem: Problem, 
 def _map_gradients(
     function: Callable[[Array, int], Array], problem: Problem, operands: Operands, gradients: Gradients
 ) -> Gradients:
-    """The same for gradients of what belongs to the keys."""
+    """Applies `function(array, dim)` to the gradients of all operands of the keys."""
     q, k, v, hoisted = gradients
     values = () if problem.score is None else problem.score.hoisted
-    trained = [value for value, side in zip(values, operands.score_hoisted, strict=True) if differentiable(side)]
+    trained = [value for value, x in zip(values, operands.score_hoisted, strict=True) if differentiable(x)]
     hoisted = [function(x, 2) if value.side == "key" else x for value, x in zip(trained, hoisted, strict=True)]
     return q, function(k, 1), function(v, 1), hoisted
 
 
 def _merged(out: Array, lse: Array, new_out: Array, new_lse: Array) -> tuple[Array, Array]:
-    """Attention to two sets of keys, from that to each: (B T N Hv), (B N T)."""
+    """Attention to two sets of keys, from attention to each: (B T N Hv), (B N T)."""
     total = jnp.logaddexp(lse, new_lse)
 
     def share(lse: Array) -> Array:

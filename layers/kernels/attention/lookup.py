@@ -30,6 +30,8 @@ def lookup(
         raise ValueError(f"{name} must be an array, got {table!r}")
     if kind is not None:
         check_kind(table, kind, name)
+    if jnp.issubdtype(table.dtype, jnp.integer) and table.dtype.itemsize < 4:
+        table = table.astype(jnp.int32)  # kernels compare numbers of 32 bits
     if table.ndim != len(axes.split()) or len(indices) != table.ndim:
         raise ValueError(f"{name} must have the axes {axes}, got shape {table.shape}")
     return lookup_p.bind(table, *indices, axes=axes, name=name, size=size)
@@ -38,7 +40,7 @@ def lookup(
 def check_kind(numbers: Any, kind: str, name: str) -> None:
     """Raises ValueError where numbers are not of a kind, "integer" or "bool"."""
     try:
-        dtype: Any = jnp.result_type(numbers)
+        dtype: Any = np.dtype(np.int32) if type(numbers) is int else jnp.result_type(numbers)  # of any size
     except TypeError as error:
         raise ValueError(f"{name} must be a number or an array of type {kind}, got {numbers!r}") from error
     if not jnp.issubdtype(dtype, jnp.integer if kind == "integer" else jnp.bool_):

@@ -21,6 +21,8 @@ from .lookup import check_kind, lookup
 
 Index = Int[Array, "..."]
 Band = tuple[int | None, int | None]
+POSITIONS = 2**30
+"""Positions are from -POSITIONS to POSITIONS, so that their sums and differences fit int32."""
 static: Any = {"static": True}
 
 
@@ -135,10 +137,10 @@ class Window(Mask):
 
     def __post_init__(self) -> None:
         _check_static("Window", left=self.left, right=self.right)
-        if self.left < 1 or self.right < 1:
+        if not (1 <= self.left <= POSITIONS and 1 <= self.right <= POSITIONS):
             raise ValueError(
-                f"a window holds at least the query's own key: left and right must be 1 or more, "
-                f"got left={self.left}, right={self.right}"
+                f"a window contains at least the query's own key: left and right must be 1 or more and at most "
+                f"{POSITIONS}, got left={self.left}, right={self.right}; Causal() and Full() have no bound"
             )
 
     @property
@@ -165,7 +167,7 @@ class Chunked(Mask):
 
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
         """True where `query` sees `key`."""
-        return jax.lax.div(query, jnp.int32(self.size)) == jax.lax.div(key, jnp.int32(self.size))
+        return query // jnp.int32(self.size) == key // jnp.int32(self.size)
 
 
 @jax.tree_util.register_dataclass

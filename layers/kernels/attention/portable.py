@@ -1,8 +1,8 @@
 """Attention block by block in plain JAX (FlashAttention, 2205.14135, 2307.08691): memory linear in the length.
 
-Each block of queries goes through the blocks of keys that it sees, with a running maximum and sum. The backward pass
-computes the weights again from the logarithm of that sum. Blocks that the mask leaves empty are skipped, in those that
-it fills it is not looked at.
+Each block of queries visits the blocks of keys that it sees, with a running maximum and sum. The backward pass
+recomputes the weights from the logarithm of that sum. Empty blocks are skipped, and the mask is evaluated in partial
+blocks only.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ from .pair_function import Value, positions
 from .problem import Gradients, Operands, Problem, differentiable, gradients_like
 
 SCOPE = "blockwise_attention"
-"""What its operations are named by in a compiled program."""
+"""The name scope of its operations in a compiled program."""
 BLOCK = 512
-"""Queries and keys of a block."""
+"""The number of queries, and of keys, of a block."""
 TILE_BYTES = 2**26
-"""Sequences are taken one by one where the logits of a block of all of them would be larger."""
+"""Sequences are processed one at a time if the logits of a block of all of them would take more."""
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +42,7 @@ class Part:
     query_positions: Int[Array, " T"]
     key_positions: Int[Array, " S"]
     blocks: Blocks | None
-    """None: there is a single one."""
+    """None if there is a single block."""
 
 
 @jax.named_scope(SCOPE)
@@ -50,10 +50,7 @@ def forward(problem: Problem, operands: Operands) -> tuple[Float[Array, "B T N H
     """Attention and the logarithm of the sum of exponentials of each row, -inf where a query sees no key."""
     work = _Work(problem, operands)
 
-    def one(part: Part) -> tuple[Array, Array]:
-        return work.rows(lambda row: work.forward(part, row))
-
-    out, lse = work.each(one, work.part)
+    out, lse = work.each(lambda part: work.rows(lambda row: work.forward(part, row)), work.part)
     return _ungrouped(out, operands.q.shape[1], problem.out_dtype), _rows_of(lse, operands.q.shape[1])
 
 
@@ -64,11 +61,9 @@ def backward(problem: Problem, operands: Operands, lse: Array, delta: Array, g_o
     rows = work.row_arrays(g_out, lse, delta)
     q, k, v, hoisted = work.each(lambda args: work.backward(*args), (work.part, rows))
     like_q, *like, like_hoisted = gradients_like(problem, operands)
-    found_q = _ungrouped(q, like_q.shape[1], like_q.dtype)
-    found_k, found_v = (
-        jnp.swapaxes(x, 1, 2)[:, : y.shape[1]].astype(y.dtype) for x, y in zip((k, v), like, strict=True)
-    )
-    return found_q, found_k, found_v, [_reduced(x, side) for x, side in zip(hoisted, like_hoisted, strict=True)]
+    q = _ungrouped(q, like_q.shape[1], like_q.dtype)
+    k, v = (jnp.swapaxes(x, 1, 2)[:, : y.shape[1]].astype(y.dtype) for x, y in zip((k, v), like, strict=True))
+    return q, k, v, [_reduced(x, y) for x, y in zip(hoisted, like_hoisted, strict=True)]
 
 
 def tangent(
@@ -82,9 +77,7 @@ def tangent(
         q=t_q,
         k=t_k,
         v=t_v,
-        score_hoisted=[
-            next(hoisted) if differentiable(side) else jnp.zeros_like(side) for side in operands.score_hoisted
-        ],
+        score_hoisted=[next(hoisted) if differentiable(x) else jnp.zeros_like(x) for x in operands.score_hoisted],
     )
     rows = work.row_arrays(out, lse)
     t_out, t_lse = work.each(lambda args: work.tangent(*args), (work.part, work.parts_of(moved), rows))
@@ -92,7 +85,7 @@ def tangent(
 
 
 class _Work:
-    """A problem cut into parts and blocks."""
+    """A problem split into parts and blocks."""
 
     def __init__(self, problem: Problem, operands: Operands):
         self.problem = problem
@@ -110,29 +103,29 @@ class _Work:
     def parts_of(self, operands: Operands) -> Part:
         """All parts: arrays with leading dimensions (B or 1, K or 1)."""
         problem, rows = self.problem, operands.dropout_rows
-        places = positions(problem.sizes(operands))
+        index = positions(problem.sizes(operands))
         grouped = padded(jnp.swapaxes(operands.q, 1, 2), -2, self.block_q)
         return Part(
             q=grouped.reshape(self.batch, self.kv_heads, self.group, *grouped.shape[2:]),
             k=padded(jnp.swapaxes(operands.k, 1, 2), -2, self.block_k),
             v=padded(jnp.swapaxes(operands.v, 1, 2), -2, self.block_k),
-            mask_hoisted=self.hoisted_of(problem.mask.hoisted, problem.hoisted(operands)),
+            mask_hoisted=self.hoisted_of(problem.mask.hoisted, problem.mask_values(operands)),
             score_hoisted=[]
             if problem.score is None
             else self.hoisted_of(problem.score.hoisted, operands.score_hoisted),
             dropout_rows=None if rows is None else self.headed(rows),
-            query_positions=padded(places["query"], 2, self.block_q, None),
-            key_positions=padded(places["key"], 2, self.block_k, None),
+            query_positions=padded(index["query"], 2, self.block_q, None),
+            key_positions=padded(index["key"], 2, self.block_k, None),
             blocks=jax.tree.map(jnp.asarray, self.blocks),
         )
 
     def hoisted_of(self, values: Any, hoisted: list[Any]) -> list[Array]:
-        """Hoisted as (B or 1, K or 1, G or 1, padded length, ...)."""
+        """Hoisted values as (B or 1, K or 1, G or 1, padded length, ...)."""
         blocks = {"query": self.block_q, "key": self.block_k, "neither": 1}
-        # Padding has the numbers of a real row: a score may divide by them.
+        # Padding repeats a real entry: a score may divide by it.
         return [
-            self.headed(padded(jnp.asarray(side), 2, blocks[value.side], None))
-            for value, side in zip(values, hoisted, strict=True)
+            self.headed(padded(jnp.asarray(array), 2, blocks[value.side], None))
+            for value, array in zip(values, hoisted, strict=True)
         ]
 
     def headed(self, array: Array) -> Array:
@@ -141,7 +134,7 @@ class _Work:
         return array.reshape(array.shape[0], *heads, *array.shape[2:])
 
     def row_arrays(self, wide: Array, *narrow: Array) -> tuple[Array, ...]:
-        """Arrays of queries, B T N V and B N T, as (B K G T ...); a row that sees nothing or is padding has lse inf."""
+        """Arrays of queries, B T N V and B N T, as (B K G T ...); lse is inf for rows that see no key."""
         wide = self.headed(padded(jnp.swapaxes(wide, 1, 2), 2, self.block_q))
         lse, *rest = narrow
         lse = padded(jnp.where(lse == -jnp.inf, jnp.inf, lse), 2, self.block_q, jnp.inf)
@@ -160,11 +153,11 @@ class _Work:
     # Blocks -----------------------------------------------------------------------------------------------------------
 
     def rows(self, function: Callable[[Any], tuple[Array, Array]]) -> tuple[Array, Array]:
-        """Results of all rows of blocks, (G block_q ...), put together."""
+        """The results of all rows of blocks, (G block_q ...), concatenated."""
         if self.row_count == 1:
             return function(0)
-        found = jax.lax.map(function, jnp.arange(self.row_count, dtype=jnp.int32))
-        return _joined(found[0]), _joined(found[1])
+        results = jax.lax.map(function, jnp.arange(self.row_count, dtype=jnp.int32))
+        return _joined(results[0]), _joined(results[1])
 
     def columns(self, part: Part, row: Any, step: Callable[[Any, bool, Any], Any], start: Any) -> Any:
         """Carries `step(column, masked, carry)` through the blocks of a row that are not empty."""
@@ -180,7 +173,7 @@ class _Work:
             branches = [cases[kind] for kind in self.kinds]
             assert part.blocks is not None
             kind = part.blocks.kind(row, column)
-            index = sum((kind > known).astype(jnp.int32) for known in self.kinds[:-1])
+            index = sum((kind > other).astype(jnp.int32) for other in self.kinds[:-1])
             return jax.lax.switch(index, branches, carry)
 
         if part.blocks is None:
@@ -193,16 +186,16 @@ class _Work:
             return array
         return jax.lax.dynamic_slice_in_dim(array, index * block, block, axis)
 
-    def query_places(self, part: Part, row: Any) -> Array:
+    def query_index(self, part: Part, row: Any) -> Array:
         """The positions of a block of queries, (block_q 1)."""
         return self.cut(part.query_positions, row, self.block_q, 0)[:, None]
 
-    def key_places(self, part: Part, column: Any) -> Array:
+    def key_index(self, part: Part, column: Any) -> Array:
         """The positions of a block of keys, (block_k)."""
         return self.cut(part.key_positions, column, self.block_k, 0)
 
     def read(self, part: Part, row: Any, column: Any, score: Array | None, hoisted: Any) -> Callable[[Value], Array]:
-        """Leaves and hoisted of a block as arrays that broadcast to (G, block_q, block_k)."""
+        """A function that returns leaves and hoisted values of a block, to broadcast to (G, block_q, block_k)."""
 
         def read(value: Value) -> Array:
             match value.leaf:
@@ -210,20 +203,20 @@ class _Work:
                     assert score is not None
                     return score
                 case "query":
-                    return self.query_places(part, row)
+                    return self.query_index(part, row)
                 case "key":
-                    return self.key_places(part, column)
-            side = hoisted[value]
+                    return self.key_index(part, column)
+            array = hoisted[value]
             if value.shape:
-                return side
+                return array
             if value.side == "query":
-                return self.cut(side, row, self.block_q, 1)[..., None]
-            return (self.cut(side, column, self.block_k, 1) if value.side == "key" else side)[:, None]
+                return self.cut(array, row, self.block_q, 1)[..., None]
+            return (self.cut(array, column, self.block_k, 1) if value.side == "key" else array)[:, None]
 
         return read
 
     def visible(self, part: Part, row: Any, column: Any) -> Array:
-        """Whether pairs of a partial block see each other."""
+        """Which pairs of a partial block are visible."""
         hoisted = dict(zip(self.problem.mask.hoisted, part.mask_hoisted, strict=True))
         (seen,) = self.problem.mask.evaluate(self.read(part, row, column, None, hoisted))
         if self.keys % self.block_k:
@@ -235,20 +228,20 @@ class _Work:
         function = self.problem.score
         if function is None:
             return score
-        known = dict(zip(function.hoisted, hoisted, strict=True))
-        return function.evaluate(self.read(part, row, column, score, known))[0]
+        values = dict(zip(function.hoisted, hoisted, strict=True))
+        return function.evaluate(self.read(part, row, column, score, values))[0]
 
     def dropped(self, part: Part, row: Any, column: Any, weights: Array) -> Array:
         """The weights of a block after dropout."""
         if part.dropout_rows is None:
             return weights
-        kept = self.problem.kept(
-            part.dropout_rows[..., None], self.query_places(part, row), self.key_places(part, column)
+        factor = self.problem.dropout_factor(
+            part.dropout_rows[..., None], self.query_index(part, row), self.key_index(part, column)
         )
-        return weights * kept
+        return weights * factor
 
     def logits(self, part: Part, row: Any, column: Any, masked: bool) -> Array:
-        """The scores of a block, -inf where a pair does not see each other."""
+        """The logits of a block, -inf for pairs that are not visible."""
         q, k = self.cut(part.q, row, self.block_q, 1), self.cut(part.k, column, self.block_k, 0)
         score = _product("GTH,SH->GTS", q, k) * self.problem.scale
         score = self.scored(part, row, column, score, part.score_hoisted)
@@ -281,8 +274,8 @@ class _Work:
         return mixed / total, jnp.where(empty, -jnp.inf, highest + jnp.log(total))[..., 0]
 
     def backward(self, part: Part, rows: tuple[Array, Array, Array]) -> tuple[Array, Array, Array, list[Array]]:
-        """Gradients of one part: q (G T H), k (S H), v (S Hv), and the differentiable hoisted of the score."""
-        trained = [differentiable(side) for side in part.score_hoisted]
+        """Gradients of one part: q (G T H), k (S H), v (S Hv), and the differentiable hoisted values of the score."""
+        trained = [differentiable(x) for x in part.score_hoisted]
 
         def row_step(row: Any, carry: Any) -> Any:
             g_out, lse, delta = (self.cut(x, row, self.block_q, 1) for x in rows)
@@ -292,14 +285,12 @@ class _Work:
                 q_grad, k_grad, v_grad, side_grads = carry
                 k, v = (self.cut(x, column, self.block_k, 0) for x in (part.k, part.v))
                 score = _product("GTH,SH->GTS", q, k) * self.problem.scale
-                floats = [side for side, float_ in zip(part.score_hoisted, trained, strict=True) if float_]
+                floats = [x for x, is_trained in zip(part.score_hoisted, trained, strict=True) if is_trained]
 
                 def scored(score: Array, floats: list[Array]) -> Array:
-                    given = iter(floats)
-                    hoisted = [
-                        next(given) if float_ else side
-                        for side, float_ in zip(part.score_hoisted, trained, strict=True)
-                    ]
+                    rest = iter(floats)
+                    arrays = zip(part.score_hoisted, trained, strict=True)
+                    hoisted = [next(rest) if is_trained else x for x, is_trained in arrays]
                     return self.scored(part, row, column, score, hoisted)
 
                 logits, pull = jax.vjp(scored, score, floats)
@@ -317,20 +308,22 @@ class _Work:
 
             q_grads, *others = carry
             q_grad, *others = self.columns(part, row, step, (jnp.zeros(q.shape, jnp.float32), *others))
-            return (self.put(q_grads, row, q_grad), *others)
+            return (self.replaced(q_grads, row, q_grad), *others)
 
         zeros = [jnp.zeros(x.shape, jnp.float32) for x in (part.q, part.k, part.v)]
-        hoisted = [jnp.zeros(x.shape, x.dtype) for x, float_ in zip(part.score_hoisted, trained, strict=True) if float_]
+        hoisted = [
+            jnp.zeros(x.shape, x.dtype) for x, is_trained in zip(part.score_hoisted, trained, strict=True) if is_trained
+        ]
         if self.row_count == 1:
             return row_step(0, (*zeros, hoisted))
         return jax.lax.fori_loop(0, self.row_count, row_step, (*zeros, hoisted))
 
-    def put(self, rows: Array, row: Any, block: Array) -> Array:
-        """Writes a block of queries (G block_q ...)."""
+    def replaced(self, rows: Array, row: Any, block: Array) -> Array:
+        """`rows` with a block of queries (G block_q ...) written."""
         return block if self.row_count == 1 else jax.lax.dynamic_update_slice_in_dim(rows, block, row * self.block_q, 1)
 
     def added(self, columns: Array, column: Any, block: Array) -> Array:
-        """Adds to a block of keys (block_k ...)."""
+        """`columns` with a block of keys (block_k ...) added."""
         if self.column_count == 1:
             return columns + block
         block = block + self.cut(columns, column, self.block_k, 0)
@@ -339,16 +332,16 @@ class _Work:
     def tangent(self, part: Part, moved: Part, rows: tuple[Array, Array]) -> tuple[Array, Array]:
         """Directional derivatives of one part: (G T Hv), (G T)."""
 
-        def one(row: Any) -> tuple[Array, Array]:
+        def tangent_of_row(row: Any) -> tuple[Array, Array]:
             out, lse = (self.cut(x, row, self.block_q, 1) for x in rows)
 
             def step(column: Any, masked: bool, carry: Any) -> Any:
                 def logits(q: Array, k: Array, hoisted: list[Array]) -> Array:
                     return self.logits(replace(part, q=q, k=k, score_hoisted=hoisted), row, column, False)
 
-                given = [(part.q, part.k, part.score_hoisted), (moved.q, moved.k, moved.score_hoisted)]
+                arrays = [(part.q, part.k, part.score_hoisted), (moved.q, moved.k, moved.score_hoisted)]
                 primals, tangents = (
-                    (self.cut(q, row, self.block_q, 1), self.cut(k, column, self.block_k, 0), s) for q, k, s in given
+                    (self.cut(q, row, self.block_q, 1), self.cut(k, column, self.block_k, 0), s) for q, k, s in arrays
                 )
                 tangents = jax.tree.map(_tangent_type, primals, tangents)
                 score, t_score = jax.jvp(logits, primals, tangents)
@@ -367,21 +360,21 @@ class _Work:
             t_lse, t_out = self.columns(part, row, step, start)
             return t_out - t_lse[..., None] * out.astype(jnp.float32), t_lse
 
-        return self.rows(one)
+        return self.rows(tangent_of_row)
 
 
 def _over(function: Callable[[Any], Any], tree: Any, count: int, looped: bool) -> Any:
-    """Applies a function to each of `count` entries of the leading dimension of all leaves; those of 1 are shared."""
+    """Applies a function to each entry of the leading dimension of all leaves; leaves of 1 entry are shared."""
     leaves, structure = jax.tree.flatten(tree)
 
-    def one(entries: Any) -> Any:
-        given = iter(entries)
-        return function(structure.unflatten([leaf[0] if leaf.shape[0] == 1 else next(given) for leaf in leaves]))
+    def call(entries: Any) -> Any:
+        rest = iter(entries)
+        return function(structure.unflatten([leaf[0] if leaf.shape[0] == 1 else next(rest) for leaf in leaves]))
 
     if count == 1:
-        return jax.tree.map(lambda x: x[None], one([]))
+        return jax.tree.map(lambda x: x[None], call([]))
     split = [leaf for leaf in leaves if leaf.shape[0] > 1]
-    return jax.lax.map(one, split) if looped else jax.vmap(one)(split)
+    return jax.lax.map(call, split) if looped else jax.vmap(call)(split)
 
 
 def _product(axes: str, x: Array, y: Array) -> Array:
@@ -389,9 +382,9 @@ def _product(axes: str, x: Array, y: Array) -> Array:
 
 
 def _transposed_product(axes: str, x: Array, y: Array) -> Array:
-    """XLA on CPU transposes the left factor of a product in memory, so the small one stands there.
+    """The transposed product; XLA on CPU transposes the left factor of a product in memory, so it is the smaller one.
 
-    The barrier keeps XLA from turning it round again, into a product that its CPU runtime lacks for bfloat16.
+    The barrier keeps XLA from swapping the factors, which gives a product that its CPU runtime lacks for bfloat16.
     """
     return jax.lax.optimization_barrier(_product(axes, x, y)).T
 
@@ -401,12 +394,12 @@ def _tangent_type(x: Array, tangent: Array) -> Any:
 
 
 def _kinds(blocks: Blocks) -> list[int]:
-    """The kinds of blocks there may be between the first and the last of a row."""
+    """The kinds that blocks between the first and the last of a row may have."""
     if isinstance(blocks.low, Tracer):
         return [EMPTY, PARTIAL, FULL]
-    place = np.arange(int(np.max(blocks.high, initial=0)))
-    within = (place >= blocks.low[..., None]) & (place < blocks.high[..., None])
-    return sorted(set(blocks.kinds(len(place))[within].tolist())) or [EMPTY]
+    column = np.arange(int(np.max(blocks.high, initial=0)))
+    within = (column >= blocks.low[..., None]) & (column < blocks.high[..., None])
+    return sorted(set(blocks.kinds(len(column))[within].tolist())) or [EMPTY]
 
 
 def _joined(x: Array) -> Array:
@@ -425,11 +418,11 @@ def _rows_of(x: Array, length: int) -> Array:
     return x.reshape(x.shape[0], -1, x.shape[3])[:, :, :length]
 
 
-def _reduced(x: Array, side: Any) -> Array:
-    """The gradient of a side from those of all parts (B K G length ...): summed where the side is shared."""
+def _reduced(x: Array, like: Any) -> Array:
+    """The gradient of a hoisted value from those of all parts (B K G length ...): summed where it is shared."""
     x = x.reshape(x.shape[0], -1, *x.shape[3:])
-    if side.shape[1] == 1 and x.shape[1] > 1:
+    if like.shape[1] == 1 and x.shape[1] > 1:
         x = jnp.sum(x, axis=1, keepdims=True)
-    if side.shape[0] == 1 and x.shape[0] > 1:
+    if like.shape[0] == 1 and x.shape[0] > 1:
         x = jnp.sum(x, axis=0, keepdims=True)
-    return x[:, :, : side.shape[2]].astype(side.dtype)
+    return x[:, :, : like.shape[2]].astype(like.dtype)

@@ -1,4 +1,4 @@
-"""The plain definition of attention: what every other implementation must agree with. It holds all T x S logits."""
+"""The plain definition of attention, with which every other implementation must agree. It stores all T x S logits."""
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,15 @@ def forward(problem: Problem, operands: Operands) -> tuple[Float[Array, "B T N H
     group = q.reshape(batch, queries, kv_heads, heads // kv_heads, q.shape[-1])
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", group, k, preferred_element_type=jnp.float32) * problem.scale
     logits = logits.reshape(batch, heads, queries, keys)
-    places = positions(problem.sizes(operands))
-    hoisted = dict(zip(problem.mask.hoisted, map(jnp.asarray, problem.hoisted(operands)), strict=True))
+    index = positions(problem.sizes(operands))
+    hoisted = dict(zip(problem.mask.hoisted, map(jnp.asarray, problem.mask_values(operands)), strict=True))
     if problem.score is not None:
         hoisted |= dict(zip(problem.score.hoisted, operands.score_hoisted, strict=True))
 
     def read(value: Value) -> Array:
         if value.leaf == "score":
             return logits
-        array = places[value.leaf] if value.leaf else hoisted[value]
+        array = index[value.leaf] if value.leaf else hoisted[value]
         if value.shape or value.side == "neither":
             return array if value.shape else array[..., None]
         return array[..., None] if value.side == "query" else array[..., None, :]
@@ -40,8 +40,8 @@ def forward(problem: Problem, operands: Operands) -> tuple[Float[Array, "B T N H
     weights = weights / jnp.where(empty, 1.0, total)
     lse = jnp.where(empty, -jnp.inf, highest + jnp.log(jnp.where(empty, 1.0, total)))[..., 0]
     if operands.dropout_rows is not None:
-        query, key = places["query"][..., None], places["key"][..., None, :]
-        weights = weights * problem.kept(operands.dropout_rows[..., None], query, key)
+        query, key = index["query"][..., None], index["key"][..., None, :]
+        weights = weights * problem.dropout_factor(operands.dropout_rows[..., None], query, key)
     weights = weights.reshape(batch, kv_heads, -1, queries, keys).astype(v.dtype)
     mixed = jnp.einsum("BKGTS,BSKV->BTKGV", weights, v, preferred_element_type=jnp.float32)
     return mixed.reshape(batch, queries, heads, v.shape[-1]).astype(problem.out_dtype), lse

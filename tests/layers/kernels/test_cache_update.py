@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flaxzoo.layers.kernels import cache_update as slots
+from flaxzoo.layers.kernels import cache_update as cache_update
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 WAYS = {
-    "tiles": lambda *x: slots.put_tiles(*x, interpret=pltpu.InterpretParams(detect_races=True)),
-    "all": slots.put_all,
-    "each": slots.put_each,
-    "in turn": slots.put_in_turn,
+    "tiles": lambda *x: cache_update.write_tiles(*x, interpret=pltpu.InterpretParams(detect_races=True)),
+    "all": cache_update.write_all,
+    "each": cache_update.write_mapped,
+    "in turn": cache_update.write_in_loop,
 }
 
 
@@ -35,7 +35,7 @@ CASES = [
 @pytest.mark.parametrize(("way", "shape"), CASES)
 def test_a_token_of_every_row(shape: tuple[int, ...], dtype: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also past the end, where nothing is written, and where not all rows are taken at once."""
-    monkeypatch.setattr(slots, "TOGETHER", 2)
+    monkeypatch.setattr(cache_update, "ROWS_AT_ONCE", 2)
     old, new = numbers(0, shape, dtype), numbers(1, (*shape[:2], 1, *shape[3:]), dtype)
     index = np.array([shape[2] - 1, 0, shape[2], 17, 16][: shape[0]], np.int32)
     wanted = np.array(old)
@@ -61,7 +61,7 @@ def test_tpus_write_in_place(dtype: str, rows: int) -> None:
 
     arguments = made((rows, 1, 8192, 128), dtype), made((rows, 1, 1, 128), dtype), made((rows,), jnp.int32)
     with jax.set_mesh(mesh):
-        program = jax.jit(slots.put, donate_argnums=0).trace(*arguments).lower().compile()
+        program = jax.jit(cache_update.write_token, donate_argnums=0).trace(*arguments).lower().compile()
     memory, text = program.memory_analysis(), program.as_text()
     assert memory is not None
     assert text is not None

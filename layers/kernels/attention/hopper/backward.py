@@ -28,6 +28,7 @@ from .parts import (
     Work,
     added,
     filled,
+    load,
     logits,
     spread,
     tiles,
@@ -60,25 +61,21 @@ def _of_queries(work: Work, out_grad: Array, lse: Array, delta: Array) -> Array:
     def kernel(
         q_ref: Any, k_ref: Any, v_ref: Any, g_ref: Any, lse_ref: Any, delta_ref: Any, schedule_ref: Any, *refs: Any
     ) -> None:
-        *hoisted, out_ref, q_tile, g_tile, lse_tile, delta_tile, k_tiles, v_tiles, here, full, free = refs
+        *hoisted, out_ref, q_tile, g_tile, lse_tile, delta_tile, k_tiles, v_tiles, loaded, full, free = refs
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         kv_head = lax.div(head, jnp.int32(work.group))
         row = queries // TILE - 1 - lax.axis_index("row")
         span, ring = Span.read(schedule_ref, batch, kv_head, row), Ring(full, free)
 
         def bring(n: Any, slot: Any) -> None:
-            keys = batch, pl.ds((span.low + n) * BLOCK, BLOCK), kv_head
-            plgpu.copy_gmem_to_smem(k_ref.at[keys], k_tiles.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(v_ref.at[keys], v_tiles.at[slot], full.at[slot])
+            load((k_ref, v_ref), (batch, span.tile(n, BLOCK), kv_head), (k_tiles, v_tiles), slot, full)
 
         def compute(own: Any) -> None:
             first = row * TILE + own * ROWS
             rows = pl.ds(first, ROWS)
-            plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_tile.at[own], here.at[own])
-            plgpu.copy_gmem_to_smem(g_ref.at[batch, rows, head], g_tile.at[own], here.at[own])
-            plgpu.copy_gmem_to_smem(lse_ref.at[batch, head, rows], lse_tile.at[own], here.at[own])
-            plgpu.copy_gmem_to_smem(delta_ref.at[batch, head, rows], delta_tile.at[own], here.at[own])
-            plgpu.barrier_wait(here.at[own])
+            load((q_ref, g_ref), (batch, rows, head), (q_tile, g_tile), own, loaded)
+            load((lse_ref, delta_ref), (batch, head, rows), (lse_tile, delta_tile), own, loaded)
+            plgpu.barrier_wait(loaded.at[own])
             sums, less = (plgpu.load(x.at[own], layout=LAYOUT.reduce(1)) for x in (lse_tile, delta_tile))
 
             def step(masked: bool, n: Any, found: Array) -> Array:
@@ -124,24 +121,21 @@ def _of_keys(work: Work, out_grad: Array, lse: Array, delta: Array) -> tuple[Arr
     def kernel(
         q_ref: Any, k_ref: Any, v_ref: Any, g_ref: Any, lse_ref: Any, delta_ref: Any, schedule_ref: Any, *refs: Any
     ) -> None:
-        *hoisted, k_out, v_out, k_tile, v_tile, q_tiles, g_tiles, lse_tiles, delta_tiles, here, full, free = refs
+        *hoisted, k_out, v_out, k_tile, v_tile, q_tiles, g_tiles, lse_tiles, delta_tiles, loaded, full, free = refs
         batch, kv_head, row = (lax.axis_index(axis) for axis in ("batch", "head", "row"))
         span, ring = Span.read(schedule_ref, batch, kv_head, row), Ring(full, free)
 
         def bring(n: Any, slot: Any) -> None:
             head = kv_head * group + lax.div(n, span.count)
-            queries = pl.ds((span.low + lax.rem(n, span.count)) * BLOCK, BLOCK)
-            plgpu.copy_gmem_to_smem(q_ref.at[batch, queries, head], q_tiles.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(g_ref.at[batch, queries, head], g_tiles.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(lse_ref.at[batch, head, queries], lse_tiles.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(delta_ref.at[batch, head, queries], delta_tiles.at[slot], full.at[slot])
+            queries = span.tile(lax.rem(n, span.count), BLOCK)
+            load((q_ref, g_ref), (batch, queries, head), (q_tiles, g_tiles), slot, full)
+            load((lse_ref, delta_ref), (batch, head, queries), (lse_tiles, delta_tiles), slot, full)
 
         def compute(own: Any) -> None:
             first = row * TILE + own * ROWS
             rows = batch, pl.ds(first, ROWS), kv_head
-            plgpu.copy_gmem_to_smem(k_ref.at[rows], k_tile.at[own], here.at[own])
-            plgpu.copy_gmem_to_smem(v_ref.at[rows], v_tile.at[own], here.at[own])
-            plgpu.barrier_wait(here.at[own])
+            load((k_ref, v_ref), rows, (k_tile, v_tile), own, loaded)
+            plgpu.barrier_wait(loaded.at[own])
 
             def of_head(index: Any, found: Any) -> Any:
                 def step(masked: bool, n: Any, found: Any) -> Any:

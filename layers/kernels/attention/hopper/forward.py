@@ -21,6 +21,7 @@ from .parts import (
     Span,
     Work,
     added,
+    load,
     logits,
     row_of,
     spread,
@@ -41,22 +42,20 @@ def attention(
     shape, scale = (ROWS, BLOCK), problem.scale * LOG2_E
 
     def kernel(q_ref: Any, k_ref: Any, v_ref: Any, schedule_ref: Any, *refs: Any) -> None:
-        *hoisted, out_ref, lse_ref, q_tile, out_tile, lse_tile, k_tiles, v_tiles, here, full, free = refs
+        *hoisted, out_ref, lse_ref, q_tile, out_tile, lse_tile, k_tiles, v_tiles, loaded, full, free = refs
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         kv_head = lax.div(head, jnp.int32(work.group))
         row = queries // TILE - 1 - lax.axis_index("row")  # those that see most of a causal mask begin first
         span, ring = Span.read(schedule_ref, batch, kv_head, row), Ring(full, free)
 
         def bring(n: Any, slot: Any) -> None:
-            keys = batch, pl.ds((span.low + n) * BLOCK, BLOCK), kv_head
-            plgpu.copy_gmem_to_smem(k_ref.at[keys], k_tiles.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(v_ref.at[keys], v_tiles.at[slot], full.at[slot])
+            load((k_ref, v_ref), (batch, span.tile(n, BLOCK), kv_head), (k_tiles, v_tiles), slot, full)
 
         def compute(own: Any) -> None:
             first = row * TILE + own * ROWS
             rows = pl.ds(first, ROWS)
-            plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_tile.at[own], here.at[own])
-            plgpu.barrier_wait(here.at[own])
+            load((q_ref,), (batch, rows, head), (q_tile,), own, loaded)
+            plgpu.barrier_wait(loaded.at[own])
 
             def step(masked: bool, n: Any, carry: Any) -> Any:
                 out, top, total = carry

@@ -60,7 +60,7 @@ class Work:
         """Query heads of a key/value head."""
         hoisted: list[tuple[Value | str, str | None, Any]] = [
             (value, value.side, side)
-            for value, side in zip(problem.mask.hoisted, problem.hoisted(operands), strict=True)
+            for value, side in zip(problem.mask.hoisted, problem.mask_values(operands), strict=True)
         ]
         if operands.query_positions is not None:
             hoisted.append(("query", "query", operands.query_positions))
@@ -146,6 +146,10 @@ class Span:
         """How many tiles it visits."""
         return self.high - self.low
 
+    def tile(self, n: Any, block: int) -> Any:
+        """The rows of tile `low` + n, of `block` rows."""
+        return pl.ds((self.low + n) * block, block)
+
     def visit(self, step: Callable[[bool, Any, Any], Any], carry: Any) -> Any:
         """Carries `step(masked, n, carry)` through all tiles low + n."""
         ends = 0, self.full_low - self.low, self.full_high - self.low, self.count
@@ -213,6 +217,12 @@ class Ring:
             plgpu.set_max_registers(copying, action="decrease")
             lax.fori_loop(0, count, next_tile, None)
             lax.fori_loop(jnp.maximum(count - SLOTS, 0), count, reuse, None)
+
+
+def load(arrays: Sequence[Any], index: tuple[Any, ...], tiles: Sequence[Any], slot: Any, barriers: Any) -> None:
+    """Starts the copies of `array[index]` of each array to slot `slot` of its tiles; each arrives at the barrier."""
+    for array, tile in zip(arrays, tiles, strict=True):
+        plgpu.copy_gmem_to_smem(array.at[index], tile.at[slot], barriers.at[slot])
 
 
 def tiles(count: int, rows: int, width: int, dtype: Any) -> Any:

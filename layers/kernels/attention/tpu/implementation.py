@@ -27,11 +27,17 @@ has one row, and other head dims take it too. Blocks of 2048 are up to 9 % faste
 compile.
 """
 USUAL = BlockSizes(1024, 1024, 128)
+NUMBERS = {"bool", "int32", "uint32", "float32", "bfloat16"}
+"""The dtypes that a mask or score may compute with for each pair; for others, the TPU compiler lacks operations."""
 
 
 def refusal(problem: Problem, operands: Operands) -> str | None:
     """Why the kernels can't do this; None where they can."""
     for name, function in (("mask", problem.mask), ("score", problem.score)):
+        for operation in [] if function is None else function.per_pair:
+            dtypes = {value.dtype.name for value in (*operation.inputs, *operation.outputs)} - NUMBERS
+            if dtypes:
+                return f"the {name} computes with {' and '.join(sorted(dtypes))} for each pair"
         for operation in [] if function is None else function.lookups:
             reason = untabled(operation, operands.k.shape[1], sizes(operands))
             if reason is None and name == "score":

@@ -281,7 +281,7 @@ def _words_of(operation: Operation, values: dict[Value, Any], places: dict[str, 
 def hoisted_of(problem: Problem, operands: Operands, block_k: int) -> Hoisted:
     """The hoisted of mask and score, tables, the rows of dropout, and positions where they are not known before."""
     found: Hoisted = []
-    for function, hoisted in ((problem.mask, problem.hoisted(operands)), (problem.score, operands.score_hoisted)):
+    for function, hoisted in ((problem.mask, problem.mask_values(operands)), (problem.score, operands.score_hoisted)):
         values = dict(zip(() if function is None else function.hoisted, hoisted, strict=True))
         for value, side in values.items():
             assert value.side is not None
@@ -398,7 +398,7 @@ class Pairs:
         """What dropout multiplies the weights with; None without dropout."""
         if "dropout" not in self.refs:
             return None
-        return self.problem.kept(self._hoisted("dropout", strip), self._queries(strip), self._keys(strip))
+        return self.problem.dropout_factor(self._hoisted("dropout", strip), self._queries(strip), self._keys(strip))
 
     def scored(self, products: Array, strip: Strip) -> Array:
         """The logits, to base 2, of products q k."""

@@ -24,7 +24,7 @@ from flaxzoo.layers.kernels.attention.masks import (
     Where,
     Window,
 )
-from flaxzoo.layers.kernels.attention.scores import RelativeBias, SoftCap
+from flaxzoo.layers.kernels.attention.scores import Alibi, RelativeBias, SoftCap
 
 X = jnp.zeros((2, 6, 4, 8))
 IDS = jnp.ones((2, 6), jnp.int32)
@@ -64,6 +64,7 @@ MASKS: dict[str, tuple[Any, str]] = {
     "half a token": (lambda: Prefix(2.5), r"Prefix\(lengths\) must be of type integer, got float32"),
     "other batch": (lambda: Lengths(keys=jnp.ones(3, int)), r"Lengths\(keys\) must be B with B 2, got shape \(3,\)"),
     "half a window": (lambda: Window(2.5), r"Window\(left\) must be an integer known when tracing, got 2.5"),
+    "window beyond int32": (lambda: Window(4, 2**31), "at most 1073741824, got left=4, right=2147483648; Causal"),
     "half a chunk": (lambda: Chunked(2.0), r"Chunked\(size\) must be an integer known when tracing, got 2.0"),
     "other heads": (lambda: PerHead((Causal(), Full()), (0, 1, 0)), r"PerHead\(choice\) must be N with N 4, got shape"),
     "function of numbers": (lambda: Where(lambda b, h, q, k: q - k), "to a scalar of type bool, got .* type int32"),
@@ -94,6 +95,9 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         "no entries for positions before 0, got query",
     ),
     "after the documents": ({"mask": Documents(IDS), "query_offset": 1}, r"B T with T at least 7, got shape \(2, 6\)"),
+    "positions beyond int32": ({"query_offset": 2**31 - 3}, "positions must be from -1073741824 to 1073741824, got"),
+    "positions of 64 bits": ({"query_offset": np.array([0, 2**40])}, r"got query_offset=array\(\[.*for T=6 queries"),
+    "seed of 64 bits": ({"dropout_rate": 0.5, "dropout_seed": 2**63}, "dropout_seed must fit 32 bits, from .*got 922"),
     "key as seed": ({"dropout_rate": 0.5, "dropout_seed": jax.random.key(0)}, "seed must be of type integer, got key"),
     "list of sinks": ({"sinks": [0.0] * 4}, "sinks must be an array, got list"),
 }
@@ -132,7 +136,7 @@ def test_a_traced_window_says_what_to_use() -> None:
 
 
 def test_what_is_no_error() -> None:
-    """Numpy arrays, of any integer type; positions before the keys; a result in and out of jit, vmap and grad."""
+    """Numpy arrays, of any integer type; positions before the keys; unsigned seeds; jit, vmap and grad."""
     x = np.random.default_rng(0).normal(size=(2, 6, 4, 8)).astype(np.float32)
     ids = np.array([[1, 1, 1, 2, 2, 0]] * 2)
     wanted = attend(jnp.asarray(x), jnp.asarray(x), jnp.asarray(x), mask=Causal() & Documents(jnp.asarray(ids)))
@@ -142,6 +146,80 @@ def test_what_is_no_error() -> None:
         np.testing.assert_allclose(jax.jit(lambda x, mask: attend(x, x, x, mask=mask))(x, mask), wanted, atol=1e-6)
     each = jax.vmap(lambda x, ids: attend(x[None], x[None], x[None], mask=Causal() & Documents(ids[None]))[0])
     np.testing.assert_allclose(each(x, ids.astype(np.int32)), wanted, atol=1e-6)
+    seeds = [
+        attend(x, x, x, mask=Causal(), dropout_rate=0.5, dropout_seed=seed)
+        for seed in (-1, 2**32 - 1, np.uint32(2**32 - 1), jnp.int32(-1))
+    ]
+    for other in seeds[1:]:
+        np.testing.assert_array_equal(seeds[0], other)
     early = attend(x, x, x, mask=Causal(), query_offset=np.int64(-3))
     np.testing.assert_array_equal(early[:, :3], 0.0)
     np.testing.assert_allclose(early[:, 3:], attend(x[:, 3:], x, x, mask=Causal()), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 5, 3, 8), (2, 5, 2, 8), (2, 5, 2, 8)), "multiple of key/value heads, got N=3, K=2"),
+        (((2, 5, 2, 8), (2, 5, 2, 4), (2, 5, 2, 4)), r"got \(2, 5, 2, 8\), \(2, 5, 2, 4\)"),
+        (((2, 5, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8)), "must be B T N H"),
+        (((2, 5, 2, 8), (2, 5, 2, 8), (2, 6, 2, 8)), "must be B T N H"),
+        (((2, 5, 2, 8), (2, 5, 2, 8), (2, 5, 1, 8)), "must be B T N H"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(shapes, message, request):
+    if not request.config.getoption("no_jaxtyping"):
+        import jaxtyping
+
+        message = f"{message}|parameter"
+        expected = (ValueError, jaxtyping.TypeCheckError)
+    else:
+        expected = ValueError
+    with pytest.raises(expected, match=message):
+        attend(*(jnp.zeros(shape) for shape in shapes), mask=Causal())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"mask": Documents(jnp.ones((2, 5), jnp.int32))},
+            r"Documents\(ids\) must be B T with T 6, got shape \(2, 5\)",
+        ),
+        (
+            {"mask": Documents(jnp.ones((3, 6), jnp.int32))},
+            r"Documents\(ids\) must be B T with B 2, got shape \(3, 6\)",
+        ),
+        ({"mask": Dense(jnp.ones((1, 1, 6, 7), bool))}, r"Dense\(array\) must be 1 1 T S with S 6"),
+        ({"mask": BlockSparse(jnp.ones((1, 1, 2, 2), bool), 2)}, r"BlockSparse\(table\) must be 1 1 T S with T 3"),
+        ({"mask": Causal(), "score": Alibi(jnp.ones(3))}, r"Alibi\(slopes\) must be N with N 4, got shape \(3,\)"),
+        ({"mask": ~Full()}, "the mask hides every key from every query"),
+        ({"mask": Causal(), "query_offset": -6}, "the mask hides every key from every query"),
+        (
+            {"mask": Causal(), "query_offset": jnp.zeros(3, jnp.int32)},
+            r"one for each of B=2 sequences, got shape \(3,\)",
+        ),
+        ({"mask": Causal(), "sinks": jnp.zeros(3)}, "sinks are a logit for each of N=4 query heads"),
+        ({"mask": Causal(), "dropout_rate": 1.0, "dropout_seed": 0}, "dropout_rate is at least 0 and below 1"),
+        ({"mask": Causal(), "dropout_rate": 0.5}, "needs a dropout_seed"),
+        (
+            {"mask": Where(lambda b, h, q, k: jnp.arange(3) == q)},
+            r"maps scalars to a scalar of type bool, got a result of type bool and shape \(3,\)",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit(options, message):
+    with pytest.raises(Exception, match=f"{message}|Type-check"):  # the tests' own type checker may be first
+        attend(X, X, X, **options)
+
+
+@pytest.mark.parametrize("dtypes", [(jnp.int32,) * 3, (jnp.float32, jnp.bfloat16, jnp.float32), (jnp.float64,) * 3])
+def test_types_that_do_not_fit(dtypes):
+    arrays = [np.zeros((1, 2, 2, 8), dtype) for dtype in dtypes]
+    with pytest.raises(Exception, match=r"must all be float32, bfloat16 or float16|Float\[Array"):
+        attend(*arrays, mask=Causal())  # pyright: ignore
+
+
+def test_unknown_implementation_names_what_is_close():
+    with pytest.raises(Exception, match="portable"):
+        attend(X, X, X, mask=Causal(), implementation="portible")  # pyright: ignore[reportArgumentType]

@@ -158,7 +158,7 @@ def test_attend_gives_the_mean_of_visible_values(case):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Window(0), "left and right must be 1 or more, got left=0, right=1"),
+        (lambda: Window(0), "left and right must be 1 or more and at most 1073741824, got left=0, right=1"),
         (lambda: Chunked(0), "at least 1 position, got size=0"),
         (lambda: PerHead((Causal(),), (0, 1)), r"one of 1 masks for each head, got \(0, 1\)"),
     ],
@@ -166,6 +166,13 @@ def test_attend_gives_the_mean_of_visible_values(case):
 def test_numbers_that_make_no_mask(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_chunk_has_no_positions_before_it():
+    """Positions before the keys are in chunks of their own."""
+    x = jnp.ones((1, 8, 1, 8))
+    out = attend(x, x, x, mask=Chunked(4), query_offset=-4)
+    np.testing.assert_array_equal(out[0, :, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1])
 
 
 @settings(max_examples=100, deadline=None)
