@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,10 +28,12 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, CALLS, PROMPT, TOKENS = 10, 5, 512, 128
-PEAK = 989.5e12
+CHIPS = tomllib.loads((Path(__file__).parents[1] / "train" / "plan" / "chips.toml").read_text())
+H100 = CHIPS["NVIDIA H100 80GB HBM3"]
+PEAK = H100["tflops"] * 1e12
 """FLOPs a second of an H100 in bfloat16, as published."""
 PLANNED = "h100:1"
-HBM = 3.35e12
+HBM = H100["hbm_gbps"] * 1e9
 """Bytes a second of an H100's memory, as published."""
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,8 +14,9 @@ PASSES: tuple[Pass, ...] = ("forward", "backward")
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
 """What JAX calls them."""
-PEAK = {"v5e": 197, "v5p": 459, "v6e": 918, "tpu7x": 1153.5}
-"""bfloat16 TFLOP/s of a JAX device, from the chips' pages at cloud.google.com/tpu/docs; TPU7x has two to a chip."""
+CHIPS = tomllib.loads((Path(__file__).parents[2] / "train" / "plan" / "chips.toml").read_text())
+PEAK = {name: CHIPS[kind]["tflops"] for name, kind in KINDS.items()}
+"""Peak bfloat16 TFLOP/s of a JAX device."""
 WINDOW = 4096
 DOCUMENT = 2048
 """Tokens of a document in the mean; documents have many lengths."""

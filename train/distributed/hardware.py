@@ -1,4 +1,4 @@
-"""What is known of the machine: peak speeds by device, and memory in use."""
+"""The machine of this process: its TPU, peak speed and memory in use."""
 
 import os
 import resource
@@ -8,32 +8,16 @@ from pathlib import Path
 import jax
 from jaxlib._jax import Device
 
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA L4": 121e12,
-    "Tesla T4": 65e12,
-}
-"""Dense bfloat16 (T4: float16) FLOP/s of one chip by the start of its device kind, from the makers' data sheets."""
+from ..plan import chips
 
 
 def has_tpu() -> bool:
-    """Whether there may be a TPU in this machine, by its device files."""
+    """Whether this machine has device files of a TPU."""
     return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
 
 
 def without_tpu() -> None:
-    """Where no TPU is in the machine, keeps an installed libtpu from searching one on the network and saying so."""
+    """Keeps an installed libtpu from searching the network for a TPU in a machine that has none."""
     if not has_tpu():
         for name, value in (
             ("TPU_SKIP_MDS_QUERY", "1"),
@@ -53,13 +37,12 @@ def refuse_64_bits() -> None:
 
 
 def peak_flops(device: Device) -> float | None:
-    """The peak of a device, where it is known; the longest name that fits counts."""
-    names = [name for name in PEAKS if device.device_kind.startswith(name)]
-    return PEAKS[max(names, key=len)] if names else None
+    """Peak bfloat16 FLOP/s of a JAX device; None if it is not in train/plan/chips.toml."""
+    return chips.peak_flops(device.device_kind)
 
 
 def memory_bytes(device: Device) -> int:
-    """The most memory used so far: the device's own where it tells, else this process's."""
+    """Peak memory use so far: of the device if it reports one, otherwise of this process."""
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]

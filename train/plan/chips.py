@@ -35,6 +35,8 @@ class Chip(abc.ABC):
     """How far predicted times are to be trusted."""
     devices: int = 1
     """JAX devices of a chip."""
+    aliases: tuple[str, ...] = ()
+    """Other names that JAX has reported for the device."""
     options: dict[str, bool | int | str] = field(default_factory=dict)
     """Of the compiler, for programs on several devices."""
     plan_options: dict[str, bool | int | str] = field(default_factory=dict)
@@ -69,6 +71,10 @@ class Chip(abc.ABC):
     @abc.abstractmethod
     def example(self) -> str:
         """The sides of a slice."""
+
+    @abc.abstractmethod
+    def check_shape(self, shape: str) -> None:
+        """Raises ValueError unless there are slices of this shape, e.g. "2x4"."""
 
     @abc.abstractmethod
     def seconds(self, op: Operation, program: Program) -> float | None:
@@ -115,6 +121,15 @@ class Tpu(Chip):
     def example(self) -> str:
         """The sides of a slice, of which large ones have three if they close to rings at four already."""
         return "2x2x1" if self.wrap == 4 else "2x4"
+
+    def check_shape(self, shape: str) -> None:
+        """Raises ValueError unless the shape has 2 or 3 sides and consists of whole hosts or of a part of one."""
+        sides = [int(side) for side in shape.split("x")]
+        if len(sides) not in (2, 3) or any(side % 2 and side > 1 for side in sides[:2]):
+            raise ValueError(
+                f"a host has 2x2 chips, so a slice has 2 or 3 sides of which the first two are 1 or even, e.g. "
+                f"'{self.name}:{self.example}', got '{self.name}:{shape}'"
+            )
 
     def seconds(self, op: Operation, program: Program) -> float | None:
         """Of an operation of XLA, by the compiler's cycles."""
@@ -165,6 +180,14 @@ class Gpu(Chip):
         """How many there may be."""
         return f"{GPUS}"
 
+    def check_shape(self, shape: str) -> None:
+        """Raises ValueError unless the shape is a number of GPUs that can share a switch."""
+        if not (shape.isdecimal() and int(shape) <= GPUS):
+            raise ValueError(
+                f"a topology of GPUs is a number of them behind one switch, '{self.name}:1' to '{self.name}:{GPUS}', "
+                f"got '{self.name}:{shape}'"
+            )
+
     def seconds(self, op: Operation, program: Program) -> float | None:
         """The least that any of the compiler's models says of a fusion's bytes and, but for products, its arithmetic.
 
@@ -209,27 +232,42 @@ class Gpu(Chip):
 
 @functools.cache
 def chips() -> dict[str, Chip]:
-    """All of chips.toml, by device kind."""
-    gpus = {kind: Gpu(kind=kind, **row) for kind, row in _table().items() if "target" in row}
-    return {**tpus(), **gpus}
+    """The chips of chips.toml that can be planned for, by device kind."""
+    rows = {kind: row for kind, row in _table().items() if "name" in row and "target" in row}
+    return {**tpus(), **{kind: Gpu(kind=kind, **row) for kind, row in rows.items()}}
 
 
 @functools.cache
 def tpus() -> dict[str, Tpu]:
-    """The TPUs of chips.toml, by device kind."""
-    rows = {kind: row for kind, row in _table().items() if "target" not in row}
+    """The TPUs of chips.toml that can be planned for, by device kind."""
+    rows = {kind: row for kind, row in _table().items() if "name" in row and "target" not in row}
     pairs: Any = {kind: {name: tuple(row[name]) for name in ("attention", "grouped")} for kind, row in rows.items()}
     return {kind: Tpu(kind=kind, **row | pairs[kind]) for kind, row in rows.items()}
 
 
+@functools.cache
 def _table() -> dict[str, dict[str, Any]]:
-    return tomllib.loads((files(__package__ or "train") / "chips.toml").read_text())
+    rows = tomllib.loads((files(__package__ or "train") / "chips.toml").read_text())
+    return {kind: row | {"aliases": tuple(row.get("aliases", ()))} for kind, row in rows.items()}
+
+
+def canonical_kind(device_kind: str) -> str | None:
+    """The row of chips.toml for what JAX reports as a `device_kind`; None for a device that has none."""
+    return next((kind for kind, row in _table().items() if device_kind in (kind, *row["aliases"])), None)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak bfloat16 FLOP/s of a JAX device, by its `device_kind`; None for a device that is not in chips.toml."""
+    kind = canonical_kind(device_kind)
+    return None if kind is None else _table()[kind]["tflops"] * 1e12
 
 
 def compiler_options() -> dict[str, Any]:
-    """How to compile a step for the devices of the ambient mesh; nothing to say but for several of a TPU."""
+    """Compiler options of a step on the devices of the ambient mesh. Empty unless there are several TPU devices."""
     mesh = jax.sharding.get_mesh()
-    chip = chips().get(mesh.devices.flat[0].device_kind) if mesh.size > 1 else None
+    if mesh.size == 1:
+        return {}
+    chip = chips().get(canonical_kind(mesh.devices.flat[0].device_kind) or "")
     return {} if chip is None else chip.options
 
 
@@ -242,10 +280,7 @@ def slice_of(text: str) -> str:
         raise unknown("topology", text, [*TOPOLOGIES, *(f"{name}:{chip.example}" for name, chip in named.items())])
     if not all(side.isdecimal() and int(side) for side in shape.split("x")):
         raise ValueError(f"a topology is written 'v6e:2x4': a chip and the sides of a slice, got {text!r}")
-    if isinstance(named[name], Gpu) and not (shape.isdecimal() and int(shape) <= GPUS):
-        raise ValueError(
-            f"a topology of GPUs is a number of them behind one switch, '{name}:1' to '{name}:{GPUS}', got {text!r}"
-        )
+    named[name].check_shape(shape)
     return topology
 
 

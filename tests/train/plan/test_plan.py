@@ -4,24 +4,27 @@ import io
 import json
 import math
 import runpy
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from flaxzoo import configs
 from flaxzoo.configs import Optimizer, Run, models
 from flaxzoo.train.commands import cli
+from flaxzoo.train.distributed import hardware
 from flaxzoo.train.distributed import mesh as meshes
+from flaxzoo.train.plan import chips as chips_module
 from flaxzoo.train.plan import hlo
 from flaxzoo.train.plan import report as plan_report
 from flaxzoo.train.plan import search as plan_search
-from flaxzoo.train.plan.chips import TOPOLOGIES, slice_of, tpus
+from flaxzoo.train.plan.chips import TOPOLOGIES, chip_of, slice_of, tpus
 from flaxzoo.train.plan.kernels import Kernels, grouped_seconds, outer_seconds, put_seconds, visits
-from flaxzoo.train.plan.plan import Memory, Plan, _missing, first_that_fits, plan, remedies
+from flaxzoo.train.plan.plan import Memory, Plan, _missing, devices_of, first_that_fits, plan, remedies
 from flaxzoo.train.plan.time import Time, Traffic, time_of
 from flaxzoo.zoo.parameters import describe
-from jax.experimental import topologies
 from rich.console import Console
 
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is for Linux on x86-64 alone")
@@ -393,6 +396,9 @@ def test_remedies_are_in_order() -> None:
     [
         ("v6:2x4", r"unknown topology 'v6:2x4'; did you mean 'v6e:2x4'"),
         ("colab", r"did you mean 'colab-v6e' or 'colab-v5e'"),
+        ("v5e:2x3", r"the first two are 1 or even, e.g. 'v5e:2x4', got 'v5e:2x3'"),
+        ("v5p:3x2x2", r"the first two are 1 or even, e.g. 'v5p:2x2x1', got 'v5p:3x2x2'"),
+        ("v6e:4", r"a slice has 2 or 3 sides .* got 'v6e:4'"),
         ("v5e:2y2", r"a topology is written 'v6e:2x4': a chip and the sides of a slice, got 'v5e:2y2'"),
     ],
 )
@@ -404,7 +410,7 @@ def test_names_of_topologies(topology: str, message: str) -> None:
 
 @needs_libtpu
 def test_a_slice_that_does_not_exist_is_an_error() -> None:
-    with pytest.raises(ValueError, match="the TPU compiler has no topology 'v5e:3x7'"):
+    with pytest.raises(ValueError, match="the first two are 1 or even, .* got 'v5e:3x7'"):
         plan(run(), "v5e:3x7")
     with pytest.raises(ValueError, match="mesh fsdp=8 needs 8 devices, there are 4"):
         plan(run(mesh="fsdp=8"), "v5e:2x2")
@@ -413,10 +419,28 @@ def test_a_slice_that_does_not_exist_is_an_error() -> None:
 @needs_libtpu
 def test_the_table_of_chips_is_what_the_compiler_says() -> None:
     for chip in tpus().values():
-        device = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{chip.name}:2x2" + ("x1" if chip.wrap == 4 else "")
-        ).devices[0]
-        assert device.device_kind == chip.kind
+        devices = devices_of(f"{chip.name}:{chip.example}")
+        assert hardware.peak_flops(devices[0]) == chip.tflops * 1e12
+        assert {device.device_kind for device in devices} == {chip.kind}
+        assert len(devices) == chip.devices * len({tuple(device.coords) for device in devices})
+        assert chip_of(f"{chip.name}:{chip.example}") == (chip, len(devices))
+
+
+def test_peaks_are_those_of_a_jax_device_in_the_table() -> None:
+    """MFU of a loop, plans and benchmarks read the same numbers. TPU7x has 2307 TFLOP/s a chip of two devices."""
+    rows = tomllib.loads((Path(chips_module.__file__).parent / "chips.toml").read_text())
+    for kind, row in rows.items():
+        for name in (kind, *row.get("aliases", ())):
+            assert chips_module.peak_flops(name) == row["tflops"] * 1e12, name
+    names = [name for kind, row in rows.items() for name in (kind, *row.get("aliases", ()))]
+    assert len(names) == len(set(names))
+    for kind, chip in chips_module.chips().items():
+        assert chip.tflops == rows[kind]["tflops"]
+    tpu7x = chips_module.chips()["TPU7x"]
+    assert tpu7x.devices * tpu7x.tflops == 2307
+    for name in ("TPU v4 lite", "NVIDIA L40S", "NVIDIA H100 PCIe Gen9", "cpu"):  # no prefix of a name counts
+        assert chips_module.peak_flops(name) is None
+    assert hardware.peak_flops(jax.devices()[0]) is None  # a CPU
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
