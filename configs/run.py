@@ -1,6 +1,7 @@
 """A run as a value: what is trained, on what, how long. `flaxzoo.train` carries it out."""
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -21,9 +22,9 @@ class Data(Spec):
     """Share of each source in the mixture, in their order; empty: by size."""
     text_field: str = "text"
     """The field of a JSONL, parquet or TFDS record that holds the text."""
-    heldout: float = 0.05
+    heldout: float = ranged(0.05, Range(0, 1, below=True))
     """Fraction of each source kept for evaluation, where it has no validation split of its own."""
-    heldout_bytes: int = 1_000_000
+    heldout_bytes: int = ranged(1_000_000, NON_NEGATIVE)
     """At most so many bytes of text are evaluated on."""
     tokenizer: str = ""
     """Path of a tokenizer.json; empty: that of the run's weights, or a byte-level BPE of the model's vocabulary that is
@@ -36,6 +37,17 @@ class Data(Spec):
         super().__post_init__()
         if isinstance(self.source, str):
             raise ValueError(f"source is a tuple of names and paths, got {self.source!r}; write ({self.source!r},)")
+        check_ranges(self, "data.")
+        if not self.source:
+            raise ValueError("a run needs at least one source of text, got none; set --data.source shakespeare")
+        if self.weights and len(self.weights) != len(self.source):
+            raise ValueError(
+                f"there must be a weight for each source, got {len(self.weights)} weights, {len(self.source)} sources"
+            )
+        if not all(weight > 0 for weight in self.weights) or not math.isfinite(sum(self.weights)):
+            raise ValueError(
+                f"weights must be above 0 with a finite sum, got {self.weights}; leave out a source that is not wanted"
+            )
 
 
 UNUSED = {

@@ -65,6 +65,17 @@ def encode_batch(tokenizer: Tokenizer, texts: Sequence[str], *, special_tokens: 
         return rows
 
 
+def unescaped(argument: str) -> str:
+    """The text of a command-line argument: UTF-8 that Python kept as escapes of bytes because the locale is ASCII.
+
+    Raises ValueError if the bytes are not UTF-8.
+    """
+    try:
+        return argument.encode("utf-8", errors="surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"text must be UTF-8, got {argument!r}") from error
+
+
 def added_ids(tokenizer: Tokenizer) -> list[int]:
     """The ids that the tokenizer puts before and after a text: those of the empty text."""
     return tokenizer.encode("").ids

@@ -211,7 +211,7 @@ class Checkpoints:
         try:
             arrays_written()
             if processes.writes():
-                (partial / "extra.json").write_text(extra)
+                (partial / "extra.json").write_text(extra, encoding="utf-8")
                 manifest.seal(partial, facts)
                 step_folders.publish(self.folder, step)
                 doing = f"delete old checkpoints (that of step {step} is saved)"
@@ -285,7 +285,7 @@ class Checkpoints:
             raise DamagedCheckpoint(self.folder, step, damage, self._whole_besides(step)) from damage
 
     def _extra(self, step: int) -> dict[str, Any]:
-        return processes.first(lambda: json.loads((self.folder / str(step) / "extra.json").read_text()))
+        return processes.first(lambda: json.loads((self.folder / str(step) / "extra.json").read_text(encoding="utf-8")))
 
     def _whole_besides(self, damaged: int) -> int | None:
         """The last step that verifies: of those before the damaged one, else of all."""

@@ -28,7 +28,7 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
     files = {path.relative_to(folder).as_posix(): _size_and_checksum(path, sync=True) for path in paths}
     content = {"format": FORMAT, **facts, "files": files}
     path = folder / NAME
-    path.write_text(json.dumps({"checksum": _checksum_of(content), "content": content}, indent=1))
+    path.write_text(json.dumps({"checksum": _checksum_of(content), "content": content}, indent=1), encoding="utf-8")
     for each in (path, *folders):
         sync(each)
 

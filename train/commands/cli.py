@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import io
 import os
 import shlex
 import shutil
@@ -28,6 +29,7 @@ from ..plan import report as plan_report
 from ..plan.chips import chip_of
 from ..runs import loop
 from ..runs.folder import Folder, is_named
+from ..runs.progress import replace_unencodable
 from . import inference as commands
 from . import shard, show
 
@@ -248,6 +250,14 @@ MANY = ("train", "generate", "eval")
 def main() -> None:
     """Runs the command line; errors are one line on standard error, with a traceback only where `--traceback` asks."""
     hardware.without_tpu()
+    for stream in (sys.stdout, sys.stderr):
+        replace_unencodable(stream)
+    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.encoding.lower() in (
+        "ascii",
+        "us-ascii",
+        "ansi_x3.4-1968",
+    ):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     arguments = [a for a in sys.argv[1:] if a != "--traceback"]
     try:
         with _joined(arguments):
@@ -267,7 +277,9 @@ def _joined(arguments: list[str]) -> Iterator[None]:
         return
     with cluster.joined(told), contextlib.ExitStack() as quiet:
         if processes.quiet():
-            quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(Path(os.devnull).open("w"))))
+            quiet.enter_context(
+                contextlib.redirect_stdout(quiet.enter_context(Path(os.devnull).open("w", encoding="utf-8")))
+            )
         yield
 
 

@@ -19,6 +19,7 @@ from ... import zoo
 from ...layers.spec import unknown
 from ...zoo.decoder import Decoder
 from ...zoo.generation.chat import ChatTemplate, Conversation
+from ...zoo.text_encoding import unescaped
 from ...zoo.text_model import DTYPES, TextModel
 from ..distributed import mesh as meshes
 from ..distributed import processes
@@ -121,6 +122,7 @@ def generate(
         special_tokens: read text of the prompt that spells a special token as that token; by default as the run was
             trained (data.special_tokens), and as plain text for other models.
     """
+    prompt = unescaped(prompt)
     writer = place.open(source).optimize_for_decoding()
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -181,7 +183,7 @@ def chat(
         writer.tokenizer,
         made,
         stop=writer.stop,
-        system=system or None,
+        system=unescaped(system) or None,
         sampling=draw.sampling,
         seed=draw.seed,
         dtype=writer.dtype,

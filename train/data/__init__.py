@@ -1,6 +1,5 @@
 """Text in, batches of tokens out: `load` is all that training needs."""
 
-import math
 from pathlib import Path
 
 from ...configs.run import Data
@@ -22,6 +21,7 @@ def load(
     seed: int,
     cache: Path | None = None,
     own: tuple[int, ...] = (),
+    verify: bool = False,
     progress: Progress | None = None,
 ) -> Batches:
     """The text that `data` names, tokenized (once: it is kept in the cache) and ready to be read in batches.
@@ -34,13 +34,13 @@ def load(
         seed: of the order of rows.
         cache: the cache folder; by default $FLAXZOO_CACHE, else ~/.cache/flaxzoo.
         own: which rows of a batch are read here; all if empty.
+        verify: compare the checksums of cached tokens, as a run that resumes does.
         progress: told the bytes of text tokenized and about how many there are, source by source.
 
     Raises:
         ValueError: no such source, field or tokenizer; no text; values that do not fit together.
         CacheError: the cache cannot be written.
     """
-    _check(data)
     folder = cache_folder(cache)
     sources = [open_source(name, data.text_field, folder) for name in data.source]
     if data.tokenizer:
@@ -63,6 +63,7 @@ def load(
             heldout_bytes=data.heldout_bytes,
             cache=folder,
             special_tokens=data.special_tokens,
+            verify=verify,
             progress=progress,
         )
         for source in sources
@@ -78,21 +79,6 @@ def load(
         own=own,
         special_tokens=data.special_tokens,
     )
-
-
-def _check(data: Data) -> None:
-    if not data.source:
-        raise ValueError("a run needs at least one source of text, got none; set --data.source shakespeare")
-    if data.weights and len(data.weights) != len(data.source):
-        raise ValueError(
-            f"there must be a weight for each source, got {len(data.weights)} weights, {len(data.source)} sources"
-        )
-    if not all(0 < weight < math.inf for weight in data.weights):
-        raise ValueError(f"weights must be above 0, got {data.weights}; leave out the source that is not wanted")
-    if not 0 <= data.heldout < 1:
-        raise ValueError(f"heldout is a fraction, at least 0 and below 1, got {data.heldout}")
-    if data.heldout_bytes < 0:
-        raise ValueError(f"heldout_bytes must be at least 0, got {data.heldout_bytes}")
 
 
 def _shares(sources: list[Source], weights: tuple[float, ...]) -> list[float]:

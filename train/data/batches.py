@@ -86,11 +86,14 @@ class Batches:
     def describe(self) -> str:
         """One line: sources, documents, tokens, what is held out."""
         size = sum(store.bytes for store in self.stores)
+        heldout = sum(store.heldout_bytes for store in self.stores)
+        left_out = _listed([item for store in self.stores for item in store.left_out])
         return (
-            f"{' + '.join(store.name for store in self.stores)}: {_count(self.documents, 'document')}, "
+            f"{' + '.join(_shown(store.name) for store in self.stores)}: {_count(self.documents, 'document')}, "
             f"{size / 1e6:,.2f} MB, {self.train_tokens:,} tokens of {ids(self.tokenizer):,} "
-            f"({size / self.train_tokens:.2f} bytes each); held out {self.heldout_bytes / 1e6:,.2f} MB of "
-            f"{_count(sum(map(len, self.heldout_texts)), 'document')}; special tokens in the text are "
+            f"({size / self.train_tokens:.2f} bytes each); held out {heldout / 1e6:,.2f} MB, evaluated on "
+            f"{self.heldout_bytes / 1e6:,.2f} MB of {_count(sum(map(len, self.heldout_texts)), 'document')}"
+            f"{f'; left out: {left_out}' if left_out else ''}; special tokens in the text are "
             f"{'tokens' if self.special_tokens else 'plain text'}"
         )
 
@@ -198,6 +201,17 @@ class _Heldout:
 
 def _stacked(rows: Sequence[Row]) -> Batch:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _shown(name: str) -> str:
+    """A file name that UTF-8 can write, whatever its bytes."""
+    return name.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="backslashreplace")
+
+
+def _listed(items: Sequence[str]) -> str:
+    """Up to five items by name, and the number of the rest."""
+    rest = f" and {len(items) - 5:,} more" if len(items) > 5 else ""
+    return ", ".join(map(_shown, items[:5])) + rest
 
 
 def _count(number: int, noun: str) -> str:

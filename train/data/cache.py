@@ -15,6 +15,13 @@ class CacheError(OSError, ValueError):
     """The cache folder cannot be written: no permission, no space, not a folder."""
 
 
+class DamagedEntryError(ValueError):
+    """A cache entry is not what was written there."""
+
+    def __init__(self, entry: Path, reason: object):
+        super().__init__(f"the cache entry {entry} is damaged ({reason}); delete it, and it is written again")
+
+
 def cache_folder(cache: Path | None = None) -> Path:
     """The folder of tokenizers and tokens: `cache`, else $FLAXZOO_CACHE, else ~/.cache/flaxzoo."""
     return Path(cache or os.environ.get("FLAXZOO_CACHE") or "~/.cache/flaxzoo").expanduser().absolute()

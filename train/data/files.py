@@ -4,6 +4,7 @@ import difflib
 import glob
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ import pyarrow
 import pyarrow.parquet
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+TEXT_ENDINGS = (".txt", ".md")
+"""Files read whole. In a folder, .md files are left out, since they often describe the data."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Files:
     name: str
     paths: tuple[Path, ...]
     field: str
+    left_out: tuple[str, ...] = ()
+    """Files and folders that the name covers and that are not read, with reasons."""
 
     has_validation = False
 
@@ -43,15 +48,16 @@ class Files:
         assert split == "train"
         for path in self.paths:
             try:
-                if path.name.endswith(".txt"):
+                if path.name.endswith(TEXT_ENDINGS):
                     yield path.read_bytes().decode("utf-8-sig")
                 elif path.name.endswith(".parquet"):
                     yield from _parquet(path, self.field)
                 else:
                     yield from _jsonl(path, self.field)
             except UnicodeDecodeError as error:
+                line = error.object[: error.start].count(b"\n") + 1
                 raise ValueError(
-                    f"{path} must be UTF-8, got byte 0x{error.object[error.start]:02x} at {error.start}; "
+                    f"{path}:{line} must be UTF-8, got byte 0x{error.object[error.start]:02x} at {error.start}; "
                     "convert it, e.g. with `iconv -f latin1 -t utf-8`"
                 ) from error
             except (OSError, EOFError, pyarrow.ArrowException) as error:
@@ -70,14 +76,17 @@ def find_files(name: str, field: str) -> Files:
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        inside = [found for found in path.rglob("*") if found.is_file() and not _hidden(found.relative_to(path))]
-        paths = [found for found in inside if found.name.endswith(ENDINGS)]
+        search = Search(path)
+        paths = [file for file in search.files if file.name.endswith(ENDINGS)]
+        others = [file for file in search.files if not file.name.endswith(ENDINGS)]
         if not paths:
-            endings = ", ".join(sorted({found.suffix or found.name for found in inside})) or "no files"
+            endings = ", ".join(sorted({file.suffix or file.name for file in others})) or "no files"
             raise ValueError(f"the folder {name} must hold {', '.join(ENDINGS)} files, got {endings}")
-        return Files(name, tuple(sorted(paths)), field)
-    matches = [path] if path.is_file() else [Path(found) for found in _glob(path)]
-    paths = sorted(found for found in matches if found.is_file())
+        left_out = [*search.left_out, *(f"{file.relative_to(path)} (another kind of file)" for file in others)]
+        return _files(name, paths, field, left_out)
+    matches = [path] if path.is_file() else _glob(path)
+    folders = [f"{match} (a folder)" for match in matches if match.is_dir()]
+    paths = [match for match in matches if not match.is_dir()]
     if not paths:
         near = difflib.get_close_matches(name, ["shakespeare"], cutoff=0.7)
         raise ValueError(
@@ -85,18 +94,75 @@ def find_files(name: str, field: str) -> Files:
             + (f"; did you mean {near[0]!r}?" if near else "")
             + f" (searched from {Path.cwd()}). A source is 'shakespeare', a path, or 'tfds:NAME'"
         )
-    for found in paths:
-        if not found.name.endswith(ENDINGS):
-            raise ValueError(f"a file of text must end in {', '.join(ENDINGS)}, got {found}")
-    return Files(name, tuple(paths), field)
+    for file in paths:
+        if not file.name.endswith((*ENDINGS, *TEXT_ENDINGS)):
+            raise ValueError(f"a file of text must end in {', '.join(ENDINGS)} or .md, got {file}")
+    return _files(name, paths, field, [] if "**" in name else folders)
 
 
-def _glob(path: Path) -> list[str]:
-    return glob.glob(str(path), recursive=True)  # noqa: PTH207, for Path.glob takes no absolute pattern
+def _files(name: str, paths: Iterable[Path], field: str, left_out: Iterable[str]) -> Files:
+    """Files in the order of their paths, each once, whatever the number of links to it."""
+    kept: dict[Path, Path] = {}
+    left_out = [*left_out]
+    for path in sorted(paths):
+        if not path.is_file():
+            raise ValueError(f"{path} is a link to a file that does not exist; remove it or restore {path.resolve()}")
+        real = path.resolve()
+        if real in kept:
+            left_out.append(f"{path} (the same file as {kept[real]})")
+        else:
+            kept[real] = path
+    return Files(name, tuple(kept.values()), field, tuple(left_out))
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+class Search:
+    """The files below a folder, through links to folders too.
+
+    Attributes:
+        files: files, dangling links included, in no order.
+        left_out: hidden files and folders, links that lead back to a folder above them, and empty folders.
+
+    Raises ValueError if a folder cannot be read.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.files: list[Path] = []
+        self.left_out: list[str] = []
+        self._search(root, ())
+
+    def _search(self, folder: Path, above: tuple[Path, ...]) -> None:
+        real = folder.resolve()
+        if real in above:
+            self.left_out.append(f"{folder.relative_to(self.root)} (a link to a folder above it)")
+            return
+        try:
+            entries = sorted(folder.iterdir())
+        except OSError as error:
+            raise ValueError(
+                f"cannot read the folder {folder}: {error.strerror or error}; make it readable or move it elsewhere"
+            ) from error
+        if not entries and above:
+            self.left_out.append(f"{folder.relative_to(self.root)} (an empty folder)")
+        for entry in entries:
+            if entry.name.startswith("."):
+                self.left_out.append(f"{entry.relative_to(self.root)} (hidden)")
+            elif entry.is_dir():
+                self._search(entry, (*above, real))
+            else:
+                self.files.append(entry)
+
+
+def _glob(path: Path) -> list[Path]:
+    """What a glob matches. Leading folders that exist are taken literally, whatever characters are in their names."""
+    base = Path(path.anchor)
+    parts = [part for part in path.parts if part != path.anchor]
+    while len(parts) > 1 and (base / parts[0]).is_dir():
+        base /= parts.pop(0)
+    if "**" in parts:
+        Search(base)  # glob skips unreadable folders silently
+    pattern = str(Path(glob.escape(str(base)), *parts))
+    return sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207, Path.glob takes no absolute pattern
 
 
 def _text_size(path: Path, field: str) -> int:
@@ -111,24 +177,34 @@ def _text_size(path: Path, field: str) -> int:
 
 
 def _jsonl(path: Path, field: str) -> Iterator[str]:
+    number = 0
     with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number} must be UTF-8: {error.reason}") from error
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} must be a JSON object: {error}") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}:{number} must be a JSON object, got {type(record).__name__}")
-            if field not in record:
-                raise missing_field(f"{path}:{number}", field, record)
-            text = record[field]
-            if text is not None and not isinstance(text, str):
-                raise ValueError(f"{path}:{number}: field {field!r} must hold text, got {type(text).__name__}")
-            yield text or ""
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _text_of_line(line, field, f"{path}:{number}")
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"cannot read {path}:{number + 1}: {error}; the file is damaged or cut short") from error
+
+
+def _text_of_line(line: bytes, field: str, where: str) -> str:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where} must be UTF-8, got byte 0x{line[error.start]:02x} at {error.start} of the line; convert the "
+            "file, e.g. with `iconv -f latin1 -t utf-8`"
+        ) from error
+    except (ValueError, RecursionError) as error:  # ValueError: also of integers with thousands of digits
+        raise ValueError(f"{where} must be a JSON object: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} must be a JSON object, got {type(record).__name__}")
+    if field not in record:
+        raise missing_field(where, field, record)
+    text = record[field]
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{where}: field {field!r} must hold text, got {type(text).__name__}")
+    return text or ""
 
 
 def _parquet(path: Path, field: str) -> Iterator[str]:
@@ -136,14 +212,21 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
         schema = table.schema_arrow
         if field not in schema.names:
             raise missing_field(str(path), field, schema.names)
+        if (count := schema.names.count(field)) > 1:
+            raise ValueError(f"{path} must have one field {field!r}, got {count} of that name; rename the others")
         kind = schema.field(field).type
-        if pyarrow.types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        texts = pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view
+        if not pyarrow.types.is_null(value) and not any(is_text(value) for is_text in texts):
             raise ValueError(f"{path}: field {field!r} must hold text, got {kind}")
-        for batch in table.iter_batches(batch_size=256, columns=[field]):
-            for text in batch.column(0):
-                yield text.as_py() or ""
+        number = 0
+        try:
+            for batch in table.iter_batches(batch_size=256, columns=[field]):
+                for text in batch.column(0):
+                    number += 1
+                    yield text.as_py() or ""
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise ValueError(f"cannot read record {number + 1} of {path}: {error}") from error
 
 
 def missing_field(where: str, field: str, fields: Iterable[str]) -> ValueError:

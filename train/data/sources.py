@@ -43,6 +43,11 @@ class Source(Protocol):
         """Whether it has a validation split of its own."""
         ...
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What the name covers and is not read, with reasons."""
+        ...
+
     def documents(self, split: Literal["train", "validation"] = "train") -> Iterator[str]:
         """The documents of a split, lazily."""
         ...
@@ -50,6 +55,8 @@ class Source(Protocol):
 
 class TfdsSource:
     """A prepared TFDS dataset, read at random access: ArrayRecord or parquet, for TensorFlow is not needed then."""
+
+    left_out: tuple[str, ...] = ()
 
     def __init__(self, name: str, builder: tfds.core.DatasetBuilder, field: str):
         self.name = name

@@ -1,12 +1,16 @@
-"""What of a source is trained on and what is held out: decided by document, without knowing how many there are."""
+"""The split of a source into text that is trained on and text that is held out."""
 
+import hashlib
 import heapq
-import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from .sources import Source
 
+_BUCKETS = 2**20
+_BUCKET = 2**64 // _BUCKETS
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 
 
@@ -26,8 +30,14 @@ class Part(NamedTuple):
 def split(source: Source, heldout: float) -> Iterator[Part]:
     """Every text of a source, and whether it is held out.
 
-    A validation split of the source's own is used as it is. Of many documents, whole ones are held out, spread evenly;
-    of few (below 4 / heldout) the end of each, cut after a newline where there is one near. Empty texts are left out.
+    A validation split of the source's own is used as it is. Otherwise `heldout` of the bytes of text is held out:
+
+    - Of a document with more than `heldout / 4` of all bytes, the end is held out, cut after a newline if one is near.
+    - Of the other documents, whole ones are held out: those whose hash is below a threshold, which is chosen so that
+      their bytes are `heldout` of all bytes of such documents. So copies of a document are all trained on or all held
+      out.
+
+    The source is read twice. An empty text is given as it is, not held out.
 
     Args:
         source: what to read.
@@ -40,8 +50,7 @@ def split(source: Source, heldout: float) -> Iterator[Part]:
         ValueError: a text cannot be written in UTF-8.
     """
     for text, held in _split(source, heldout):
-        if text:
-            yield Part(text, _size(text, source.name), held)
+        yield Part(text, _size(text, source.name), held)
 
 
 def _split(source: Source, heldout: float) -> Iterator[tuple[str, bool]]:
@@ -49,15 +58,43 @@ def _split(source: Source, heldout: float) -> Iterator[tuple[str, bool]]:
         yield from ((text, False) for text in source.documents("train"))
         yield from ((text, True) for text in source.documents("validation"))
         return
-    many = int(min(4 / heldout, 2**40)) if heldout else 0
-    few = sum(1 for _ in itertools.islice(source.documents(), many)) < many
-    for index, text in enumerate(source.documents()):
-        if few:
-            cut = _cut(text, heldout)
-            yield text[:cut], False
+    if not heldout:
+        yield from ((text, False) for text in source.documents())
+        return
+    largest, threshold = _limits(source, heldout)
+    for text in source.documents():
+        if (size := _size(text, source.name)) <= largest:
+            yield text, bool(size) and _hash(text) < threshold
+            continue
+        cut = _cut(text, heldout)
+        yield text[:cut], False
+        if cut < len(text):
             yield text[cut:], True
-        else:
-            yield text, place(index) < heldout * 2**64
+
+
+def _limits(source: Source, heldout: float) -> tuple[float, int]:
+    """The bytes of the largest document that is not cut, and the hash below which such documents are held out.
+
+    Bytes are counted in buckets of hashes, so memory does not grow with the number of documents.
+    """
+    buckets = np.zeros(_BUCKETS, np.int64)
+    large: list[tuple[int, int]] = []  # bucket and size of documents that may have to be cut
+    total = 0
+    for text in source.documents():
+        bucket, size = _hash(text) // _BUCKET, _size(text, source.name)
+        buckets[bucket] += size
+        total += size
+        if size > heldout / 4 * total:
+            large.append((bucket, size))
+    largest = heldout / 4 * total
+    for bucket, size in large:
+        buckets[bucket] -= size * (size > largest)
+    below = np.concatenate([[0], np.cumsum(buckets)])
+    return largest, int(np.abs(below - heldout * below[-1]).argmin()) * _BUCKET
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "big")
 
 
 def _size(text: str, name: str) -> int:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ...zoo.formats.tokenizer_file import read_tokenizer_file
 from ...zoo.text_encoding import END_OF_TEXT, SEPARATORS, added_ids, encode
-from .cache import digest, filled
+from .cache import DamagedEntryError, digest, filled
 from .sources import Source
 from .split import place, split
 
@@ -117,12 +117,16 @@ def trained_tokenizer(
     key = digest(
         1, [source.fingerprint for source in sources], list(shares), vocab, heldout, TRAINING_BYTES, special_tokens
     )
-    return load_tokenizer(filled(cache / "tokenizers" / f"{key}.json", fill))
+    entry = filled(cache / "tokenizers" / f"{key}.json", fill)
+    try:
+        return load_tokenizer(entry)
+    except ValueError as error:
+        raise DamagedEntryError(entry, error) from error
 
 
 def _sampled(source: Source, share: float, heldout: float) -> Iterator[str]:
     kept = min(1.0, TRAINING_BYTES * share / max(1, source.size)) * 2**64
-    parts = (piece for part in split(source, heldout) if not part.held for piece in pieces(part.text))
+    parts = (piece for part in split(source, heldout) if part.text and not part.held for piece in pieces(part.text))
     return (piece for index, piece in enumerate(parts) if place(index) < kept)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ...zoo.text_encoding import encode_batch
-from .cache import digest, filled
+from .cache import DamagedEntryError, digest, filled
 from .sources import Source
 from .split import Sample, split
 from .tokenizer import cuttable, ends, ids, pieces, tokenizer_digest
@@ -19,7 +19,7 @@ from .tokenizer import cuttable, ends, ids, pieces, tokenizer_digest
 Progress = Callable[[int, int | None], None]
 """Called with the bytes of text done so far and about how many there are in all, where that is known."""
 
-_FORMAT = 3  # of the store and the rules that fill it
+_FORMAT = 4  # of the store and the rules that fill it
 _BATCH = 2**22  # characters encoded at once
 
 
@@ -33,6 +33,8 @@ class Store:
         documents: documents trained on.
         bytes: their exact size in UTF-8.
         digest: names the tokens.
+        heldout_bytes: size of all text that is held out, of which `heldout` is a sample.
+        left_out: files and documents that are neither trained on nor held out, with reasons.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Store:
     documents: int
     bytes: int
     digest: str
+    heldout_bytes: int = 0
+    left_out: tuple[str, ...] = ()
 
 
 def token_store(
@@ -51,6 +55,7 @@ def token_store(
     heldout_bytes: int,
     cache: Path,
     special_tokens: bool = False,
+    verify: bool = False,
     progress: Progress | None = None,
 ) -> Store:
     """A source in tokens, from the cache or made now.
@@ -62,10 +67,12 @@ def token_store(
         heldout_bytes: how much held-out text there must be to choose from.
         cache: the cache folder.
         special_tokens: read text that spells a special token as that token.
+        verify: compare the checksum of the tokens, too. Their number, and that all are below the vocabulary, is
+            always checked.
         progress: called while it tokenizes.
 
     Raises:
-        ValueError: there is no text in it, or something that is not text.
+        ValueError: there is no text in it, or something that is not text; the cache entry is damaged.
         CacheError: the cache cannot be written.
     """
     key = digest(_FORMAT, source.fingerprint, tokenizer_digest(tokenizer), heldout, heldout_bytes, special_tokens)
@@ -73,15 +80,20 @@ def token_store(
     def fill(aside: Path) -> None:
         aside.mkdir()
         kept = Sample(heldout_bytes)
-        count = [0, 0]  # documents and bytes trained on
+        count = [0, 0, 0]  # documents and bytes trained on, bytes held out
+        empty = 0
         about = source.size
 
         def trained() -> Iterator[str]:
+            nonlocal empty
             done = 0
             for part in split(source, heldout):
                 done += part.size
-                if part.held:
+                if not part.text:
+                    empty += 1
+                elif part.held:
                     kept.add(part)
+                    count[2] += part.size
                 else:
                     count[0] += 1
                     count[1] += part.size
@@ -99,12 +111,52 @@ def token_store(
                 f"{source.name} must hold some text to train on, got none; is it the right file and field?"
             )
         meta = {"documents": count[0], "bytes": count[1], "digest": name.hexdigest(), "heldout": kept.texts()}
-        (aside / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        meta |= {"heldout_bytes": count[2], "empty": empty}
+        meta["tokens"] = (aside / "tokens").stat().st_size // _dtype(tokenizer).itemsize
+        content = json.dumps({"meta": meta, "checksum": digest(meta)})
+        (aside / "meta.json").write_text(content, encoding="utf-8")
 
     folder = filled(cache / "tokens" / key, fill)
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    tokens = np.memmap(folder / "tokens", dtype=_dtype(tokenizer), mode="r")
-    return Store(source.name, tokens, tuple(meta["heldout"]), meta["documents"], meta["bytes"], meta["digest"])
+    try:
+        content = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = content["meta"]
+        if content["checksum"] != digest(meta):
+            raise ValueError("the checksum of meta.json does not match")
+        tokens = _open_tokens(folder / "tokens", tokenizer, meta["tokens"])
+        if verify and (checksum := _checksum(tokens)) != meta["digest"]:
+            raise ValueError(f"the checksum of tokens is {checksum}, and {meta['digest']} was written")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedEntryError(folder, error) from error
+    empty = f"{meta['empty']:,} empty document{'' if meta['empty'] == 1 else 's'}"
+    return Store(
+        source.name,
+        tokens,
+        tuple(meta["heldout"]),
+        meta["documents"],
+        meta["bytes"],
+        meta["digest"],
+        meta["heldout_bytes"],
+        (*([empty] if meta["empty"] else []), *source.left_out),
+    )
+
+
+def _open_tokens(file: Path, tokenizer: Tokenizer, count: int) -> np.ndarray:
+    """The tokens of a file. Raises ValueError if there are not `count`, or one is outside the vocabulary."""
+    dtype = _dtype(tokenizer)
+    if (size := file.stat().st_size) != count * dtype.itemsize:
+        raise ValueError(f"{file.name} must have {count * dtype.itemsize:,} bytes, got {size:,}")
+    tokens, vocabulary = np.memmap(file, dtype=dtype, mode="r"), ids(tokenizer)
+    for start in range(0, count, _BATCH):
+        if (highest := int(tokens[start : start + _BATCH].max())) >= vocabulary:
+            raise ValueError(f"{file.name} has the id {highest}, and the vocabulary has {vocabulary} ids")
+    return tokens
+
+
+def _checksum(tokens: np.ndarray) -> str:
+    checksum = hashlib.blake2b(digest_size=10)
+    for start in range(0, len(tokens), _BATCH):
+        checksum.update(tokens[start : start + _BATCH].tobytes())
+    return checksum.hexdigest()
 
 
 def heldout_stream(texts: Iterable[str], tokenizer: Tokenizer, *, special_tokens: bool = False) -> np.ndarray:

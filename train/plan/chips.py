@@ -247,7 +247,7 @@ def tpus() -> dict[str, Tpu]:
 
 @functools.cache
 def _table() -> dict[str, dict[str, Any]]:
-    rows = tomllib.loads((files(__package__ or "train") / "chips.toml").read_text())
+    rows = tomllib.loads((files(__package__ or "train") / "chips.toml").read_text(encoding="utf-8"))
     return {kind: row | {"aliases": tuple(row.get("aliases", ()))} for kind, row in rows.items()}
 
 

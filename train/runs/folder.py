@@ -89,7 +89,7 @@ class Folder:
                 raise unknown(f"run in {self.path.parent}", self.path.name, nearby)
             raise ValueError(f"{self.path} holds no run: it has no config.json; `zoo train NAME` makes one")
         try:
-            return Run.from_dict(json.loads(self.config.read_text()))
+            return Run.from_dict(json.loads(self.config.read_text(encoding="utf-8")))
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.config} can't be read: {error}") from error
 
@@ -135,13 +135,13 @@ class Folder:
         lock = self.checkpoints / LOCK
 
         def mark() -> str:
-            lock.write_text(secrets.token_hex(8))
-            return lock.read_text()
+            lock.write_text(secrets.token_hex(8), encoding="utf-8")
+            return lock.read_text(encoding="utf-8")
 
         if jax.process_count() == 1:
             return
         told, deadline = processes.first(mark), time.monotonic() + VISIBLE
-        while not (seen := lock.is_file() and lock.read_text() == told) and time.monotonic() < deadline:
+        while not (seen := lock.is_file() and lock.read_text(encoding="utf-8") == told) and time.monotonic() < deadline:
             time.sleep(0.1)
         others = [str(index) for index, each in enumerate(processes.gather(seen)) if not each]
         if others:

@@ -21,7 +21,7 @@ from rich.console import Console
 from ... import zoo
 from ...configs.run import Run
 from ...zoo.parameters import describe, merge, shardings
-from ...zoo.text_encoding import encode
+from ...zoo.text_encoding import encode, unescaped
 from .. import data as datasets
 from ..checkpoints import step_folders
 from ..checkpoints.checkpoints import Checkpoints, check_space
@@ -36,7 +36,7 @@ from . import report
 from .folder import Folder
 from .metrics import NullRecorder, Recorder
 from .pretrained import Pretrained, open_pretrained
-from .progress import ProgressDisplay, amount, duration
+from .progress import ProgressDisplay, amount, duration, replace_unencodable
 
 
 class Diverged(ValueError):
@@ -96,6 +96,7 @@ def train(
             raise ValueError(f"{place.path} has no checkpoint of step {step}, nor any other; leave out --step to start")
         use_compilation_cache()
         console = (console or Console()) if processes.writes() else Console(quiet=True)
+        replace_unencodable(console.file)
         with jax.set_mesh(mesh), jax.numpy_dtype_promotion("strict"):
             job = Job.prepare(run, place, checkpoints, mesh, devices_line, console, step)
             with contextlib.closing(job):
@@ -124,7 +125,7 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-def _load_data(run: Run, folder: Folder, mesh: Mesh, console: Console) -> datasets.Batches:
+def _load_data(run: Run, folder: Folder, mesh: Mesh, console: Console, *, verify: bool) -> datasets.Batches:
     """The text in batches; where the run starts from weights, by their tokenizer, which is in its folder by now."""
     data = run.data.replace(tokenizer=str(folder.tokenizer)) if run.weights else run.data
     with console.status("reading the data ...") as status:
@@ -139,6 +140,7 @@ def _load_data(run: Run, folder: Folder, mesh: Mesh, console: Console) -> datase
             batch=run.batch,
             seed=run.seed,
             own=meshes.rows(mesh, run.batch),
+            verify=verify,
             progress=progress,
         )
     processes.check_same({"text": f"{batches.order} {batches.describe()}"})
@@ -200,7 +202,7 @@ class Job:
         pretrained = open_pretrained(run) if run.weights and not checkpoints.steps() else None
         if pretrained is not None:
             processes.first(lambda: folder.write_pretrained(pretrained.tokenizer, pretrained.described))
-        batches = _load_data(run, folder, mesh, console)
+        batches = _load_data(run, folder, mesh, console, verify=bool(checkpoints.steps()))
         size, unused = sum(known.size for known in describe(run.model.abstract()).values()), run.model.unused()
         parameters = f"{amount(size)} parameters" + (f", {amount(size - unused)} active" if unused else "")
         say(f"model   {parameters}, {amount(3 * run.model.flops(run.length), 'FLOP')} a trained token")
@@ -351,23 +353,24 @@ class Job:
         parameters, key = found
         model = merge(abstract, parameters)
         tokenizer, special = self.batches.tokenizer, run.data.special_tokens
-        prompt = encode(tokenizer, run.prompt, special_tokens=special, add_special_tokens=True)
-        room = run.model.max_positions - len(prompt) if run.model.max_positions else 120
+        prompt = unescaped(run.prompt)
+        ids = encode(tokenizer, prompt, special_tokens=special, add_special_tokens=True)
+        room = run.model.max_positions - len(ids) if run.model.max_positions else 120
         if room < 1:
             self.board.say(f"no sample: the prompt fills all {run.model.max_positions} positions of the model")
             return
         text = zoo.generate(
             model,
             tokenizer,
-            [run.prompt],
+            [prompt],
             max_tokens=min(120, room),
             stop=(str(tokenizer.id_to_token(self.batches.separator)),),
             key=key,
             dtype=jnp.dtype(run.dtype),
             special_tokens=special,
         )[0]
-        self.recorder.write_text(step, run.prompt + text)
-        self.board.sample(step, run.prompt, text)
+        self.recorder.write_text(step, prompt + text)
+        self.board.sample(step, prompt, text)
 
     def _save(self, step: int) -> None:
         if self.saved == step:

@@ -21,7 +21,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
@@ -40,7 +40,7 @@ class Recorder:
         """Opens the metrics of a run that goes on after step `start`; what a killed run recorded past it is dropped."""
         kept = [record for record in read(folder) if record["step"] <= start]
         aside = folder / f"{FILE}.new"
-        aside.write_text("".join(map(_line, kept)))
+        aside.write_text("".join(map(_line, kept)), encoding="utf-8")
         aside.replace(folder / FILE)
         board = folder / "tensorboard"
         board.mkdir(exist_ok=True)

@@ -1,6 +1,8 @@
 """What a person sees while a run goes on: a live line in a terminal, plain lines elsewhere."""
 
+import io
 import time
+from typing import IO
 
 from rich.console import Console
 from rich.live import Live
@@ -12,6 +14,12 @@ from rich.text import Text
 
 PLAIN_SECONDS = 10.0
 """Seconds between plain lines."""
+
+
+def replace_unencodable(stream: IO[str]) -> None:
+    """Makes a text stream write characters outside its encoding as escapes, so that showing text never ends a run."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def duration(seconds: float) -> str:

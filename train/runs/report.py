@@ -97,5 +97,5 @@ def write(folder: Path, run: Run, facts: dict[str, Any]) -> Path:
         f"# {folder.name}\n\n| | |\n|---|---|\n{table}\n\n{shown}\n\n## Samples\n\n{texts or 'None were asked for.'}\n"
     )
     path = folder / "report.md"
-    path.write_text(page)
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path

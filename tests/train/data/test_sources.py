@@ -61,7 +61,7 @@ def test_reading_is_lazy(tmp_path: Path):
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1 must be UTF-8"),
         ("a.jsonl.gz", b"not gz", r"cannot read .*a\.jsonl\.gz"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9, mtime=0)[:-9], r"cannot read .*a\.jsonl\.gz"),
-        ("a.txt", b"caf\xe9", r"a\.txt must be UTF-8, got byte 0xe9 at 3.*iconv"),
+        ("a.txt", b"caf\xe9", r"a\.txt:1 must be UTF-8, got byte 0xe9 at 3.*iconv"),
         ("a.parquet", b"not parquet", r"cannot read .*a\.parquet"),
         ("a.csv", b"text\nx\n", r"must end in \.txt.*got .*a\.csv"),
     ],
@@ -152,6 +152,7 @@ def test_tfds_dataset_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 class Memory:
     name, fingerprint, size, has_validation = "memory", "memory", 0, False
+    left_out = ()
 
     def __init__(self, texts: list[str]):
         self.texts = texts
@@ -164,7 +165,7 @@ class Memory:
 def test_split_loses_and_doubles_nothing(texts: list[str], heldout: float):
     parts = list(split(Memory(texts), heldout))
     assert "".join(part.text for part in parts) == "".join(texts)
-    assert all(part.text and part.size == len(part.text.encode()) for part in parts)
+    assert all(part.size == len(part.text.encode()) and (part.text or not part.held) for part in parts)
 
 
 @pytest.mark.parametrize("heldout", [0.01, 0.05, 0.3, 0.5])
@@ -175,12 +176,35 @@ def test_many_documents_are_held_out_whole_and_evenly(heldout: float, count: int
     held = [part.text for part in parts if part.held]
     size = sum(map(len, held)) / sum(map(len, texts))
     assert size == pytest.approx(heldout, rel=0.5)
-    if count >= 4 / heldout:
+    assert size == pytest.approx(heldout, abs=max(heldout / 8, 1 / 300))
+    if count > 5 / heldout:
         assert [part.text for part in parts] == texts
-        assert abs(len(held) - heldout * count) < 2
-    else:
+    if count < 3 / heldout:
         assert len(held) == count
         assert all(part.text.endswith("\n") for part in parts)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[50_000] + [100] * 500, [100] * 500 + [50_000], [10, 100_000, 10], [1, 2, 3], [2**i for i in range(17)],
+     [0, 0, 0, 40, 0, 60] * 50, [*range(1, 300)], [*range(300, 0, -1)]],
+)  # fmt: skip
+@pytest.mark.parametrize("heldout", [0.05, 0.2])
+def test_held_out_text_is_a_share_of_the_text_whatever_the_sizes(sizes: list[int], heldout: float):
+    texts = [f"{number:06d}" * (size // 6) + "x" * (size % 6) for number, size in enumerate(sizes)]
+    parts = list(split(Memory(texts), heldout))
+    held = sum(part.size for part in parts if part.held)
+    assert held == pytest.approx(heldout * sum(sizes), abs=heldout / 8 * sum(sizes) + 1 + len(sizes) * (sum(sizes) < 9))
+    assert "".join(part.text for part in parts) == "".join(texts)
+
+
+def test_copies_of_a_document_are_all_trained_on_or_all_held_out():
+    texts = [f"document {number % 200} " * 5 for number in range(1000)]
+    parts = list(split(Memory(texts), 0.1))
+    held, trained = ({part.text for part in parts if part.held is side} for side in (True, False))
+    assert held
+    assert not held & trained
+    assert [part.held for part in split(Memory(texts[::-1]), 0.1)] == [part.held for part in parts[::-1]]
 
 
 def test_a_line_is_kept_whole_where_lines_are_short():
