@@ -386,7 +386,7 @@ def main() -> None:
     if options.serve:
         print(json.dumps(serve(Job(**json.loads(options.serve)))))
         return
-    from flaxzoo.zoo.families import family
+    from flaxzoo.zoo.families import registry
 
     path = RESULTS / "gpu.json"
     found = json.loads(path.read_text()) if path.is_file() and not options.small else {}
@@ -400,7 +400,7 @@ def main() -> None:
         small = {"layers": 2, "batch": 1, "length": min(job.length, 256)} if options.small else {}
         job, python = dataclasses.replace(job, **small), sys.executable
         if job.kind.startswith("torch"):
-            job, python = dataclasses.replace(job, config=family.write(model_of(job))[1]), options.torch_python
+            job, python = dataclasses.replace(job, config=registry.write(model_of(job))[1]), options.torch_python
         one = run(job, python, options.limit)
         print(f"{name}: {one.get('error', 'done')}, {one.get('all', 0):.0f} s", file=sys.stderr)
         if "error" not in one:

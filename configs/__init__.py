@@ -37,8 +37,13 @@ def get(name: str) -> Decoder | Run:
     return known[name]()
 
 
-def get_run(name: str) -> Run:
+def get_run(name: str, *, ignore: tuple[str, ...] = (), text_only: bool = False) -> Run:
     """The run of this name; for the name of a model, one with the usual settings; for a checkpoint, `runs.finetune`.
+
+    Args:
+        name: of the run, the model or the checkpoint.
+        ignore: for a checkpoint, as of `zoo.load`.
+        text_only: for a checkpoint, as of `zoo.load`.
 
     Raises ValueError on another name, and where the checkpoint can't be read.
     """
@@ -47,7 +52,7 @@ def get_run(name: str) -> Run:
     if name in RUNS:
         return RUNS[name]()
     if "/" in name or Path(name).exists():
-        return runs.finetune(name)
+        return runs.finetune(name, ignore=ignore, text_only=text_only)
     raise unknown("run", name, RUNS)
 
 

@@ -137,6 +137,10 @@ class Run(Spec):
     weights: str = ""
     """Checkpoint of this model that training starts from: a Hugging Face folder, a .gguf file, a name on the hub or the
     folder of another run; its tokenizer is the run's. Empty: random parameters."""
+    ignore: tuple[str, ...] = ()
+    """Fields of the config of the weights (keys, for a .gguf file) that are unknown here and that change nothing."""
+    text_only: bool = False
+    """Start from the text model of multimodal weights."""
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     steps: int = ranged(1000, POSITIVE)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from ..zoo import open_source
-from ..zoo.families import family
+from ..zoo.families import registry
 from . import models
 from .run import Data, Optimizer, Run
 
@@ -63,7 +63,7 @@ def bench_cpu() -> Run:
     )
 
 
-def finetune(weights: str) -> Run:
+def finetune(weights: str, *, ignore: tuple[str, ...] = (), text_only: bool = False) -> Run:
     """All parameters of a pretrained model, on text of one's own.
 
     zoo train HuggingFaceTB/SmolLM2-135M --data.source my_book.txt --name my_book
@@ -72,14 +72,18 @@ def finetune(weights: str) -> Run:
 
     Args:
         weights: a Hugging Face folder, a .gguf file, a name on the hub, or the folder of a run.
+        ignore: as of `zoo.load`.
+        text_only: as of `zoo.load`.
     """
-    source = open_source(weights)
-    model = family.read(source.config)
+    source = open_source(weights, ignore=ignore, text_only=text_only)
+    model = registry.read(source.config)
     stored = {tensor.dtype for tensor in source.tensors.values()}
     positions = model.max_positions or source.config.get("max_position_embeddings")
     return Run(
         model=model,
         weights=weights,
+        ignore=ignore,
+        text_only=text_only,
         optimizer=Optimizer(learning_rate=2e-5, warmup_steps=10),
         steps=200,
         batch=8,

@@ -20,7 +20,7 @@ from flaxzoo.train.plan.chips import chip_of
 from flaxzoo.train.plan.plan import devices_of, plan
 from flaxzoo.train.runs import metrics
 from flaxzoo.zoo import Decoder
-from flaxzoo.zoo.families import family
+from flaxzoo.zoo.families import registry
 from flaxzoo.zoo.formats.source import TensorInfo
 from flaxzoo.zoo.generation import session
 from flaxzoo.zoo.parameters import FlatModel, describe
@@ -155,7 +155,7 @@ def test_run_train(tmp_path: Path, text: Path) -> None:
 
 def test_run_generate(tmp_path: Path, source: Path) -> None:
     done = executed("generate", tmp_path, MODEL=str(source), TOKENS=8)
-    count = sum(known.size for known in describe(family.read(zoo.open_source(source).config).abstract()).values())
+    count = sum(known.size for known in describe(registry.read(zoo.open_source(source).config).abstract()).values())
     assert done.printed["load"] == f"{count:,} parameters, 0.00 GiB\non cpu\n"
     assert "The three largest cities of Italy are" in done.printed["generate"]
     assert done.printed["stream"]
@@ -198,7 +198,7 @@ def run_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def config_of(name: str, dtype: Any) -> Any:
     """What there is to know of a repository before its weights."""
-    fields = family.write(model_of(name))[1] | {"max_position_embeddings": 8192}
+    fields = registry.write(model_of(name))[1] | {"max_position_embeddings": 8192}
     return SimpleNamespace(config=fields, tensors={"weight": TensorInfo((), jnp.dtype(dtype))})
 
 

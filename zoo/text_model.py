@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from ..layers.spec import unknown
 from .decoder import Decoder, DecoderModel
 from .evaluation.windows import prefix_token
-from .families.family import read
+from .families.registry import read
 from .formats.load import is_run, load, open_source, runs_of
 from .formats.source import Progress, Source
 from .formats.text_ends import end_ids, named_special_tokens, sampling_settings
@@ -108,6 +108,7 @@ def open(
     mesh: Mesh | Callable[[Decoder], Mesh] | None = None,
     step: int | None = None,
     ignore: Collection[str] = (),
+    text_only: bool = False,
     progress: Progress | None = None,
 ) -> TextModel:
     """Opens a checkpoint as a model that writes text.
@@ -120,7 +121,8 @@ def open(
             run stay float32.
         mesh: splits the parameters; a mesh, or a function from the model's spec to one. One device by default.
         step: the checkpoint of a run; the latest by default.
-        ignore: unknown fields of the config that are known to change nothing.
+        ignore: as of `load`.
+        text_only: as of `load`.
         progress: called after each tensor with the bytes loaded and the bytes in all.
 
     Raises:
@@ -136,10 +138,10 @@ def open(
     else:
         if step is not None:
             raise ValueError(f"step selects a checkpoint of a run, and {source} is not a run; leave it out")
-        described = open_source(source)
+        described = open_source(source, ignore=ignore, text_only=text_only)
         if mesh is not None and not isinstance(mesh, Mesh):
-            mesh = mesh(read(described.config, ignore=ignore))
-        model, tokenizer = load(described, dtype=dtype, mesh=mesh, ignore=ignore, progress=progress)
+            mesh = mesh(read(described.config))
+        model, tokenizer = load(described, dtype=dtype, mesh=mesh, progress=progress)
     if tokenizer is None:
         raise ValueError(f"{source} has no tokenizer: put its tokenizer.json beside the weights")
     tokens = named_special_tokens(described, tokenizer)

@@ -6,7 +6,7 @@ import pytest
 from flaxzoo.configs import _named, get_model, models
 from flaxzoo.configs.models import moe
 from flaxzoo.zoo import Decoder
-from flaxzoo.zoo.families import family
+from flaxzoo.zoo.families import registry
 from flaxzoo.zoo.parameters import describe
 
 # The sum over the tensors of the checkpoint, as the model's page on the hub has it ("safetensors": total). Qwen3 0.6B
@@ -77,9 +77,9 @@ def test_parameters_are_as_many_as_published(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_its_family_can_express_it(name):
     decoder, kind = get_model(name), PUBLISHED[name][0]
-    found, fields = family.write(decoder, kind)
+    found, fields = registry.write(decoder, kind)
     assert found.model_types[0] == kind
-    assert not family.differences(decoder, family.read(fields))
+    assert not registry.differences(decoder, registry.read(fields))
 
 
 def test_every_model_of_these_files_is_here():

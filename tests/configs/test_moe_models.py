@@ -7,7 +7,7 @@ from flaxzoo.configs import _named, get_model
 from flaxzoo.configs.models import moe as moe_models
 from flaxzoo.train.commands import show
 from flaxzoo.zoo import Decoder
-from flaxzoo.zoo.families.family import read, write
+from flaxzoo.zoo.families.registry import read, write
 from flaxzoo.zoo.parameters import describe
 from rich.console import Console
 

@@ -1,5 +1,6 @@
 """The `zoo` command."""
 
+import argparse
 import contextlib
 import inspect
 import io
@@ -8,7 +9,7 @@ import shlex
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +22,7 @@ from ...configs.run import Run
 from ...layers.linear.matmul import Kind
 from ...layers.spec import unknown
 from ...zoo.decoder import Remat
-from ...zoo.families import family
+from ...zoo.families import registry
 from ...zoo.formats.load import is_run
 from ..distributed import cluster, hardware, processes, signals
 from ..plan import decode as plan_decode
@@ -105,6 +106,8 @@ def convert(
     source: Annotated[str, tyro.conf.Positional],
     destination: Annotated[Path, tyro.conf.Positional],
     dtype: str = "",
+    ignore: tuple[str, ...] = (),
+    text_only: bool = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, which transformers loads, or as a .gguf file.
 
@@ -113,10 +116,12 @@ def convert(
     Args:
         source: a Hugging Face folder, a .gguf file, the folder of a run, or a name on the Hugging Face hub (org/name).
         destination: a folder that does not exist yet, or a name that ends in .gguf.
+        ignore: fields of the config (keys, for a .gguf file) that are unknown here and that change nothing.
+        text_only: take the text model of a multimodal checkpoint.
         dtype: float32, bfloat16 or float16; F16 or Q8_0 for a .gguf file; as stored, and F16, if not given.
     """
     with commands.bytes_shown() as progress:
-        zoo.convert(source, destination, dtype=dtype, progress=progress)
+        zoo.convert(source, destination, dtype=dtype, ignore=ignore, text_only=text_only, progress=progress)
     print(f"wrote {destination}")
 
 
@@ -209,7 +214,7 @@ def train(arguments: list[str]) -> None:
         print("\n`zoo train NAME --help` shows every setting of a run and its value.")
         return
     source, *rest = arguments
-    default = _default(source)
+    default = _default(source, rest)
     wanted = tyro.cli(
         Train, default=default, args=rest, prog=f"zoo train {source}", config=(tyro.conf.AvoidSubcommands,)
     )
@@ -222,12 +227,17 @@ def train(arguments: list[str]) -> None:
         print(f"  {zoo_} train shakespeare --data.source my_text.txt --prompt 'Once' --name my_text")
 
 
-def _default(source: str) -> Train:
-    """What `zoo train SOURCE` does without flags."""
+def _default(source: str, flags: Sequence[str] = ()) -> Train:
+    """What `zoo train SOURCE` does without flags but for those that say how SOURCE is read."""
+    reading = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    reading.add_argument("--ignore", nargs="+", default=())
+    reading.add_argument("--text-only", "--text_only", action="store_true")
+    known, _ = reading.parse_known_args(flags)
     path = Path(source)
     if is_run(path) or ("/" in source and is_named(path)):
         return Train(run=Folder(path).run(), name=path.name, runs=path.parent)
-    return Train(run=configs.get_run(source), name=path.name.removesuffix(".gguf"))
+    run = configs.get_run(source, ignore=tuple(known.ignore), text_only=known.text_only)
+    return Train(run=run, name=path.name.removesuffix(".gguf"))
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -352,7 +362,7 @@ def _find(name: str) -> Any:
         return folder.run()
     if name in configs.MODELS | configs.RUNS or not (Path(name).exists() or "/" in name):
         return configs.get(name)
-    return family.read(zoo.open_source(name).config)
+    return registry.read(zoo.open_source(name).config)
 
 
 if __name__ == "__main__":

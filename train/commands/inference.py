@@ -65,6 +65,10 @@ class Place:
     """float32, bfloat16 or float16; by default float32 for a run, for others what they are stored in."""
     cache_dtype: str = ""
     """Of keys and values; int8 stores them quantized."""
+    ignore: tuple[str, ...] = ()
+    """Fields of the checkpoint's config (keys, for a .gguf file) that are unknown here and that change nothing."""
+    text_only: bool = False
+    """Load the text model of a multimodal checkpoint."""
 
     def open(self, source: str) -> TextModel:
         """The model of a source."""
@@ -80,6 +84,8 @@ class Place:
                 mesh=self._mesh_of if self.mesh or jax.process_count() > 1 else None,
                 dtype=self.dtype or None,
                 progress=progress,
+                ignore=self.ignore,
+                text_only=self.text_only,
             )
 
     def _mesh_of(self, model: Decoder) -> Mesh:

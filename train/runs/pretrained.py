@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from ... import zoo
 from ...configs.run import Run
 from ...zoo.decoder import Decoder
-from ...zoo.families import family
+from ...zoo.families import registry
 from ...zoo.formats.hugging_face import CheckpointFolder
 from ...zoo.formats.load import is_run
 from ...zoo.formats.source import Source, token_of
@@ -48,11 +48,11 @@ def open_pretrained(run: Run) -> Pretrained:
         tokenizer = read_tokenizer_file(folder.tokenizer)
         found = Pretrained(name, folder.run().model, tokenizer, folder.described)
     else:
-        source = zoo.open_source(name)
+        source = zoo.open_source(name, ignore=run.ignore, text_only=run.text_only)
         tokenizer = tokenizer_of(source)
         if tokenizer is None:
             raise ValueError(f"{name} has no tokenizer: put its tokenizer.json beside the weights")
-        found = Pretrained(source, family.read(source.config), tokenizer, source)
+        found = Pretrained(source, registry.read(source.config), tokenizer, source)
     _check_model(run, found.model)
     if (size := ids(tokenizer)) > run.model.vocab:
         raise ValueError(

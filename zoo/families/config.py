@@ -42,12 +42,32 @@ INFORMATIONAL = frozenset(
         *("gradient_checkpointing", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
         *("aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers", "num_mtp_layers"),
         *("output_attentions", "output_hidden_states", "problem_type"),
+        *("use_bfloat16", "tf_legacy_loss", "tie_encoder_decoder", "chunk_size_feed_forward", "is_decoder"),
+        *("cross_attention_hidden_size", "finetuning_task", "_attn_implementation_autoset", "_experts_implementation"),
+        *("_flash_attn_2_enabled", "use_flash_attn", "use_flash_attention", "trl_version", "model_max_length"),
+        # generation, which configs of transformers 4 hold too
+        *("temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "early_stopping"),
+        *("num_beams", "num_beam_groups", "num_return_sequences", "diversity_penalty", "no_repeat_ngram_size"),
+        *("encoder_no_repeat_ngram_size", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id"),
+        *("remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
+        *("decoder_start_token_id", "output_scores"),
         # heads of other tasks
         *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
         *("id2label", "label2id", "num_labels"),
     }
 )
 """Fields that change nothing of what the model computes from its weights."""
+
+NEUTRAL: Mapping[str, Any] = {
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "pruned_heads": {},
+    "torchscript": False,
+}
+"""Fields that change nothing where they have this value."""
+
+ROPE_OBJECTS = ("rope_parameters", "rope_scaling")
+"""The names of the object that describes RoPE, in transformers 5 and 4."""
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -75,10 +95,12 @@ class Config:
     """
 
     def __init__(self, fields: Mapping[str, Any], ignore: Collection[str] = ()):
-        given = to_v5_fields(fields)
-        self.fields = {name: value for name, value in given.items() if value is not None}
-        self._nulls = given.keys() - self.fields.keys()
-        self._left = set(self.fields) - INFORMATIONAL - set(ignore)
+        converted = to_v5_fields(fields)
+        self.fields = {name: value for name, value in converted.items() if value is not None}
+        self.ignored: set[str] = set()
+        self._ignore = frozenset(ignore)
+        self._nulls = converted.keys() - self.fields.keys()
+        self._left = {name for name, value in self.fields.items() if not without_effect(name, value)}
 
     def get(self, name: str, default: Any = REQUIRED) -> Any:
         """A field as it is; ValueError where it is absent and has no default."""
@@ -86,6 +108,20 @@ class Config:
         if name not in self.fields and default is REQUIRED:
             raise ValueError(f"the config has no {name}")
         return self.fields.get(name, default)
+
+    def assume(self, **values: Any) -> None:
+        """Gives fields that are absent the values that their absence means."""
+        self.fields = values | self.fields
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        """An object; empty where it is absent."""
+        return self._checked(name, {}, "an object", lambda v: isinstance(v, dict))
+
+    def integers(self, name: str, default: list[int]) -> list[int]:
+        """A list of whole numbers."""
+        return self._checked(
+            name, default, "a list of whole numbers", lambda v: isinstance(v, list) and all(map(_whole, v))
+        )
 
     def unless_null(self, name: str, value: Any) -> Any:
         """The default of a field that a null switches off: `value` where it is absent, None where it is null."""
@@ -124,8 +160,15 @@ class Config:
 
     def rope(self, theta: float = 10_000.0, parameters: Any = None) -> Rope:
         """The rotary embedding of `rope_parameters` (or of a part of it), whose base is `theta` if it has none."""
-        found = self.get("rope_parameters", {}) if parameters is None else parameters
-        return rope_config.read(found, theta, self.fields.get("max_position_embeddings"))
+        parameters = self.get("rope_parameters", {}) if parameters is None else parameters
+        if isinstance(parameters, dict):
+            names = {f"{part}.{name}": name for name in rope_config.unknown_fields(parameters) for part in ROPE_OBJECTS}
+            names |= {name: name for name in names.values()}
+            ignored = {name for name in names if name in self._ignore}
+            self.ignored |= ignored
+            dropped = {names[name] for name in ignored}
+            parameters = {name: value for name, value in parameters.items() if name not in dropped}
+        return rope_config.read(parameters, theta, self.fields.get("max_position_embeddings"))
 
     def layer_types(self, layers: int, default: Callable[[int], str]) -> list[str]:
         """The kind of attention of each layer, "full_attention" or "sliding_attention"."""
@@ -139,11 +182,14 @@ class Config:
 
     def done(self) -> None:
         """Raises ValueError where a field was not taken: it may change what the model computes."""
+        self.ignored |= self._left & self._ignore
+        self._left -= self._ignore
         if self._left:
             fields = ", ".join(f"{name}={self.fields[name]!r:.60}" for name in sorted(self._left))
             raise ValueError(
                 f"the config has fields that this family does not know: {fields}. If they change nothing of what the "
-                f"model computes, pass ignore={sorted(self._left)}"
+                f"model computes, pass ignore={sorted(self._left)} (on the command line: --ignore "
+                f"{' '.join(sorted(self._left))})"
             )
 
     def _checked(self, name: str, default: Any, wanted: str, fits: Callable[[Any], bool]) -> Any:
@@ -153,10 +199,17 @@ class Config:
         return value
 
 
+def without_effect(name: str, value: Any) -> bool:
+    """Whether a field is known to change nothing of what a model computes."""
+    return name in INFORMATIONAL or (name in NEUTRAL and value == NEUTRAL[name])
+
+
 def to_v5_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A config in the style of transformers 5, whichever it was written in."""
     result = {str(name): _plain(value) for name, value in fields.items()}
-    rope = result.pop("rope_scaling", None) or result.get("rope_parameters") or {}
+    older, newer = result.pop("rope_scaling", None), result.get("rope_parameters")
+    rope = older if older else newer if newer is not None else older
+    rope = {} if rope is None else rope
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters (or rope_scaling) must be an object, got {rope!r:.100}")
     rope = dict(rope)

@@ -88,7 +88,8 @@ def write_gemma2(decoder: Decoder) -> dict[str, Any]:
 
 def read_gemma3(config: Config) -> Decoder:
     """The decoder of a Gemma 3 text config: QK-norm, and a base of RoPE for each kind of layer."""
-    ropes, local = config.get("rope_parameters", {}), config.number("rope_local_base_freq", 10_000.0)
+    config.assume(vocab_size=262_208, num_attention_heads=8, num_key_value_heads=4)
+    ropes, local = config.mapping("rope_parameters"), config.number("rope_local_base_freq", 10_000.0)
     if not set(KINDS) & ropes.keys():  # the older style: one of global layers, and the base of the others
         ropes = {KINDS[0]: ropes}
     full = config.rope(1_000_000.0, ropes.get(KINDS[0]) or {})

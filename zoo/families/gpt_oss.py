@@ -42,7 +42,7 @@ def read(config: Config) -> Decoder:
     config.only("attention_bias", True)
     config.only("hidden_act", "silu")  # of which its experts have a variant of their own
     config.only("swiglu_alpha", 1.702)
-    parameters = config.get("rope_parameters", {})
+    parameters = config.mapping("rope_parameters")
     rope = config.rope(150_000.0, parameters if "rope_type" in parameters else parameters | YARN)
     decoder = llama.read(config, rope=rope, eps=1e-5)
     ffn = MoE(

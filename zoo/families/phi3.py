@@ -28,7 +28,7 @@ def read(config: Config) -> Decoder:
     for name in ("interpolate_factor", "full_attn_mod"):  # of the hub's own code, which transformers never had
         config.only(name, 1)
     parameters, original = (
-        dict(config.get("rope_parameters", {})),
+        dict(config.mapping("rope_parameters")),
         config.count("original_max_position_embeddings", 4096),
     )
     if parameters.get("rope_type", parameters.get("type")) in ("longrope", "su", "yarn"):

@@ -35,9 +35,7 @@ def read(config: Config) -> Decoder:
         expert=dense.replace(hidden=config.count("moe_intermediate_size", 768)),
         router=router,
     )
-    period, plain = config.count("decoder_sparse_step", 1), config.get("mlp_only_layers", [])
-    if not isinstance(plain, list) or not all(type(layer) is int for layer in plain):
-        raise ValueError(f"mlp_only_layers must be a list of layers, got {plain!r:.100}")
+    period, plain = config.count("decoder_sparse_step", 1), config.integers("mlp_only_layers", [])
     sparse = [layer not in plain and (layer + 1) % period == 0 for layer in range(decoder.layers)]
     decoder = decoder.replace(**{"block.0.mixer.qk_norm": RMSNorm(eps=decoder.block[0].norm.eps)})
     return per_layer(decoder, lambda layer, block: block.replace(ffn=ffn if sparse[layer] else dense))

@@ -1,6 +1,6 @@
 """Rotary embeddings as Hugging Face's `rope_parameters` write them, both ways."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...layers.positions.rope import Rope
@@ -79,7 +79,9 @@ def read(parameters: Any, theta: float, max_positions: Any = None) -> Rope:
     fraction = 1.0 if kind == "proportional" else _number("partial_rotary_factor", left.pop("partial_rotary_factor", 1))
     if kind == "default":
         if left:
-            raise ValueError(f"rope_parameters with rope_type='default' cannot have {', '.join(sorted(left))}")
+            raise ValueError(
+                f"rope_parameters with rope_type='default' cannot have {', '.join(sorted(left))}{_way_out(left)}"
+            )
         return Rope(theta=base, fraction=fraction)
     if not isinstance(kind, str) or kind not in SCALINGS:
         raise unknown("rope_type", str(kind), ["default", *SCALINGS])
@@ -96,12 +98,29 @@ def read(parameters: Any, theta: float, max_positions: Any = None) -> Rope:
     for name in (OUTSIDE, "original_max_position_embeddings"):
         left.pop(name, None)  # not every scaling looks at them
     if left:
-        raise unknown(f"field of rope_parameters with rope_type={kind!r}", sorted(left)[0], names.values())
+        error = unknown(f"field of rope_parameters with rope_type={kind!r}", sorted(left)[0], names.values())
+        raise ValueError(f"{error}{_way_out(left)}")
     try:
         return Rope(theta=base, fraction=fraction, scaling=made(**found))
     except TypeError:
         missing = sorted(name for ours, name in names.items() if ours not in found)
         raise ValueError(f"rope_parameters with rope_type={kind!r} lack some of {', '.join(missing)}") from None
+
+
+def _way_out(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return f". If they change nothing, pass ignore={names} (on the command line: --ignore {' '.join(names)})"
+
+
+def unknown_fields(parameters: Mapping[str, Any]) -> list[str]:
+    """The fields of a `rope_parameters` object that its `rope_type` does not have."""
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    kind = "longrope" if kind == "su" else kind
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if isinstance(kind, str) and kind in SCALINGS:
+        known |= {*SCALINGS[kind][1].values(), OUTSIDE, "original_max_position_embeddings"}
+        known |= {"factor"} if kind == "longrope" else set()
+    return sorted(name for name, value in parameters.items() if value is not None and name not in known)
 
 
 def write(rope: Rope | None) -> dict[str, Any]:

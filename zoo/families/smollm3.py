@@ -14,8 +14,8 @@ def read(config: Config) -> Decoder:
     rope = config.rope(2_000_000.0)
     decoder = llama.read(config, rope=rope, tied=True)
     layers, period = range(decoder.layers), config.count("no_rope_layer_interval", 4)
-    turned = config.get("no_rope_layers", [int((layer + 1) % period > 0) for layer in layers])  # 1: has RoPE
-    if not isinstance(turned, list) or len(turned) != len(layers) or not all(flag in (0, 1) for flag in turned):
+    turned = config.integers("no_rope_layers", [int((layer + 1) % period > 0) for layer in layers])  # 1: has RoPE
+    if len(turned) != len(layers) or not all(flag in (0, 1) for flag in turned):
         raise ValueError(f"no_rope_layers must be 0 or 1 for each of {len(layers)} layers, got {str(turned)[:200]}")
     window = config.count("sliding_window", None)
     window = window if config.flag("use_sliding_window", False) else None

@@ -19,7 +19,7 @@ NAMES = llama.NAMES | {
 def read(config: Config) -> Decoder:
     """The decoder of a config."""
     config.only("qk_layernorm", False)
-    rope = {"partial_rotary_factor": 0.25} | config.get("rope_parameters", {})
+    rope = {"partial_rotary_factor": 0.25} | config.mapping("rope_parameters")
     norm = LayerNorm(eps=config.number("layer_norm_eps", 1e-5))
     changes = {
         "norm": norm,

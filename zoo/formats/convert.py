@@ -20,6 +20,7 @@ def convert(
     *,
     dtype: str = "",
     ignore: Collection[str] = (),
+    text_only: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Writes a checkpoint as a Hugging Face folder or, where the destination ends so, a `.gguf` file.
@@ -31,7 +32,8 @@ def convert(
         destination: a folder that does not exist yet, or a file.
         dtype: float32, bfloat16 or float16 for a folder, F16 or Q8_0 for a `.gguf` file; by default as they are stored,
             and F16.
-        ignore: fields of the config that are not known, and change nothing.
+        ignore: as of `load`; these fields are left out of the new config.
+        text_only: as of `load`.
         progress: is told how many bytes of how many are read.
 
     Raises:
@@ -46,12 +48,12 @@ def convert(
         raise unknown(f"dtype for {destination.name}, {kind},", dtype, known)
     if destination.is_file() or (to_gguf and destination.exists()):
         raise ValueError(f"{destination} exists already; choose another place")
-    opened = open_source(source)
-    Plan(opened, ignore)  # every tensor is accounted for, as in loading
+    opened = open_source(source, ignore=ignore, text_only=text_only)
+    Plan(opened)  # every tensor is accounted for, as in loading
     opened = opened if progress is None else WithProgress(opened, progress)
     if to_gguf:
         from .gguf import save_gguf  # which needs the `gguf` extra
 
-        save_gguf(opened, destination, "Q8_0" if dtype == "Q8_0" else "F16", ignore=ignore)
+        save_gguf(opened, destination, "Q8_0" if dtype == "Q8_0" else "F16")
     else:
         write_folder(opened, destination, dtype=jnp.dtype(dtype) if dtype else None)

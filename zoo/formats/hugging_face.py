@@ -1,6 +1,6 @@
 """A Hugging Face folder as a source of weights: `config.json`, safetensors, `tokenizer.json`."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from .json_file import read_json
 from .safetensors import SafetensorsFile
+from .selected import select
 from .source import TensorInfo
 from .tokenizer_file import read_folder_tokenizer
 
@@ -57,17 +58,26 @@ class CheckpointFolder:
 class HuggingFaceFolder(CheckpointFolder):
     """A folder as Hugging Face's transformers writes it; a `Source`.
 
-    Raises ValueError where a file is missing, damaged, or names one outside of the folder.
+    Args:
+        path: the folder.
+        ignore: as of `select`.
+        text_only: as of `select`.
+
+    Raises ValueError where a file is missing, damaged, or names one outside of the folder, and as `select`.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, ignore: Collection[str] = (), text_only: bool = False):
         super().__init__(path)
-        self._files = {name: file for file in self._located() for name in file.tensors}
-        self.tensors: Mapping[str, TensorInfo] = {name: file.tensors[name] for name, file in self._files.items()}
+        files = {name: file for file in self._located() for name in file.tensors}
+        self.config, self._names = select(self.config, files, ignore=ignore, text_only=text_only)
+        self._files = {name: files[inner] for name, inner in self._names.items()}
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: file.tensors[self._names[name]] for name, file in self._files.items()
+        }
 
     def read(self, name: str) -> np.ndarray:
         """One tensor."""
-        return self._files[name].read(name)
+        return self._files[name].read(self._names[name])
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, where the folder has one; see `read_folder_tokenizer`."""

@@ -15,11 +15,12 @@ from tokenizers import Tokenizer
 
 from ...layers.sharding.axes import with_layer
 from ..decoder import Decoder, DecoderModel
-from ..families.family import find, read
 from ..families.names import Part, units
+from ..families.registry import find, read
 from ..parameters import Description, Parameters, describe, merge, shardings
 from .hugging_face import HuggingFaceFolder
 from .json_file import read_json
+from .selected import SelectedSource
 from .source import Progress, Source, WithProgress, check_fits, floating, widest
 from .tokenizer_file import tokenizer_of
 
@@ -52,6 +53,7 @@ def load(
     dtype: Any = None,
     mesh: Mesh | None = None,
     ignore: Collection[str] = (),
+    text_only: bool = False,
     progress: Progress | None = None,
 ) -> Loaded:
     """A model and its tokenizer from a checkpoint.
@@ -65,7 +67,9 @@ def load(
         dtype: of the parameters; by default each stays in the dtype it is stored in, so that nothing is lost and
             nothing grows. What a model computes in is said where it is called.
         mesh: to split the parameters over, as `flaxzoo.layers.sharding.AXES` says; one device by default.
-        ignore: fields of the config that are not known, and change nothing.
+        ignore: fields of the config, also inside `rope_parameters`, or keys of a GGUF file's metadata that are not
+            known, and that change nothing. Those that were ignored are logged.
+        text_only: load the text model of a multimodal checkpoint; what is left out is logged.
         progress: called after each tensor.
 
     Raises:
@@ -75,29 +79,38 @@ def load(
     """
     if isinstance(source, str | Path) and is_run(source):
         return runs_of(source).load(source, dtype=dtype, mesh=mesh)
-    source = open_source(source)
+    source = open_source(source, ignore=ignore, text_only=text_only)
     source = source if progress is None else WithProgress(source, progress)
-    return model_of(source, dtype=dtype, mesh=mesh, ignore=ignore), tokenizer_of(source)
+    return model_of(source, dtype=dtype, mesh=mesh), tokenizer_of(source)
 
 
-def open_source(source: str | Path | Source) -> Source:
-    """The checkpoint at a path or of a name on the hub, open, with its config and tensors known but not read."""
-    if not isinstance(source, str | Path):
-        return source
+def open_source(source: str | Path | Source, *, ignore: Collection[str] = (), text_only: bool = False) -> Source:
+    """The checkpoint at a path or of a name on the hub, open, with its config and tensors known but not read.
+
+    Arguments and errors as of `load`. The config of what is returned does not have the ignored fields.
+    """
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if is_run(path):
+            return runs_of(path).open(path)
+        if path.suffix == ".gguf":
+            from .gguf import GgufFile  # which needs the `gguf` extra
+
+            return GgufFile(path, ignore)
+        return _folder(source, ignore, text_only)
+    return SelectedSource(source, ignore=ignore, text_only=text_only) if ignore or text_only else source
+
+
+def _folder(source: str | Path, ignore: Collection[str], text_only: bool) -> HuggingFaceFolder:
+    """The folder at a path, or of a name on the hub."""
     path = Path(source)
-    if is_run(path):
-        return runs_of(path).open(path)
-    if path.suffix == ".gguf":
-        from .gguf import GgufFile  # which needs the `gguf` extra
+    if not path.exists():
+        from .hub import download, is_name  # which needs the `hub` extra
 
-        return GgufFile(path)
-    if path.exists():
-        return HuggingFaceFolder(path)
-    from .hub import download, is_name  # which needs the `hub` extra
-
-    if is_name(str(source)):
-        return HuggingFaceFolder(download(str(source)))
-    raise ValueError(f"{source} does not exist, and is no name on the hub (org/name)")
+        if not is_name(str(source)):
+            raise ValueError(f"{source} does not exist, and is not a name on the hub (org/name)")
+        path = download(str(source))
+    return HuggingFaceFolder(path, ignore=ignore, text_only=text_only)
 
 
 def is_run(path: str | Path) -> bool:
@@ -113,12 +126,10 @@ def runs_of(source: str | Path) -> Runs:
     return RUNS[0]
 
 
-def model_of(
-    source: Source, *, dtype: Any = None, mesh: Mesh | None = None, ignore: Collection[str] = ()
-) -> DecoderModel:
+def model_of(source: Source, *, dtype: Any = None, mesh: Mesh | None = None) -> DecoderModel:
     """The model of an open source; arguments and errors as of `load`."""
     dtype = None if dtype is None else floating(dtype)
-    plan = Plan(source, ignore)
+    plan = Plan(source)
     dtypes = plan.dtypes(dtype)
     places = shardings(plan.described, mesh) if mesh is not None else dict.fromkeys(plan.described, _one_device())
     parameters: Parameters = {}
@@ -140,8 +151,8 @@ class Plan:
     missing, misshapen or left over.
     """
 
-    def __init__(self, source: Source, ignore: Collection[str] = ()):
-        decoder = read(source.config, ignore=ignore)
+    def __init__(self, source: Source):
+        decoder = read(source.config)
         self.family, self.source, self.tensors = find(source.config), source, source.tensors
         self.abstract = decoder.abstract()
         self.described = describe(self.abstract)

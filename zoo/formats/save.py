@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from ...layers.linear.linear import FusedTransposed
 from ..decoder import Decoder, DecoderModel
 from ..families import rope_config
-from ..families.family import differences, read, write
 from ..families.names import Unit, units
+from ..families.registry import differences, read, write
 from ..parameters import describe, split
 from .hugging_face import CheckpointFolder, read_json
 from .safetensors import NAMES

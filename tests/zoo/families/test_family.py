@@ -1,19 +1,22 @@
 """Families: both styles of configs, every field of them, and tables of names that cover every parameter once."""
 
+import contextlib
 import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from flaxzoo import zoo
 from flaxzoo.layers.positions import scaling
 from flaxzoo.layers.spec import Spec
-from flaxzoo.zoo.families import FAMILIES, family, rope_config
+from flaxzoo.zoo.families import registry, rope_config
 from flaxzoo.zoo.families.config import ACTIVATIONS, INFORMATIONAL, LAYERS, Config, to_v5_fields
 from flaxzoo.zoo.families.layer_pattern import pattern
 from flaxzoo.zoo.families.names import units
+from flaxzoo.zoo.families.registry import FAMILIES
 from flaxzoo.zoo.parameters import describe
 from safetensors.numpy import load_file, save_file
 
@@ -33,13 +36,13 @@ UNUSED = {"qwen3_moe": {"intermediate_size"}}  # of dense layers, and the checkp
 
 @pytest.mark.parametrize("name", NAMES)
 def test_both_styles_say_the_same(name):
-    assert family.read(fields_of(name)) == family.read(fields_of(name, "config_v4.json"))
+    assert registry.read(fields_of(name)) == registry.read(fields_of(name, "config_v4.json"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_written_are_the_fields_that_were_read(name):
     fields = to_v5_fields(fields_of(name))
-    _, written = family.write(family.read(fields), fields["model_type"])
+    _, written = registry.write(registry.read(fields), fields["model_type"])
     silent = INFORMATIONAL | DEFAULTS | UNUSED.get(name, set())
     matter = {n: v for n, v in fields.items() if n not in silent and v is not None}
     assert {n: v for n, v in written.items() if n not in silent and v is not None} == matter
@@ -51,7 +54,7 @@ def test_no_field_is_ignored(name):
     fields = fields_of(name)
     for field in fields.keys() - INFORMATIONAL:
         with pytest.raises(ValueError, match=re.escape(field)):
-            family.read(fields | {field: {"no": "such value"}})
+            registry.read(fields | {field: {"no": "such value"}})
 
 
 @pytest.mark.parametrize("of", FAMILIES, ids=lambda of: of.model_types[0])
@@ -61,8 +64,8 @@ def test_every_family_has_a_truth(of):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_table_names_every_tensor_once(name):
-    decoder = family.read(fields_of(name))
-    found = units(family.find(fields_of(name)).names, decoder, describe(decoder.abstract()))
+    decoder = registry.read(fields_of(name))
+    found = units(registry.find(fields_of(name)).names, decoder, describe(decoder.abstract()))
     names = [name for unit in found for name in unit.names]
     assert sorted(names) == sorted(zoo.open_source(TRUTH / name).tensors)
 
@@ -70,9 +73,9 @@ def test_a_table_names_every_tensor_once(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llamma"}, "unknown model_type 'llamma'; did you mean 'llama'"),
-        ({"model_type": None}, "unknown model_type 'None'"),
-        ({"model_type": ["llama"]}, "unknown model_type"),
+        ({"model_type": "llamma"}, "no family has the model_type 'llamma'; did you mean 'llama'"),
+        ({"model_type": None}, "no family has the model_type None"),
+        ({"model_type": ["llama"]}, "no family has the model_type"),
         ({"hidden_size": None}, "model_type 'llama': the config has no hidden_size"),
         ({"hidden_size": 64.0}, "hidden_size must be a whole number from 1 to 2147483647, got 64.0"),
         ({"hidden_size": True}, "hidden_size must be a whole number"),
@@ -87,7 +90,7 @@ def test_a_table_names_every_tensor_once(name):
         ({"num_key_value_heads": 3}, "multiple of key/value heads, got heads=4, kv_heads=3"),
         ({"logit_scale": 0.1}, r"does not know: logit_scale=0.1. If .* pass ignore=\['logit_scale'\]"),
         ({"quantization_config": {"bits": 4}}, "quantized weights .* are not supported"),
-        ({"rope_parameters": []}, "rope_parameters must be an object, got .."),
+        ({"rope_parameters": []}, "must be an object, got .."),
         ({"rope_parameters": {"rope_type": "spiral"}}, "unknown rope_type 'spiral'"),
         ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "rope_type='default' cannot have factor"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "'llama3' lack some of"),
@@ -101,7 +104,7 @@ def test_a_table_names_every_tensor_once(name):
 )
 def test_what_is_not_supported_is_told(changes, message):
     with pytest.raises(ValueError, match=message):
-        family.read(LLAMA | changes)
+        registry.read(LLAMA | changes)
 
 
 @pytest.mark.parametrize(
@@ -120,56 +123,56 @@ def test_what_is_not_supported_is_told(changes, message):
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported; supported: 'sigmoid'"),
         ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha=1.0 is not supported; supported: 1.702"),
         ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
-        ("qwen3_moe", {"mlp_only_layers": 1}, "mlp_only_layers must be a list of layers, got 1"),
+        ("qwen3_moe", {"mlp_only_layers": 1}, "mlp_only_layers must be a list of whole numbers, got 1"),
         ("phi3", {"lm_head_bias": True}, "lm_head_bias=True is not supported"),
         ("phi3", {"rope_parameters": {"type": "su"}}, "'longrope' lack some of"),
     ],
 )
 def test_options_of_single_families_are_told(name, changes, message):
     with pytest.raises(ValueError, match=message):
-        family.read(fields_of(name) | changes)
+        registry.read(fields_of(name) | changes)
 
 
 def test_fields_the_caller_vouches_for_are_ignored():
-    assert family.read(LLAMA | {"logit_scale": 0.1}, ignore=["logit_scale"]) == family.read(LLAMA)
+    assert registry.read(LLAMA | {"logit_scale": 0.1}, ignore=["logit_scale"]) == registry.read(LLAMA)
 
 
 def test_absent_and_null_differ_where_null_switches_off():
     mistral, gemma2 = fields_of("mistral"), fields_of("gemma2")
-    assert family.read(mistral | {"sliding_window": None}).block[0].mixer.window is None  # pyright: ignore
+    assert registry.read(mistral | {"sliding_window": None}).block[0].mixer.window is None  # pyright: ignore
     del mistral["sliding_window"], gemma2["final_logit_softcapping"]
-    assert family.read(mistral).block[0].mixer.window == 4096  # pyright: ignore
-    assert family.read(gemma2).soft_cap == 30.0
-    assert family.read(gemma2 | {"final_logit_softcapping": None}).soft_cap is None
+    assert registry.read(mistral).block[0].mixer.window == 4096  # pyright: ignore
+    assert registry.read(gemma2).soft_cap == 30.0
+    assert registry.read(gemma2 | {"final_logit_softcapping": None}).soft_cap is None
 
 
 def test_older_configs_leave_the_pattern_of_layers_to_the_family():
     for name, field in (("gemma2", "layer_types"), ("gemma3_text", "layer_types"), ("smollm3", "no_rope_layers")):
         fields = fields_of(name, "config_v4.json")
         del fields[field]
-        assert family.read(fields) == family.read(fields_of(name)), name
+        assert registry.read(fields) == registry.read(fields_of(name)), name
 
 
 def test_windows_of_qwen2_start_after_its_first_layers():
     fields = fields_of("qwen2") | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
     del fields["layer_types"]
-    decoder = family.read(fields)
+    decoder = registry.read(fields)
     assert [block.mixer.window for block in decoder.all_blocks] == [None, 5, 5]  # pyright: ignore
     assert (len(decoder.first), len(decoder.block)) == (1, 1)
-    again = family.write(decoder, "qwen2")[1]
-    assert family.read(again) == decoder
+    again = registry.write(decoder, "qwen2")[1]
+    assert registry.read(again) == decoder
 
 
 def test_dense_layers_among_experts():
     fields = fields_of("qwen3_moe") | {"mlp_only_layers": [0], "decoder_sparse_step": 2}
-    decoder = family.read(fields)
+    decoder = registry.read(fields)
     assert [block.ffn.routed for block in decoder.all_blocks] == [False, True, False]
     assert decoder.all_blocks[0].ffn.hidden == 96  # pyright: ignore
-    again = family.write(decoder)[1]
-    assert family.read(again) == decoder
-    dense = family.read(fields_of("deepseek_v3") | {"first_k_dense_replace": 2})
+    again = registry.write(decoder)[1]
+    assert registry.read(again) == decoder
+    dense = registry.read(fields_of("deepseek_v3") | {"first_k_dense_replace": 2})
     assert [block.ffn.routed for block in dense.all_blocks] == [False, False, True]
-    assert family.read(family.write(dense)[1]) == dense
+    assert registry.read(registry.write(dense)[1]) == dense
 
 
 def test_a_layer_of_multi_token_prediction_is_no_part_of_the_model(tmp_path):
@@ -185,8 +188,8 @@ def test_a_layer_of_multi_token_prediction_is_no_part_of_the_model(tmp_path):
 
 def test_the_first_gemma_says_gelu_and_means_its_approximation():
     fields = fields_of("gemma")
-    assert family.read(fields | {"hidden_act": "gelu"}) == family.read(fields)
-    assert family.read(fields | {"hidden_act": "silu"}) != family.read(fields)
+    assert registry.read(fields | {"hidden_act": "gelu"}) == registry.read(fields)
+    assert registry.read(fields | {"hidden_act": "silu"}) != registry.read(fields)
 
 
 SCALINGS: list[scaling.RopeScaling | None] = [
@@ -254,3 +257,32 @@ def test_the_family_of_the_guide_is_the_one_that_is_here():
     root = Path(__file__).parents[3]
     code = re.findall(r"```python\n(.*?)```", (root / "docs" / "add-a-family.md").read_text(), re.DOTALL)
     assert code == [(root / "zoo" / "families" / "stablelm.py").read_text()]
+
+
+DAMAGE = (None, "x", -1, 0, float("inf"), 10**400, [], {}, True, [None], {"a": {"b": [1]}})
+OPTIONAL = ("rope_scaling", "rope_parameters", "rope_theta", "layer_types", "sliding_window", "head_dim", "text_config")
+
+
+def paths(config: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every field of a config, also inside objects."""
+    found = [(*path, name) for name in config]
+    return found + [p for name, value in config.items() if isinstance(value, dict) for p in paths(value, (*path, name))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_damaged_fields_are_value_errors(name: str) -> None:
+    """Any field may be absent, null or of a wrong type: the config is read, or ValueError says why not."""
+    for file in ("config.json", "config_v4.json"):
+        text = json.dumps(fields_of(name, file))
+        for path in {*paths(json.loads(text)), *((field,) for field in OPTIONAL)}:
+            for value in (*DAMAGE, "absent"):
+                config = json.loads(text)
+                holder = config
+                for part in path[:-1]:
+                    holder = holder[part]
+                if value == "absent":
+                    holder.pop(path[-1], None)
+                else:
+                    holder[path[-1]] = value
+                with contextlib.suppress(ValueError):
+                    registry.read(config)

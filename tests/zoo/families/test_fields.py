@@ -122,7 +122,7 @@ SPECS: dict[str, tuple[str, Spec, dict[str, object]]] = {
     "Groups": (
         "block.0.ffn.router.groups",
         Groups(groups=4, chosen=2, group_score="best_two"),
-        {"groups": 2, "chosen": 3, "judged_by": "best"},
+        {"groups": 2, "chosen": 3, "group_score": "best"},
     ),
     "RMSNorm": ("block.0.norm", RMSNorm(), {"eps": 0.5, "zero_centered": True}),
     "LayerNorm": ("block.0.norm", LayerNorm(), {"eps": 0.5, "bias": False}),

@@ -15,7 +15,7 @@ import pytest
 from flaxzoo import zoo
 from flaxzoo.layers.sharding.axes import spec_of
 from flaxzoo.train.distributed import mesh as meshes
-from flaxzoo.zoo.families import family
+from flaxzoo.zoo.families import registry
 from flaxzoo.zoo.formats.source import Source
 from flaxzoo.zoo.parameters import describe, merge, partitions, split
 from safetensors.numpy import load_file, save_file
@@ -279,7 +279,7 @@ def test_memory_stays_at_the_model_and_a_tensor(tmp_path):
     fields = json.loads((TRUTH / "llama" / "config.json").read_text())
     fields |= {"hidden_size": 512, "intermediate_size": 3072, "num_attention_heads": 2}
     for folder, layers in (("small", 1), ("large", 12)):
-        abstract = family.read(fields | {"num_hidden_layers": layers}).abstract()
+        abstract = registry.read(fields | {"num_hidden_layers": layers}).abstract()
         ones = {name: jnp.ones(known.shape, known.dtype) for name, known in describe(abstract).items()}
         zoo.save(merge(abstract, ones), tmp_path / folder)
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large")]

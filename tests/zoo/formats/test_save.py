@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from flaxzoo import zoo
 from flaxzoo.train.distributed import mesh as meshes
-from flaxzoo.zoo.families import family
+from flaxzoo.zoo.families import registry
 from flaxzoo.zoo.formats.save import OLDER, ModelSource, write_folder
 from flaxzoo.zoo.parameters import split
 from safetensors.numpy import load_file
@@ -44,9 +44,9 @@ def test_a_config_from_nothing_is_in_both_styles(name):
     model, _ = zoo.load(TRUTH / name)
     kind, decoder = zoo.open_source(TRUTH / name).config["model_type"], model.spec
     written = ModelSource(model, config={"model_type": kind}).config
-    assert family.read(written) == decoder
-    assert family.read({n: v for n, v in written.items() if n != "rope_parameters"}) == decoder
-    assert family.read({n: v for n, v in written.items() if n not in OLDER}) == decoder
+    assert registry.read(written) == decoder
+    assert registry.read({n: v for n, v in written.items() if n != "rope_parameters"}) == decoder
+    assert registry.read({n: v for n, v in written.items() if n not in OLDER}) == decoder
 
 
 def test_large_weights_are_split_over_files(tmp_path):
@@ -151,7 +151,7 @@ BLOCK = zoo.Block(mixer=ATTENTION, ffn=zoo.GatedMLP(hidden=24))
 def test_what_no_family_expresses_is_told(changes, model_type, message):
     decoder = zoo.Decoder(vocab=20, dim=16, layers=2, block=(BLOCK,)).replace(**changes)
     with pytest.raises(ValueError, match=message):
-        family.write(decoder, model_type)
+        registry.write(decoder, model_type)
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from ...families.family import read, write
+from ...families.registry import read, write
 from ..source import Source, TensorInfo
 from ..text_ends import end_ids, known_end_ids
 from ..tokenizer_file import tokenizer_of

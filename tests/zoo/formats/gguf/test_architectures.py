@@ -8,8 +8,8 @@ import gguf
 import numpy as np
 import pytest
 from flaxzoo import zoo
-from flaxzoo.zoo.families.family import read as read_config
 from flaxzoo.zoo.families.layer_pattern import attentions
+from flaxzoo.zoo.families.registry import read as read_config
 from flaxzoo.zoo.formats.gguf import GgufFile, save_gguf
 from flaxzoo.zoo.formats.gguf.architectures import ARCHITECTURES
 from flaxzoo.zoo.formats.gguf.config import Metadata
