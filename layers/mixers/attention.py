@@ -16,7 +16,7 @@ from ..positions.rope import Rope
 from ..positions.scaling import EVERY_LENGTH
 from ..sharding.axes import context_axis, parameter
 from .caches import KeyValueCache
-from .mixer import Cache, Mixer, Positions
+from .mixer import Mixer, Positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +35,13 @@ class Attention(Mixer):
     qk_norm_joint: bool = False
     """All query heads of a token are normalised together, and all key heads (OLMo 2, 2501.00656)."""
     window: int | None = None
-    """A query sees so many latest tokens, itself included."""
+    """Number of latest tokens that a query sees, its own included; None: all."""
     soft_cap: float | None = None
     """Logits become cap tanh(logits / cap)."""
     sinks: bool = False
     """A learned logit per head that draws attention to nothing."""
     scale: float | None = None
-    """Of the logits; 1 / sqrt(H) if not given."""
+    """Scale of the logits; by default 1 / sqrt(H)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +50,7 @@ class Attention(Mixer):
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
         if self.qk_norm_joint and self.qk_norm is None:
-            raise ValueError("qk_norm_joint says how qk_norm is taken, and there is no qk_norm")
+            raise ValueError("qk_norm_joint=True needs a qk_norm, got qk_norm=None")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"query heads must be a multiple of key/value heads, got heads={self.heads}, kv_heads={self.kv_heads}"
@@ -77,10 +77,10 @@ class Attention(Mixer):
 
 
 class AttentionLayer(nnx.Module):
-    """Projections, rotary positions, attention and the way back."""
+    """Projections to queries, keys and values, RoPE, attention and the output projection."""
 
     same_input: ClassVar = ("query", "key", "value")
-    """Linear maps that `zoo.for_decoding` may make one."""
+    """Linear maps that `zoo.optimize_for_decoding` may fuse."""
 
     def __init__(self, spec: Attention, dim: int, *, rngs: nnx.Rngs):
         sizes = {"D": dim, "N": spec.heads, "K": spec.kv_heads, "H": spec.head_dim}
@@ -97,8 +97,8 @@ class AttentionLayer(nnx.Module):
         return None if self.spec.qk_norm is None else self.spec.qk_norm.build(axes, *(sizes[a] for a in axes.split()))
 
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        self, x: Float[Array, "B T D"], positions: Positions, cache: KeyValueCache | None = None
+    ) -> tuple[Float[Array, "B T D"], KeyValueCache | None]:
         """The layer's output in the dtype of `x`, and the cache with this call's keys and values written into it."""
         spec = self.spec
         query, key, value = products((self.query, self.key, self.value), x)

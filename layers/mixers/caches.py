@@ -1,11 +1,11 @@
-"""What attention remembers of earlier tokens: keys and values in slots, one a position or a ring, plain or int8.
+"""KV caches of attention: one slot for each position or a ring buffer, in a floating-point type or int8.
 
-The token at position p is in slot p mod S. Where S is the longest a document gets, that is slot p, and keys are in
-order. With a window, S is little more than the window, and older tokens are overwritten. Nothing has to be remembered
-of which token is in which slot: that follows from the latest position. A token that is written again (a draft that was
-refused, an answer that was taken back) takes its old slot.
+The token at position p is in slot p mod S. Where S is the greatest length of a document, that is slot p, and keys are
+in order. With a window, S is little more than the window, and older tokens are overwritten. Which token is in which
+slot follows from the latest position and is not stored. A token that is written again (after a rejected draft token, or
+a rewind) takes its old slot.
 
-Arrays are B K S H, each head's slots together: the order in which attention reads them, so that it copies none.
+Arrays are B K S H, the slots of each head together: attention reads them in this order without a copy.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from ..sharding.axes import partition, per_device, reshard_like, zeros
 from .mixer import Positions
 
 SLACK = 16
-"""Slots of a ring beyond its window: a call with up to so many tokens more than one finds all it sees in the ring, and
-so many latest tokens may be taken back."""
+"""Slots of a ring beyond its window. A call of up to SLACK + 1 tokens finds all keys that it sees in the ring, and up
+to SLACK of the latest tokens can be discarded."""
 
 
 @jax.tree_util.register_dataclass
@@ -75,13 +75,13 @@ class KeyValueCache:
     key: Vectors
     value: Vectors
     window: int | None = field(metadata={"static": True})
-    """Of a ring; None where every position has a slot."""
+    """Window of a ring; None if every position has a slot."""
 
     @classmethod
     def empty(
         cls, batch: int, length: int, kv_heads: int, head_dim: int, dtype: Any, window: int | None = None
     ) -> "KeyValueCache":
-        """No tokens yet, and room for `length` of them, of which no query sees more than the `window` latest.
+        """An empty cache for `length` tokens, of which no query sees more than the `window` latest.
 
         `dtype` int8 stores each vector quantized; anything else is a floating-point type.
         """
@@ -89,10 +89,10 @@ class KeyValueCache:
         slots = window + SLACK if window is not None and ring else length
         shape = (batch, kv_heads, slots, head_dim)
         if jnp.dtype(dtype) == jnp.int8:
-            made: Vectors = Quantized(_zeros("B K S H", shape, jnp.int8), _zeros("B K S", shape[:3], jnp.float32))
+            vectors: Vectors = Quantized(_zeros("B K S H", shape, jnp.int8), _zeros("B K S", shape[:3], jnp.float32))
         else:
-            made = Plain(_zeros("B K S H", shape, dtype))
-        return cls(made, made, window if ring else None)
+            vectors = Plain(_zeros("B K S H", shape, dtype))
+        return cls(vectors, vectors, window if ring else None)
 
     @property
     def slots(self) -> int:
@@ -100,14 +100,14 @@ class KeyValueCache:
         return self.key.values.shape[-2]
 
     @property
-    def rewinds(self) -> int:
-        """How many of the latest tokens may be taken back, by going on from an earlier position."""
+    def max_rewind(self) -> int:
+        """All tokens, or SLACK if this is a ring (`Cache.max_rewind`)."""
         return self.slots if self.window is None else SLACK
 
     def extend(
         self, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], positions: Positions, mask: Mask
     ) -> tuple["KeyValueCache", Array, Array, Mask]:
-        """The cache with the keys and values of more tokens, and what attention goes over: keys, values and their mask.
+        """The cache with the keys and values of more tokens, and the keys, values and mask of attention.
 
         Each row goes on at the position of its first token. Padding (segment 0) may stand on the right, and is not
         written. `mask` is over positions; what is returned is over the keys that are returned.
@@ -150,16 +150,37 @@ class KeyValueCache:
         return dataclasses.replace(self, **stored)
 
 
-def written(
-    slots: Float[Array, "B K S H"], new: Float[Array, "B T K H"], positions: Positions
-) -> Float[Array, "B K S H"]:
-    """`slots`, of which each is that of a position, with the vectors of more tokens; padding is not written."""
-    index = positions.index[:, :1] + jnp.arange(new.shape[1], dtype=jnp.int32)
-    return _put(slots, jnp.swapaxes(new, 1, 2), jnp.where(positions.segments > 0, index, slots.shape[2]))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LatentCache:
+    """The latent vectors of up to S tokens a row (MLA), as the key of a single head."""
+
+    latent: Float[Array, "B 1 S R"]
+
+    @classmethod
+    def empty(cls, batch: int, length: int, size: int, dtype: Any) -> "LatentCache":
+        """Room for `length` tokens. Raises NotImplementedError for int8."""
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise NotImplementedError(f"the cache of latent attention is not quantized, got {jnp.dtype(dtype).name}")
+        return cls(jnp.zeros((batch, 1, length, size), dtype))
+
+    @property
+    def max_rewind(self) -> int:
+        """All tokens: each has a slot."""
+        return self.latent.shape[-2]
+
+    def extend(
+        self, latent: Float[Array, "B T 1 R"], positions: Positions
+    ) -> tuple["LatentCache", Float[Array, "B S 1 R"]]:
+        """The cache with the vectors of more tokens, and all vectors in it; padding is not written."""
+        index = positions.index[:, :1] + jnp.arange(latent.shape[1], dtype=jnp.int32)
+        slot = jnp.where(positions.segments > 0, index, self.max_rewind)
+        after = _put(self.latent, jnp.swapaxes(latent, 1, 2), slot)
+        return LatentCache(after), jnp.swapaxes(after.astype(latent.dtype), 1, 2)
 
 
 def _joined(old: Vectors, new: Float[Array, "B T K H"]) -> Float[Array, "B U K H"]:
-    """Remembered vectors and new ones, which look as they will be remembered."""
+    """Stored vectors and new ones, rounded as they will be when they are stored."""
     return jnp.concatenate([reshard_like(old.read(new.dtype), new), type(old).of(new).read(new.dtype)], axis=1)
 
 
@@ -169,7 +190,7 @@ def _zeros(axes: str, shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 def _put(slots: Array, new: Array, index: Int[Array, "B T"]) -> Array:
-    """`slots[b, :, index[b, t]] = new[b, :, t]`, but for an index past the end; the slots are split as `new` is."""
+    """`slots[b, :, index[b, t]] = new[b, :, t]` unless the index is past the end; the slots are sharded as `new` is."""
 
     def local(new: Array, slots: Array, index: Array) -> Array:
         if new.shape[2] == 1:

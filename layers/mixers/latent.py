@@ -19,8 +19,8 @@ from ..norm import Norm, RMSNorm
 from ..positions.rope import Rope
 from ..positions.scaling import YarnScaling, yarn_mscale
 from ..sharding.axes import between_norms, context_axis, shards, spec_of, split_as
-from .caches import written
-from .mixer import Cache, Mixer, Positions
+from .caches import LatentCache
+from .mixer import Mixer, Positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,11 @@ class MLA(Mixer):
     query_rank: int | None = None
     rope: Rope = field(default_factory=lambda: Rope(interleaved=True))
     norm: Norm = field(default_factory=RMSNorm)
-    """Of the latent vectors."""
+    """Norm of the latent vectors."""
     bias: bool = False
-    """Biases where latent vectors are made, and on the output."""
+    """Biases on the projections to latent vectors and on the output."""
     scale: float | None = None
-    """Of the logits; if not given, 1 / sqrt(nope_dim + rope_dim), times `yarn_mscale(factor, mscale_all_dim)^2` of a
+    """Scale of the logits; by default 1 / sqrt(nope_dim + rope_dim), times `yarn_mscale(factor, mscale_all_dim)^2` of a
     RoPE that YaRN scales."""
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class MLA(Mixer):
 
     @property
     def logit_scale(self) -> float:
-        """What products of queries and keys are multiplied by."""
+        """Factor of the products of queries and keys."""
         if self.scale is not None:
             return self.scale
         scaling, temperature = self.rope.scaling, 1.0
@@ -93,11 +93,9 @@ class MLA(Mixer):
         seen = (length + 1) / 2
         return 2 * (queries + latent + expanded + output + seen * self.heads * (key_dim + self.value_dim))
 
-    def cache(self, batch: int, length: int, dtype: Any) -> Cache:
-        """Of each token c and r, as the key of one head, B 1 S H. Raises NotImplementedError for int8."""
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise NotImplementedError(f"the cache of latent attention is not quantized, got {jnp.dtype(dtype).name}")
-        return {"latent": jnp.zeros((batch, 1, length, self.kv_rank + self.rope_dim), dtype)}
+    def cache(self, batch: int, length: int, dtype: Any) -> LatentCache:
+        """For each token c and r. Raises NotImplementedError for int8."""
+        return LatentCache.empty(batch, length, self.kv_rank + self.rope_dim, dtype)
 
     def equal_lengths(self, length: int) -> range:
         """See `Mixer.equal_lengths`."""
@@ -122,8 +120,8 @@ class MLALayer(nnx.Module):
         self.output = Linear("N H -> D", output_sizes, rngs=rngs, bias=spec.bias)
 
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        self, x: Float[Array, "B T D"], positions: Positions, cache: LatentCache | None = None
+    ) -> tuple[Float[Array, "B T D"], LatentCache | None]:
         """The layer's output in the dtype of `x`, and the cache with this call's latent vectors written into it."""
         spec = self.spec
         query, latent = self._query(x, positions), self._latent(x, positions)
@@ -134,8 +132,7 @@ class MLALayer(nnx.Module):
             mask = mask & Documents(positions.segments)
         else:
             options["query_offset"] = positions.index[:, 0]
-            cache = {"latent": written(cache["latent"], latent, positions)}
-            latent = jnp.swapaxes(cache["latent"].astype(x.dtype), 1, 2)
+            cache, latent = cache.extend(latent, positions)
             absorbs = spec.absorbs(x.shape[1], latent.shape[1])
         mixed = (self._absorbed if absorbs else self._expanded)(
             query, latent, mask=mask, scale=spec.logit_scale, **options

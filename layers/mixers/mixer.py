@@ -2,15 +2,33 @@
 
 import abc
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from flax import nnx
 
 from ..positions.positions import Positions as Positions
 from ..spec import Spec
 
-Cache = Any
-"""What a mixer stores of earlier tokens: a pytree of arrays, batch axis first."""
+
+@runtime_checkable
+class Cache(Protocol):
+    """What a mixer stores of earlier tokens: a pytree of arrays whose first axis is the batch."""
+
+    @property
+    def max_rewind(self) -> int:
+        """How many of the latest tokens a call can discard by starting at an earlier position.
+
+        That is all of them for a cache with a place for every token, and 0 for the state of a recurrence. Whatever it
+        is, a call may start again at position 0.
+        """
+        ...
+
+    def extend(self, *args: Any, **kwargs: Any) -> Any:
+        """The cache with the tokens of this call, and what the mixer reads in place of them.
+
+        The arguments are what the mixer computed of the tokens, and their positions.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
-"""The machinery under generation: rows of tokens that grow, their caches, and two compiled programs.
+"""Generation sessions: rows of tokens, their KV caches, and two compiled programs.
 
-`_prefill` reads a stretch of every row into the caches; `advance` draws tokens one after another, inside one loop,
-until all rows are done or so many are drawn. Sizes are rounded up, so that prompts of similar length share programs.
+`_prefill` reads a chunk of each row into the caches. `advance` samples tokens one after another in a loop, until all
+rows are done or a limit is reached. Sizes are rounded up, so that prompts of similar length share a program.
 """
 
 import time
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from ...layers.mixers.caches import KeyValueCache
+from ...layers.mixers.mixer import Cache
 from ...layers.positions.scaling import EVERY_LENGTH
 from ...layers.sharding.axes import whole
 from ..decoder import Caches, Decoder, DecoderModel
@@ -23,27 +23,27 @@ from ..parameters import FlatModel
 from .compiling import compiled_for
 from .sampling import Filters, Sampling, row_keys
 from .speculative import Speculation
-from .speculative import advance as _advance_by_guesses
+from .speculative import advance as advance_speculatively
 from .state import STRIDE, State, log_prob_of, positions_from
 
 CHUNK = 512
-"""Tokens of a prompt that are read at once: so many bound the memory of a long one."""
+"""Most tokens of a prompt that are read in one call, which bounds the memory that a long prompt takes."""
 
 
 @dataclass
 class Speed:
-    """How long it took."""
+    """Time to the first token, and rate of the tokens after it."""
 
     first_token_seconds: float = 0.0
     """From the prompt to the first token."""
     tokens: int = 0
-    """Drawn after the first ones."""
+    """Number of tokens after the first of each row."""
     seconds: float = 0.0
-    """That these took."""
+    """Time that these took."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Drawn after the first ones, of all rows together."""
+        """Rate of all rows together, after the first tokens."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def __str__(self) -> str:
@@ -52,14 +52,14 @@ class Speed:
 
 @dataclass
 class NewTokens:
-    """Tokens of one row that were drawn in one go."""
+    """Tokens of one row from one call, and their log-probabilities."""
 
     ids: list[int]
     log_probs: list[float]
 
 
 def check_vocabulary(rows: Sequence[Sequence[int]], vocab: int) -> None:
-    """Raises ValueError where a token is none of the vocabulary: JAX would take another one's embedding for it."""
+    """Raises ValueError if a token is not in the vocabulary; JAX would use the embedding of another token."""
     most = max((max(row) for row in rows if row), default=0)
     if most >= vocab:
         raise ValueError(f"the text has the token {most}, and the model's vocabulary has {vocab} tokens")
@@ -71,8 +71,13 @@ def equal_lengths(specs: Sequence[Decoder], length: int) -> range:
     return range(max(lengths.start for lengths in ranges), min(lengths.stop for lengths in ranges))
 
 
+def _each_cache(caches: Any) -> list[Cache]:
+    leaves = jax.tree.leaves(caches, is_leaf=lambda x: isinstance(x, Cache))
+    return [cache for cache in leaves if isinstance(cache, Cache)]
+
+
 def rounded(count: int, least: int = 32) -> int:
-    """The next of 32, 48, 64, 96, 128, ...: at most half is wasted, and few sizes are compiled for."""
+    """The next of 32, 48, 64, 96, 128, ...: few sizes to compile for, each less than 1.5 times the one before."""
     size = least
     while size < count:
         size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
@@ -80,20 +85,22 @@ def rounded(count: int, least: int = 32) -> int:
 
 
 class Session:
-    """Rows that go on from what they have read, on the devices the model is on.
+    """Rows of tokens with KV caches that are read and continued, on the devices of the model.
 
     Args:
         model: the decoder.
-        batch: how many rows.
-        length: tokens a row may come to.
-        sampling: how tokens are drawn.
-        key: of the draws; each row has its own stream.
+        batch: number of rows.
+        length: most tokens of a row.
+        sampling: sampling parameters.
+        key: random key; each row derives its own from it.
         ends: tokens that end a row.
-        log_probs: whether the logarithm of each drawn token's probability is kept, by the model before any filter.
-        dtype: what the model computes in.
-        cache_dtype: of the caches; int8 quantizes them; None: as `dtype`.
-        speculation: how tokens are guessed ahead; None: they are not, but with a draft model.
-        draft: a model that guesses.
+        log_probs: return the log-probability of each token under the model, before any filter.
+        dtype: dtype of the computation.
+        cache_dtype: dtype of the caches; int8 quantizes them; by default `dtype`.
+        speculation: settings of speculative decoding; None: none, unless there is a draft model.
+        draft: draft model of speculative decoding.
+
+    Raises ValueError if the draft model has another vocabulary, or a cache can't discard the rejected draft tokens.
     """
 
     def __init__(
@@ -122,7 +129,7 @@ class Session:
         )
         self.room = rounded(length)
         self.ids: list[list[int]] = [[] for _ in range(batch)]
-        """The tokens of each row; those in the caches, and the latest one."""
+        """Tokens of each row: those in the caches, and the latest one."""
         self.speed = Speed()
         self._specs = [model.spec] if draft is None else [model.spec, draft.spec]
         self._valid = [EVERY_LENGTH] * batch
@@ -137,12 +144,20 @@ class Session:
             kept = dtype if cache_dtype is None else cache_dtype
             self.caches: Any = empty_caches(model.spec, batch, self.room, kept)
             self.draft_caches: Any = None if draft is None else empty_caches(draft.spec, batch, self.room, kept)
+            self.max_rewind = min(cache.max_rewind for cache in _each_cache((self.caches, self.draft_caches)))
+            """How many of the latest tokens of a row can be discarded."""
+            if self.speculation is not None and self.speculation.tokens > self.max_rewind:
+                raise ValueError(
+                    f"speculative decoding discards up to `tokens` rejected draft tokens, and the caches of this model "
+                    f"can discard {self.max_rewind}, got Speculation(tokens={self.speculation.tokens}); use fewer "
+                    "tokens, or no speculation if it is 0"
+                )
             looks_up = speculation is not None and draft is None
             self.state = start(key, batch, vocab if self.filters.penalised else None, self.room if looks_up else None)
             self._keep_valid([None] * batch)
 
     def read(self, rows: Sequence[Sequence[int]], max_tokens: int) -> list[NewTokens]:
-        """Reads more tokens of every row, one at least, and draws the first of up to `max_tokens` new ones.
+        """Reads more tokens of every row, at least one, and samples the first of up to `max_tokens` new ones.
 
         Raises ValueError where a token is not of the model's vocabulary.
         """
@@ -160,9 +175,9 @@ class Session:
             self.state, token, log_prob = _first(self.state, logits, self.filters, self.end_ids)
         for ids, row in zip(self.ids, rows, strict=True):
             ids.extend(row)
-        found = self._taken(np.asarray(token)[:, None], np.asarray(log_prob)[:, None], np.ones(self.batch, np.int32))
+        new = self._take(np.asarray(token)[:, None], np.asarray(log_prob)[:, None], np.ones(self.batch, np.int32))
         self.speed.first_token_seconds = time.perf_counter() - began
-        return found
+        return new
 
     def _prefill(self, texts: Sequence[Sequence[int]], starts: Sequence[int], lengths: Sequence[int]) -> Array:
         """Reads each row's text from a position on, and returns the logits after its last token.
@@ -204,9 +219,9 @@ class Session:
         self._prefill(texts, starts, [length + 1 for length in cached])
 
     def rewind(self, ids: Sequence[int]) -> int:
-        """Makes the one row go on from what it has in common with `ids`, and says how many tokens that is.
+        """Discards the tokens of the only row from where they differ from `ids`; returns how many are left.
 
-        One token of `ids` at least is left to read. Where a ring has forgotten what is needed, it is all of them.
+        At least one token of `ids` is left to read. All are discarded if the caches can't rewind far enough.
         """
         assert self.batch == 1, self.batch
         self.speed = Speed()
@@ -214,11 +229,9 @@ class Session:
         shared = 0
         while shared < min(held, len(own), len(ids) - 1) and own[shared] == ids[shared]:
             shared += 1
-        caches = jax.tree.leaves((self.caches, self.draft_caches), is_leaf=lambda x: isinstance(x, KeyValueCache))
-        # Guesses that were refused are in the caches, too: a ring has lost as many more.
-        lost = held - shared + (self.speculation.tokens if self.speculation else 0)
-        rings = (x.rewinds for x in caches if isinstance(x, KeyValueCache) and x.window is not None)
-        if len(ids) not in self._valid[0] or lost > min(rings, default=lost):
+        # Rejected draft tokens are written, too: they have replaced as many more in a ring.
+        discarded = held - shared + (self.speculation.tokens if self.speculation else 0)
+        if len(ids) not in self._valid[0] or discarded > self.max_rewind:
             shared = 0
         self.ids = [list(ids[:shared])]
         with self._flat.on_mesh():
@@ -229,7 +242,7 @@ class Session:
         return shared
 
     def advance(self, limit: int = STRIDE) -> list[NewTokens]:
-        """Draws up to `limit` more tokens of each row that is not done."""
+        """Samples up to `limit` more tokens of each row that is not done."""
         began = time.perf_counter()
         with self._flat.on_mesh():
             if self._depends_on_length:
@@ -240,7 +253,7 @@ class Session:
                     self._flat, self.caches, *rest, log_probs=self.log_probs, dtype=self.dtype
                 )
             else:
-                self.caches, self.draft_caches, self.state, *out = _advance_by_guesses(self._flat.platform)(
+                self.caches, self.draft_caches, self.state, *out = advance_speculatively(self._flat.platform)(
                     self._flat,
                     self._flat_draft,
                     self.caches,
@@ -249,10 +262,10 @@ class Session:
                     speculation=self.speculation,
                     dtype=self.dtype,
                 )
-        found = self._taken(*map(np.asarray, out))
-        self.speed.tokens += sum(len(row.ids) for row in found)
+        new = self._take(*map(np.asarray, out))
+        self.speed.tokens += sum(len(row.ids) for row in new)
         self.speed.seconds += time.perf_counter() - began
-        return found
+        return new
 
     @property
     def active(self) -> list[bool]:
@@ -260,32 +273,38 @@ class Session:
         return (np.asarray(self.state.left) > 0).tolist()
 
     def end(self, row: int) -> None:
-        """Draws no more tokens of a row."""
+        """Ends a row: no more tokens are sampled."""
         with self._flat.on_mesh():
             self.state = replace(self.state, left=self.state.left.at[row].set(0))
 
-    def _taken(self, tokens: np.ndarray, log_probs: np.ndarray, counts: np.ndarray) -> list[NewTokens]:
-        found = []
-        for ids, row, probs, count in zip(self.ids, tokens, log_probs, counts, strict=True):
-            found.append(NewTokens(row[:count].tolist(), probs[:count].tolist()))
-            ids.extend(found[-1].ids)
-        return found
+    def _take(self, tokens: np.ndarray, log_probs: np.ndarray, counts: np.ndarray) -> list[NewTokens]:
+        new = [
+            NewTokens(row[:count].tolist(), probs[:count].tolist())
+            for row, probs, count in zip(tokens, log_probs, counts, strict=True)
+        ]
+        for ids, row in zip(self.ids, new, strict=True):
+            ids.extend(row.ids)
+        return new
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def empty_caches(spec: Decoder, batch: int, length: int, dtype: Any) -> Caches:
-    """Of a batch of rows of up to a length."""
+    """Empty caches for a batch of rows of up to `length` tokens."""
     return spec.cache(batch, length, dtype)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def start(key: Key[Array, ""], batch: int, penalised: int | None, looked_up: int | None) -> State:
-    """Rows without tokens, of a vocabulary whose tokens are `penalised`, and of a length that is `looked_up`."""
+    """Rows without tokens.
+
+    `penalised` is the size of the vocabulary if there is a repetition penalty; `looked_up` is the length of the rows if
+    draft tokens are looked up in them.
+    """
     zeros = jnp.zeros(batch, jnp.int32)
     return State(
         lengths=zeros,
         token=zeros,
-        drawn=zeros,
+        sampled=zeros,
         left=zeros,
         keys=jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch)),
         seen=None if penalised is None else jnp.zeros((batch, penalised), bool),
@@ -333,7 +352,7 @@ def _prefill(
 def _first(
     state: State, logits: Float[Array, "B V"], filters: Filters, ends: Int[Array, " E"]
 ) -> tuple[State, Int[Array, " B"], Float[Array, " B"]]:
-    token = filters.choose(logits, state.seen, row_keys(state.keys, state.drawn))
+    token = filters.choose(logits, state.seen, row_keys(state.keys, state.sampled))
     return state.push(token, ends, state.left > 0), token, log_prob_of(logits, token)
 
 
@@ -349,7 +368,10 @@ def advance(
     log_probs: bool,
     dtype: Any,
 ) -> tuple[Caches, State, Int[Array, "B C"], Float[Array, "B C"], Int[Array, " B"]]:
-    """Draws up to `limit` tokens of each row that is not done: the tokens, their log-probabilities and how many."""
+    """Samples up to `limit` tokens of each row that is not done.
+
+    Returns caches, state, tokens, log-probabilities, and the number of tokens of each row.
+    """
     batch = state.token.shape[0]
     model: DecoderModel = flat.model
 
@@ -360,12 +382,12 @@ def advance(
         logits, caches = model(state.token[:, None], positions, caches, dtype=dtype)
         logits = whole(logits[:, 0])
         state = replace(state, lengths=state.lengths + active.astype(jnp.int32))
-        token = filters.choose(logits, state.seen, row_keys(state.keys, state.drawn))
+        token = filters.choose(logits, state.seen, row_keys(state.keys, state.sampled))
         tokens = tokens.at[:, step].set(token)
         logs = logs.at[:, step].set(log_prob_of(logits, token)) if log_probs else logs
         return step + 1, caches, state.push(token, ends, active), tokens, logs, counts + active.astype(jnp.int32)
 
-    def goes_on(carry: Any) -> Any:
+    def unfinished(carry: Any) -> Any:
         step, _, state, *_ = carry
         return (step < limit) & jnp.any(state.active)
 
@@ -377,5 +399,5 @@ def advance(
         jnp.zeros((batch, STRIDE)),
         state.left * 0,
     )
-    _, caches, state, tokens, logs, counts = jax.lax.while_loop(goes_on, step, start)
+    _, caches, state, tokens, logs, counts = jax.lax.while_loop(unfinished, step, start)
     return caches, state, tokens, logs, counts

@@ -1,4 +1,4 @@
-"""Where rows of tokens are, in the course of generation."""
+"""State of the rows of a generation session."""
 
 from dataclasses import dataclass, replace
 
@@ -9,27 +9,27 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ...layers.mixers.mixer import Positions
 
 STRIDE = 32
-"""Tokens drawn at most before the host looks at them."""
+"""Most tokens that are sampled before the host reads them."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """Where the rows are, beside what is in the caches."""
+    """What is known of each row beside its caches."""
 
     lengths: Int[Array, " B"]
-    """Tokens in the caches."""
+    """Number of tokens in the caches."""
     token: Int[Array, " B"]
-    """The latest token, which is not in the caches yet."""
-    drawn: Int[Array, " B"]
-    """How many tokens have been drawn."""
+    """Latest token, which is not in the caches yet."""
+    sampled: Int[Array, " B"]
+    """Number of tokens that were sampled."""
     left: Int[Array, " B"]
-    """How many more may be; 0: the row is done."""
+    """How many more can be sampled; 0: the row is done."""
     keys: Key[Array, " B"]
     seen: Bool[Array, "B V"] | None
-    """The tokens of each row, where there is a penalty on them."""
+    """Which tokens are in each row, if there is a repetition penalty."""
     history: Int[Array, "B S"] | None = None
-    """The tokens of each row, where drafts are looked up in them."""
+    """Tokens of each row, if draft tokens are looked up in them."""
     valid_until: Int[Array, " B"] | None = None
     """The greatest length at which the caches of each row are valid, where a scaling of RoPE depends on the length; a
     row pauses when it gets there."""
@@ -46,7 +46,7 @@ class State:
         return self.left if self.valid_until is None else jnp.minimum(self.left, self.valid_until - self.lengths)
 
     def push(self, token: Int[Array, " B"], ends: Int[Array, " E"], active: Bool[Array, " B"]) -> "State":
-        """After one more drawn token of the rows that are active; one of `ends` ends its row."""
+        """The state with one more token in each active row; one of `ends` ends its row."""
         left = jnp.where(jnp.any(token[:, None] == ends, axis=1), 0, self.left - 1)
         row = jnp.arange(token.shape[0], dtype=jnp.int32)
         seen = self.seen if self.seen is None else self.seen.at[row, token].max(active)
@@ -56,7 +56,7 @@ class State:
         return replace(
             self,
             token=jnp.where(active, token, self.token),
-            drawn=self.drawn + active.astype(jnp.int32),
+            sampled=self.sampled + active.astype(jnp.int32),
             left=jnp.where(active, left, self.left),
             seen=seen,
             history=history,
@@ -71,6 +71,6 @@ def positions_from(starts: Int[Array, " B"], counts: Int[Array, " B"], width: in
 
 
 def log_prob_of(logits: Float[Array, "... V"], token: Int[Array, "..."]) -> Float[Array, "..."]:
-    """The logarithm of the probability of a token."""
+    """Log-probability of a token."""
     chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -87,8 +87,8 @@ def test_int8_is_close_and_the_same_in_any_pieces(name):
 
 def test_memory():
     long, ring = (SPECS[name].cache(1, 1000, jnp.float32) for name in ("plain", "window"))
-    assert (long.slots, long.window, long.rewinds) == (1000, None, 1000)
-    assert (ring.slots, ring.window, ring.rewinds) == (WINDOW + SLACK, WINDOW, SLACK)
+    assert (long.slots, long.window, long.max_rewind) == (1000, None, 1000)
+    assert (ring.slots, ring.window, ring.max_rewind) == (WINDOW + SLACK, WINDOW, SLACK)
     assert SPECS["window"].cache(1, 20, jnp.float32).window is None
     sizes = {
         dtype: sum(x.nbytes for x in jax.tree.leaves(SPECS["plain"].cache(1, 10, dtype)))

@@ -112,7 +112,7 @@ def test_token_by_token_is_all_at_once(name):
     """A prompt of 5 and then one after another, with a cache of rank + rope dims a token."""
     spec, layer = LAYERS[name], build(LAYERS[name])
     cache = spec.cache(B, T, jnp.float32)
-    assert sum(x.size for x in cache.values()) == B * T * (spec.kv_rank + spec.rope_dim)
+    assert sum(x.size for x in jax.tree.leaves(cache)) == B * T * (spec.kv_rank + spec.rope_dim)
     step = jax.jit(lambda x, positions, cache: layer(x, positions, cache))
     found = []
     for first, last in [(0, 5), *((t, t + 1) for t in range(5, T))]:
@@ -178,7 +178,7 @@ def test_padding_is_not_remembered():
     found, cache = layer(padded, positions, cache)
     np.testing.assert_allclose(found[:, :6], layer(X, POSITIONS)[0][:, 5:], rtol=1e-5, atol=1e-5)
     _, whole = layer(X, POSITIONS, V2.cache(B, T, jnp.float32))
-    np.testing.assert_allclose(cache["latent"], whole["latent"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(cache.latent, whole.latent, rtol=1e-5, atol=1e-5)
 
 
 def test_no_quantized_cache():

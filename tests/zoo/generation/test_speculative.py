@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from flaxzoo.zoo import GREEDY, Sampling, Speculation, complete
 from flaxzoo.zoo.generation.sampling import row_keys
-from flaxzoo.zoo.generation.speculative import _judged, advance
+from flaxzoo.zoo.generation.speculative import _accept, advance
 from flaxzoo.zoo.generation.state import State
 from flaxzoo.zoo.parameters import FlatModel
 from tokenizers import Tokenizer
@@ -77,14 +77,14 @@ def test_a_good_draft_saves_passes(models, monkeypatch):
     from flaxzoo.zoo.generation import speculative
 
     kept = []
-    original = speculative._judged
+    original = speculative._accept
 
     def spied(*args):
         found = original(*args)
         jax.debug.callback(lambda x: kept.append(np.asarray(x)), found[0])
         return found
 
-    monkeypatch.setattr(speculative, "_judged", spied)
+    monkeypatch.setattr(speculative, "_accept", spied)
     jax.clear_caches()
     ids(models["plain"], draft=models["plain"], max_tokens=22)
     jax.effects_barrier()
@@ -101,7 +101,7 @@ def test_kept_and_replaced_tokens_follow_the_model():
     filters = Sampling(temperature=1.0).traced(vocab)
     zeros = jnp.zeros(rows, jnp.int32)
     keys = jax.random.split(jax.random.key(1), rows)
-    state = State(lengths=zeros, token=zeros, drawn=zeros, left=zeros + 9, keys=keys, seen=None)
+    state = State(lengths=zeros, token=zeros, sampled=zeros, left=zeros + 9, keys=keys, seen=None)
     weights = jnp.tile(p[None], (rows, 1, 1))
     for drawn in (True, False):
         if drawn:
@@ -109,7 +109,7 @@ def test_kept_and_replaced_tokens_follow_the_model():
             shares = jnp.tile(q[None], (rows, 1, 1))
         else:
             guesses, shares = zeros + 2, None
-        kept, after = _judged(state, filters, guesses[:, None], shares, weights, zeros + 1)
+        kept, after = _accept(state, filters, guesses[:, None], shares, weights, zeros + 1)
         first = np.asarray(jnp.where(kept > 0, guesses, after))
         counts = np.bincount(first, minlength=vocab)
         assert chi_square(counts, p[0] * rows) < 16.3  # 0.999 of 3 degrees of freedom
@@ -144,7 +144,7 @@ def test_texts_of_five_tokens_follow_the_model(sampling, guesser):
     state = State(
         lengths=zeros + 1,
         token=zeros,
-        drawn=zeros,
+        sampled=zeros,
         left=zeros + count,
         keys=jax.random.split(jax.random.key(0), rows),
         seen=jnp.zeros((rows, vocab), bool).at[:, 0].set(True) if filters.penalised else None,
@@ -198,10 +198,19 @@ def test_sampled_text_follows_the_model(models, decoders):
         assert chi_square(counts, wanted * rows) < 26.1  # 0.999 of 8 degrees of freedom
 
 
-@pytest.mark.parametrize("change", [{"tokens": 0}, {"tokens": 17}, {"ngram": 0}], ids=str)
+@pytest.mark.parametrize("change", [{"tokens": 0}, {"tokens": -1}, {"ngram": 0}], ids=str)
 def test_what_cannot_be_is_refused(change):
-    with pytest.raises(ValueError, match=f"got .*{next(iter(change.values()))}"):
+    with pytest.raises(ValueError, match=f"must be at least 1, got {next(iter(change.values()))}"):
         Speculation(**change)
+
+
+def test_more_tokens_than_the_caches_can_discard_are_refused(models):
+    """A ring can discard 16, in the model or the draft model; caches with a slot for each token have no such limit."""
+    many = Speculation(tokens=17)
+    for name, draft in (("mixed", None), ("plain", "mixed")):
+        with pytest.raises(ValueError, match=r"can discard 16, got Speculation\(tokens=17\)"):
+            ids(models[name], speculation=many, draft=draft and models[draft])
+    assert ids(models["plain"], speculation=many, max_tokens=20) == ids(models["plain"], max_tokens=20)
 
 
 def test_a_draft_of_another_vocabulary_is_refused(models, decoders):
