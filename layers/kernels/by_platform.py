@@ -1,7 +1,7 @@
-"""A call of the function that is there for the platform a program is lowered for.
+"""Calls the function for the platform that a program is lowered for.
 
-As `jax.lax.platform_dependent`, but kernels are traced only where a program is lowered for their platform: one for the
-CPU does not wait for them.
+As `jax.lax.platform_dependent`, but a kernel is traced only if the program is lowered for its platform, so programs for
+the CPU do not wait for kernels of others.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,9 +21,9 @@ def by_platform(
 ) -> Any:
     """`functions[platform](*arguments)`, or `functions["default"]`; arguments and result are pytrees.
 
-    All functions must give results of the structure and types of `like`, which may be shapes. Without a default it is
-    an error to lower the call for another platform. Those of the platforms `early` are part of a program before it is
-    lowered: JAX looks there for calls that XLA may divide among devices, as those of cuDNN are.
+    All functions must return results of the structure and types of `like`, which may be shapes. Without a default,
+    lowering for another platform raises NotImplementedError. The functions of platforms in `early` are traced before
+    lowering, when JAX looks for calls that XLA may partition among devices, such as those of cuDNN.
     """
     leaves, tree = jax.tree.flatten(arguments)
     like_leaves, like_tree = jax.tree.flatten(like)
@@ -32,9 +32,9 @@ def by_platform(
     def flat(function: Callable[..., Any]) -> Callable[..., list[Array]]:
         def call(*leaves: Array) -> list[Array]:
             with jax.sharding.use_abstract_mesh(mesh):  # lowering may happen outside of it
-                found = function(*tree.unflatten(leaves))
-            assert jax.tree.structure(found) == like_tree, (found, like_tree)
-            return jax.tree.leaves(found)
+                outputs = function(*tree.unflatten(leaves))
+            assert jax.tree.structure(outputs) == like_tree, (outputs, like_tree)
+            return jax.tree.leaves(outputs)
 
         return call
 
@@ -48,13 +48,13 @@ def by_platform(
 
 
 def _choose(functions: Sequence[tuple[str, Any]], platform: str) -> Callable[..., list[Array]]:
-    given = dict(functions)
-    found = given.get(platform, given.get("default"))
-    if found is None:
+    by_name = dict(functions)
+    function = by_name.get(platform, by_name.get("default"))
+    if function is None:
         raise NotImplementedError(
-            f"this is there for {', '.join(given)} alone, and the program is for another platform"
+            f"this call is implemented for {', '.join(by_name)} only, and the program is for another platform"
         )
-    return found
+    return function
 
 
 def _eagerly(*leaves: Array, functions: Any, results: Any) -> list[Array]:

@@ -1,6 +1,6 @@
-"""Flash attention of cuDNN, through `jax.nn.dot_product_attention`, where it computes exactly what is asked.
+"""Flash attention of cuDNN, through `jax.nn.dot_product_attention`, for the arguments that it supports exactly.
 
-What it does not do is up to the kernels of hopper.py.
+For others there are our own kernels (hopper/) and portable.py.
 """
 
 import logging
@@ -21,14 +21,13 @@ _log = logging.getLogger(__name__)
 
 DETERMINISTIC = re.compile(r"--xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(=(true|True|1))?(\s|$)")
 LEAST_CAPABILITY = "8.0"
-"""Of a GPU with flash attention in cuDNN, and what is taken for granted where there is no GPU in the process."""
+"""The least compute capability with flash attention in cuDNN; assumed if the process has no GPU."""
 
 
 def refusal(problem: Problem, operands: Operands) -> str | None:
-    """Why cuDNN can't do this; None where it can.
+    """The reason why cuDNN does not support the arguments; None if it does.
 
-    What depends on the GPU is asked of those in the process. Where it has none, a program is for any GPU from compute
-    capability 8.0 on.
+    It depends on the GPUs of the process. Without any, a program is for all GPUs from compute capability 8.0 on.
     """
     (size, value_size), least = (operands.q.shape[3], operands.v.shape[3]), LEAST_CAPABILITY
     here = min(capabilities(), key=float, default=None)
@@ -62,9 +61,9 @@ def forward(problem: Problem, operands: Operands) -> tuple[Float[Array, "B T N H
 
 
 def backward(problem: Problem, operands: Operands, lse: Array, delta: Array, out_grad: Array) -> Gradients:
-    """Gradients: cuDNN's where XLA_FLAGS ask for operations that are deterministic, others where they do not.
+    """Gradients: by cuDNN if XLA_FLAGS request deterministic operations, else by other kernels.
 
-    cuDNN adds the gradients of queries in another order each time unless it is told not to, which is up to XLA.
+    Otherwise cuDNN sums the gradients of queries in another order on every call.
     """
     if not DETERMINISTIC.search(os.environ.get("XLA_FLAGS", "")):
         other = portable if hopper.refusal(problem, operands) else hopper
@@ -75,7 +74,7 @@ def backward(problem: Problem, operands: Operands, lse: Array, delta: Array, out
         )
         return other.backward(problem, operands, lse, delta, out_grad)
     out, pullback = _with_pullback(problem, operands, operands.q, operands.k, operands.v)
-    # What the forward pass found takes the place of what is computed here, which the compiler then leaves out.
+    # The results of the forward pass replace those computed here, which the compiler then removes.
     leaves, tree = jax.tree.flatten(pullback)
     assert sum(leaf is out for leaf in leaves) == 1
     assert operands.out is not None
@@ -84,7 +83,7 @@ def backward(problem: Problem, operands: Operands, lse: Array, delta: Array, out
 
 
 def _with_pullback(problem: Problem, operands: Operands, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-    """Attention and its pullback, a pytree that holds the result and, the only array of float32 in it, the lse."""
+    """Attention and its pullback, a pytree that contains the output and the lse, its only float32 array."""
     window = _window(problem, operands)
     assert window is not None
     causal, left = window
@@ -104,7 +103,7 @@ def _with_pullback(problem: Problem, operands: Operands, q: Array, k: Array, v: 
 
 
 def _window(problem: Problem, operands: Operands) -> tuple[bool, int | None] | None:
-    """Whether the mask is causal, and how many latest keys a query sees if not all; None if it is another mask."""
+    """Whether the mask is causal, and the length of its window (None: no window); None for other masks."""
     queries, keys = operands.q.shape[1], operands.k.shape[1]
     if problem.band == (None, None):
         return False, None

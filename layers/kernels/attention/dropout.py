@@ -1,7 +1,7 @@
-"""Dropout decided by a hash of where a pair stands, so that every implementation drops the same pairs.
+"""Dropout by a hash of the indices of a pair, so that every implementation drops the same pairs.
 
-Neither block sizes nor the mesh nor the platform change what is dropped, and nothing is stored for the backward pass.
-The hash is made of int32 operations, which the vector unit of a TPU has.
+Block sizes, mesh and platform do not change the dropped pairs, and nothing is stored for the backward pass. The hash
+consists of int32 operations (which wrap), since these are what the vector unit of a TPU supports.
 """
 
 import jax
@@ -29,7 +29,8 @@ def kept(row: Int32[Array, "..."], query: Int[Array, "..."], key: Int[Array, "..
 def of_query(row: Int32[Array, "..."], query: Int[Array, "..."]) -> Int32[Array, "..."]:
     """A number for a query of a sequence and head.
 
-    The query is mixed before it meets the row: else what one head drops, another would, some queries later.
+    The query is mixed before it is combined with the row: else one head would drop what another does
+    some queries later.
     """
     return _mix(_mix(query) ^ row)
 

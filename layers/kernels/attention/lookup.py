@@ -1,4 +1,4 @@
-"""A lookup by index that the machinery of attention recognises in a traced mask or score."""
+"""Indexing of an array in a mask or score, as a primitive that attention recognises in the jaxpr."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,9 +22,9 @@ def lookup(
 ) -> Shaped[Array, "..."]:
     """`table[indices]`, where `axes` ("B T") says which index each dimension takes: B, N, T or S, or 1 for none.
 
-    A mask or a score that looks its arrays up in this way, and not by `[]`, gets slices where the indices run in order,
-    and an error that calls the array by `name` where its shape does not fit. Dimensions T and S have an entry for each
-    `size` positions. With `kind` ("integer" or "bool") its numbers must be of that kind.
+    Unlike `[]`, it becomes a slice if the indices are in order, and an array whose shape does not fit raises ValueError
+    with its `name`. Dimensions T and S have an entry for each `size` positions. `kind` ("integer" or "bool"), if given,
+    is checked. Integers of 8 and 16 bits are converted to int32.
     """
     if not isinstance(table, jax.Array | np.ndarray):
         raise ValueError(f"{name} must be an array, got {table!r}")
@@ -38,7 +38,7 @@ def lookup(
 
 
 def check_kind(numbers: Any, kind: str, name: str) -> None:
-    """Raises ValueError where numbers are not of a kind, "integer" or "bool"."""
+    """Raises ValueError if numbers are not of a kind, "integer" or "bool"."""
     try:
         dtype: Any = np.dtype(np.int32) if type(numbers) is int else jnp.result_type(numbers)  # of any size
     except TypeError as error:

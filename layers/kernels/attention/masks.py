@@ -1,8 +1,8 @@
 """Which keys a query may see: a small algebra of masks over (batch, head, query, key) indices.
 
 `Causal() & Window(4096) & Documents(ids)`, `|` and `~` compose, and `Where(function)` is a mask of any traced function.
-A mask is a pytree: its arrays may be traced. It is never made into an array of size T x S: attention classifies blocks
-of pairs as empty, full or partial, skips the first and looks at single pairs in the last alone (kernels/blocks.py).
+A mask is a pytree: its arrays may be traced. No array of size T x S is allocated: attention classifies blocks of pairs
+as empty, full or partial (blocks.py), skips empty ones and evaluates the mask in partial ones only.
 """
 
 import abc
@@ -38,12 +38,12 @@ class Mask(abc.ABC):
 
     @property
     def causal(self) -> bool:
-        """Whether it is known that no query sees a later key; only what this is sure of is used."""
+        """True only if no query sees a later key; it may be False for a causal mask, which costs time."""
         return self.band is not None and self.band[1] is not None and self.band[1] <= 1
 
     @property
     def band(self) -> Band | None:
-        """`left` and `right` where the mask is just query - left < key < query + right; each may be None, no bound."""
+        """(left, right) if the mask is query - left < key < query + right, where None is no bound; else None."""
         return None
 
     def plot(
@@ -57,18 +57,18 @@ class Mask(abc.ABC):
         heads: int = 1,
         head: int = 0,
     ) -> Any:
-        """A matplotlib figure of what is visible: blocks by color, pairs as dots where there are not too many.
+        """A matplotlib figure of the visible pairs: blocks by color, and up to 2^18 pairs as dots.
 
         Args:
             queries: T.
-            keys: S; as many as queries if not given.
-            block: queries and keys of a block.
-            title: above the picture; the mask itself if not given.
-            batch: sequences that the mask's arrays are of; the first is drawn.
-            heads: query heads that they are of.
-            head: the one that is drawn.
+            keys: S; by default as many as queries.
+            block: the number of queries, and of keys, of a block.
+            title: above the picture; the mask itself by default.
+            batch: the number of sequences in the arrays of the mask; the first is drawn.
+            heads: the number of query heads.
+            head: the head that is drawn.
         """
-        from .plot import plot  # which needs the `viz` extra
+        from .plot import plot  # needs the `viz` extra
 
         title = str(self) if title is None else title
         return plot(self, queries, keys or queries, block, title=title, batch=batch, heads=heads, head=head)
@@ -87,7 +87,7 @@ class Mask(abc.ABC):
 
 
 def check_mask(mask: Any) -> Any:
-    """The mask, or a ValueError where it is none."""
+    """The mask; raises ValueError if it is not a `Mask`."""
     if isinstance(mask, Mask):
         return mask
     raise ValueError(
@@ -130,7 +130,7 @@ class Causal(Mask):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Window(Mask):
-    """query - left < key < query + right: the `left` latest keys, the query's own included, and `right` - 1 to come."""
+    """query - left < key < query + right: the last `left` keys up to the query's own, and the `right` - 1 after it."""
 
     left: int = field(metadata=static)
     right: int = field(default=1, metadata=static)
@@ -173,7 +173,7 @@ class Chunked(Mask):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Prefix(Mask):
-    """Key lies in the first `lengths` positions, which everyone sees: prefix LM is `Causal() | Prefix(lengths)`."""
+    """Key lies in the first `lengths` positions, which all queries see: prefix LM is `Causal() | Prefix(lengths)`."""
 
     lengths: int | Int[Array, ""] | Int[Array, " B"]
 
@@ -185,7 +185,7 @@ class Prefix(Mask):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Documents(Mask):
-    """Query and key belong to the same document; id 0 is padding, which sees nothing and is not seen.
+    """Query and key belong to the same document; id 0 is padding, which sees no key and is seen by no query.
 
     `ids` are of all positions, B T; where queries and keys are of different sequences, `key_ids`, B S, are the keys'.
     """
@@ -225,7 +225,7 @@ class Lengths(Mask):
 class GlobalTokens(Mask):
     """Query or key is one of the marked positions, which see and are seen by all (Longformer, 2004.05150).
 
-    `marks` is B T, or a number: so many first positions.
+    `marks` is B T, or the number of marked first positions.
     """
 
     marks: int | Int[Array, ""] | Bool[Array, "B T"]
@@ -294,7 +294,7 @@ class Where(Mask):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KeysAt(Mask):
-    """A mask over positions, for keys that are out of order: key s is at `positions[b, s]`, or nowhere if negative."""
+    """A mask over positions, for keys out of order: key s is at `positions[b, s]`, or hidden if it is negative."""
 
     positions: Int[Array, "B S"]
     mask: Mask
@@ -319,7 +319,7 @@ class PerHead(Mask):
 
     @property
     def causal(self) -> bool:
-        """Whether all of them are."""
+        """Whether all masks are causal."""
         return all(mask.causal for mask in self.masks)
 
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
@@ -341,12 +341,12 @@ class Both(Mask):
 
     @property
     def causal(self) -> bool:
-        """Whether one of them is."""
+        """Whether one of the masks is causal."""
         return self.left.causal or self.right.causal
 
     @property
     def band(self) -> Band | None:
-        """The narrower on each side."""
+        """The narrower bound on each side."""
         if self.left.band is None or self.right.band is None:
             return None
         left, right = (
@@ -370,7 +370,7 @@ class Either(Mask):
 
     @property
     def causal(self) -> bool:
-        """Whether both of them are."""
+        """Whether both masks are causal."""
         return self.left.causal and self.right.causal
 
     def visible(self, batch: Index, head: Index, query: Index, key: Index) -> Bool[Array, "..."]:
@@ -391,7 +391,7 @@ class Not(Mask):
 
 
 def _check_static(name: str, **numbers: Any) -> None:
-    """Raises ValueError where sizes of a mask are not integers, known now."""
+    """Raises ValueError if a size of a mask is not an integer that is known at trace time."""
     for argument, number in numbers.items():
         try:
             operator.index(number)

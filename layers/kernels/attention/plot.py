@@ -1,4 +1,4 @@
-"""A picture of a mask: which pairs see each other, and what its blocks are."""
+"""Pictures of masks: visible pairs, and the kinds of blocks."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,12 @@ NAMES = {EMPTY: "empty", PARTIAL: "partial", FULL: "full"}
 def kinds_of(mask: Mask, queries: int, keys: int, block: int, *, batch: int = 1, heads: int = 1) -> np.ndarray:
     """The kind of every block: (batch or 1, heads or 1, rows, columns) of EMPTY, PARTIAL or FULL."""
     function, sizes = trace(mask.visible), Sizes(batch, heads, queries, keys)
-    found = classify(function, function.hoisted_values(sizes), sizes, block, block, kv_heads=heads)
-    return np.asarray(found.kinds(-(-keys // block)))
+    blocks = classify(function, function.hoisted_values(sizes), sizes, block, block, kv_heads=heads)
+    return np.asarray(blocks.kinds(-(-keys // block)))
 
 
 def plot(mask: Mask, queries: int, keys: int, block: int, *, title: str, batch: int, heads: int, head: int) -> "Figure":
-    """A figure with the drawing alone."""
+    """A figure of one mask."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2, 4.6 * min(2.0, queries / keys)), layout="constrained", dpi=110)
@@ -44,7 +44,7 @@ def draw(
     heads: int = 1,
     head: int = 0,
 ) -> None:
-    """Blocks by color, and a dot for every visible pair where there are not too many, on matplotlib axes."""
+    """Draws blocks by color, and a dot for each visible pair of up to 2^18 pairs, on matplotlib axes."""
     from matplotlib.patches import Patch
 
     kinds = kinds_of(mask, queries, keys, block, batch=batch, heads=heads)
@@ -67,13 +67,13 @@ def draw(
 
 
 def _dots(mask: Mask, queries: int, keys: int, batch: int, heads: int, head: int) -> np.ndarray:
-    """A transparent picture with a dark dot for every pair that sees each other."""
-    places: dict[str, Any] = positions(Sizes(batch, heads, queries, keys))
+    """A transparent picture with a dark dot for every visible pair."""
+    grid: dict[str, Any] = positions(Sizes(batch, heads, queries, keys))
     index = (
-        0 * places["batch"][:1, 0],
-        0 * places["head"][:1, 0] + head,
-        places["query"][0, 0][:, None],
-        places["key"][0],
+        0 * grid["batch"][:1, 0],
+        0 * grid["head"][:1, 0] + head,
+        grid["query"][0, 0][:, None],
+        grid["key"][0],
     )
     seen = np.broadcast_to(np.asarray(mask.visible(*(jnp.asarray(x, jnp.int32) for x in index))), (queries, keys))
     return np.where(seen[..., None], np.array([16, 42, 76, 70], np.uint8), np.zeros(4, np.uint8))

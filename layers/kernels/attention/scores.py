@@ -1,7 +1,7 @@
-"""What becomes of the logit of a query and a key before the softmax.
+"""Scores: functions that change the logit of a query and a key before the softmax.
 
-Any traced function `(score, batch, head, query, key) -> score` of scalars will do; arrays that it closes over may be
-traced and get gradients. Those with a name are here.
+A score is any traced function `(score, batch, head, query, key) -> score` of scalars; arrays that it closes over may be
+traced and get gradients. Published ones are defined here.
 """
 
 import math

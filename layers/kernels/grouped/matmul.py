@@ -1,4 +1,4 @@
-"""Products of rows with the matrix of their group: what experts compute."""
+"""Matmuls of rows with the matrix of their group, as in mixtures of experts."""
 
 import math
 from typing import Any
@@ -16,8 +16,8 @@ def grouped_product(
 ) -> Float[Array, "M F"]:
     """y_m = x_m W_e of the group e that row m is in; rows come in order of their groups, `sizes` rows in each.
 
-    The sizes must sum up to M. `jax.lax.ragged_dot` where XLA makes one kernel of it (TPU, GPU). On CPU XLA multiplies
-    every row with every group's matrix; there, blocks of rows are multiplied with the matrix of their group alone.
+    The sizes must sum to M. On TPU and GPU this is `jax.lax.ragged_dot`, which XLA compiles to one kernel. On CPU, XLA
+    would multiply every row with the matrix of every group; there each block of rows is multiplied with its own matrix.
     """
     return by_platform({"default": _blocks, "tpu": _ragged, "cuda": _ragged}, (x, weights, sizes), _like(x, weights))
 
@@ -60,8 +60,8 @@ def _blocks(x: Array, weights: Array, sizes: Array) -> Array:
     padded = jnp.pad(x, ((0, block), (0, 0)))
 
     def step(index: Any, y: Array) -> Array:
-        # A block may reach into the next group: what it writes there is overwritten by that group's first block.
-        group, start, _ = _place(index, sizes, block)
+        # A block may extend into the next group, whose first block overwrites these rows.
+        group, start, _ = _locate(index, sizes, block)
         rows = jax.lax.dynamic_slice_in_dim(padded, start, block)
         product = rows @ jax.lax.dynamic_index_in_dim(weights, group, keepdims=False)
         return jax.lax.dynamic_update_slice_in_dim(y, product, start, 0)
@@ -75,7 +75,7 @@ def _outer_blocks(x: Array, g: Array, sizes: Array) -> Array:
     x, g = (jnp.pad(rows, ((0, block), (0, 0))) for rows in (x, g))
 
     def step(index: Any, total: Array) -> Array:
-        group, start, end = _place(index, sizes, block)
+        group, start, end = _locate(index, sizes, block)
         inside = start + jnp.arange(block, dtype=jnp.int32) < end
         left, right = (jax.lax.dynamic_slice_in_dim(rows, start, block) for rows in (x, g))
         left = jnp.where(inside[:, None], left, jnp.zeros((), left.dtype))
@@ -88,16 +88,16 @@ def _outer_blocks(x: Array, g: Array, sizes: Array) -> Array:
 
 
 def _block_size(rows: int, groups: int) -> int:
-    """As many rows as a group has on average, rounded up to a power of two from 8 to 256."""
+    """The average number of rows of a group, rounded up to a power of two from 8 to 256."""
     return min(256, max(8, 2 ** math.ceil(math.log2(max(1, rows / groups)))))
 
 
 def _counts(sizes: Array, block: int) -> Array:
-    """How many blocks each group's rows fill."""
+    """The number of blocks of each group."""
     return -(-sizes // block)
 
 
-def _place(index: Any, sizes: Array, block: int) -> tuple[Array, Array, Array]:
+def _locate(index: Any, sizes: Array, block: int) -> tuple[Array, Array, Array]:
     """The group of a block, its first row, and the first row after the group."""
     ends = jnp.cumsum(_counts(sizes, block))
     group = jnp.sum(ends <= index, dtype=jnp.int32)

@@ -1,7 +1,7 @@
 """The kernels that compute gradients of attention on Hopper GPUs: of queries, and of keys and values.
 
-They are two, so that every sum has one order and the same arguments give the same bits (the weights are computed in
-both, from the logarithms of their sums; FlashAttention-2, 2307.08691, section 3.1.2).
+There are two, so that every sum has one order and the same arguments give the same bits (both recompute the weights
+from the logarithms of their sums; FlashAttention-2, 2307.08691, section 3.1.2).
 """
 
 from typing import Any
@@ -45,7 +45,7 @@ def gradients(
 ) -> Gradients:
     """Of queries, keys and values; `delta` is the sum over Hv of out * out_grad, less the cotangent of lse (B N T)."""
     work = Work(problem, operands, interpret)
-    # A row that sees nothing, or is there to fill a block, has no weights.
+    # Rows that see no key, and rows of padding, have zero weights.
     lse = padded(jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E), 2, TILE, jnp.inf)
     rows = filled(out_grad.astype(work.q.dtype)), lse, padded(delta, 2, TILE)
     found = _of_queries(work, *rows), *_of_keys(work, *rows)
@@ -67,7 +67,7 @@ def _of_queries(work: Work, out_grad: Array, lse: Array, delta: Array) -> Array:
         row = queries // TILE - 1 - lax.axis_index("row")
         span, ring = Span.read(schedule_ref, batch, kv_head, row), Ring(full, free)
 
-        def bring(n: Any, slot: Any) -> None:
+        def load_tile(n: Any, slot: Any) -> None:
             load((k_ref, v_ref), (batch, span.tile(n, BLOCK), kv_head), (k_tiles, v_tiles), slot, full)
 
         def compute(own: Any) -> None:
@@ -97,7 +97,7 @@ def _of_queries(work: Work, out_grad: Array, lse: Array, delta: Array) -> Array:
             plgpu.copy_smem_to_gmem(q_tile.at[own], out_ref.at[batch, rows, head])
             plgpu.wait_smem_to_gmem(0)
 
-        ring.turn(span.count, bring, compute)
+        ring.run(span.count, load_tile, compute)
 
     scratch = [
         tiles(COMPUTING, ROWS, width, dtype),
@@ -125,7 +125,7 @@ def _of_keys(work: Work, out_grad: Array, lse: Array, delta: Array) -> tuple[Arr
         batch, kv_head, row = (lax.axis_index(axis) for axis in ("batch", "head", "row"))
         span, ring = Span.read(schedule_ref, batch, kv_head, row), Ring(full, free)
 
-        def bring(n: Any, slot: Any) -> None:
+        def load_tile(n: Any, slot: Any) -> None:
             head = kv_head * group + lax.div(n, span.count)
             queries = span.tile(lax.rem(n, span.count), BLOCK)
             load((q_ref, g_ref), (batch, queries, head), (q_tiles, g_tiles), slot, full)
@@ -165,7 +165,7 @@ def _of_keys(work: Work, out_grad: Array, lse: Array, delta: Array) -> tuple[Arr
             plgpu.copy_smem_to_gmem(v_tile.at[own], v_out.at[rows])
             plgpu.wait_smem_to_gmem(0)
 
-        ring.turn(span.count * group, bring, compute)
+        ring.run(span.count * group, load_tile, compute)
 
     scratch = [
         tiles(COMPUTING, ROWS, width, dtype),

@@ -45,10 +45,10 @@ def attention(
         *hoisted, out_ref, lse_ref, q_tile, out_tile, lse_tile, k_tiles, v_tiles, loaded, full, free = refs
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         kv_head = lax.div(head, jnp.int32(work.group))
-        row = queries // TILE - 1 - lax.axis_index("row")  # those that see most of a causal mask begin first
+        row = queries // TILE - 1 - lax.axis_index("row")  # rows that see most keys under a causal mask start first
         span, ring = Span.read(schedule_ref, batch, kv_head, row), Ring(full, free)
 
-        def bring(n: Any, slot: Any) -> None:
+        def load_tile(n: Any, slot: Any) -> None:
             load((k_ref, v_ref), (batch, span.tile(n, BLOCK), kv_head), (k_tiles, v_tiles), slot, full)
 
         def compute(own: Any) -> None:
@@ -82,7 +82,7 @@ def attention(
             plgpu.copy_smem_to_gmem(lse_tile.at[own], lse_ref.at[batch, head, rows])
             plgpu.wait_smem_to_gmem(0)
 
-        ring.turn(span.count, bring, compute)
+        ring.run(span.count, load_tile, compute)
 
     results = [
         jax.ShapeDtypeStruct((batch, queries, heads, value_width), dtype),

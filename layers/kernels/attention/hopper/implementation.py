@@ -1,4 +1,4 @@
-"""Flash attention on Hopper GPUs (H100, H200) for any mask without an array by query and key: what is asked of kernels.
+"""Flash attention on Hopper GPUs (H100, H200), for any mask that indexes no array by query and key.
 
 The kernels are forward.py and backward.py.
 """
@@ -14,9 +14,9 @@ from ..gpu import capabilities
 from ..problem import Gradients, Operands, Problem
 
 LEAST = 64
-"""Queries: matrix units take so many rows, and would multiply zeros for fewer."""
+"""The least number of queries: matrix units process this many rows."""
 LARGEST = 128
-"""Head dim: sums of more do not fit the registers."""
+"""The largest head dim: accumulators of larger ones do not fit the registers."""
 
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge", "select_n", "convert_element_type"}
 NUMBERS = {"bool", "int32", "uint32", "float32"}
@@ -26,11 +26,11 @@ OPERATIONS: tuple[tuple[set[str], set[str]], ...] = (
     ({"add", "sub", "mul", "neg", "abs", "max", "min"}, NUMBERS - {"bool"}),
     ({"div", "rem", "shift_left", "shift_right_logical", "shift_right_arithmetic"}, {"int32", "uint32"}),
 )
-"""What a mask may compute for each pair, and of what: what Pallas has for Hopper, without what it approximates."""
+"""Per-pair operations of a mask and their dtypes: those of Pallas for Hopper, except approximate ones."""
 
 
 def refusal(problem: Problem, operands: Operands) -> str | None:
-    """Why the kernels can't do this; None where they can."""
+    """The reason why the kernels do not support the arguments; None if they do."""
     (queries, size), value_size = operands.q.shape[1::2], operands.v.shape[3]
     if capabilities() != {"9.0"}:
         return "our kernels are for Hopper GPUs, of compute capability 9.0"

@@ -1,13 +1,13 @@
 """What the forward and the backward kernels for Hopper GPUs share.
 
 A block of rows, queries or keys, belongs to a thread block of three warpgroups. Two of them compute, with `ROWS` rows
-each; the third brings the tiles of the other side, one after another, to slots of shared memory, from which both read
-(FlashAttention-3, 2407.08608, section 3.1). Logits never leave the registers. Which tiles a block of rows sees is a
-line of the schedule: it visits those from the first to the last that are not empty, and looks at the mask in all but
-the first full one and the full ones right after it.
+each; the third copies the tiles of the other side, one after another, to slots of shared memory, from which both read
+(FlashAttention-3, 2407.08608, section 3.1). Logits never leave the registers. A line of the schedule lists the tiles of
+a block of rows: it visits all from the first to the last that is not empty, and evaluates the mask in all but the first
+run of full ones.
 
-Axis letters as in tpu/parts.py. Lengths are filled up to whole blocks, and heads to a multiple of `WIDTH`, the columns
-of a tile that copies and matrix units agree on.
+Axis letters as in tpu/parts.py. Lengths are padded to whole blocks, and heads to a multiple of `WIDTH`, the columns of
+a tile for copies and matrix units.
 """
 
 import functools
@@ -28,36 +28,36 @@ from ..pair_function import Operation, Value, applied
 from ..problem import Operands, Problem
 
 ROWS = 64
-"""Of a warpgroup."""
+"""Rows of a warpgroup."""
 COMPUTING = 2
 """Warpgroups that compute."""
 TILE = ROWS * COMPUTING
 """Rows of a thread block."""
 SLOTS = 2
-"""Tiles that are in shared memory or on their way, of each array."""
+"""Tiles of each array in shared memory, loaded or in flight."""
 WIDTH = 64
 REGISTERS = 232, 40
-"""Of a thread of the warpgroups that compute, and of the one that copies; 65,536 in all."""
+"""Registers of a thread of the warpgroups that compute, and of the one that copies; 65,536 in all."""
 LOG2_E = math.log2(math.e)
 SUMS: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-"""Where matrix units add."""
+"""Accumulators of the matrix units."""
 LAYOUT = plgpu.Layout.WGMMA
-"""Of pairs in the registers of a warpgroup: as matrix units leave their results."""
+"""The layout of pairs in the registers of a warpgroup: that of results of matrix units."""
 
 
 def filled(x: Float[Array, "B length heads H"]) -> Float[Array, "B rows heads width"]:
-    """Zeros up to whole blocks and tiles."""
+    """Pads with zeros to whole blocks and tiles."""
     return padded(padded(x, 1, TILE), 3, WIDTH)
 
 
 class Work:
-    """A problem, its arrays as kernels take them, and kernels over them."""
+    """A problem, its arrays in the layout of the kernels, and calls of kernels."""
 
     def __init__(self, problem: Problem, operands: Operands, interpret: Any):
         self.problem, self.operands, self.interpret = problem, operands, interpret
         self.q, self.k, self.v = (filled(x) for x in (operands.q, operands.k, operands.v))
         self.group = self.q.shape[2] // self.k.shape[2]
-        """Query heads of a key/value head."""
+        """Query heads for each key/value head."""
         hoisted: list[tuple[Value | str, str | None, Any]] = [
             (value, value.side, side)
             for value, side in zip(problem.mask.hoisted, problem.mask_values(operands), strict=True)
@@ -65,8 +65,8 @@ class Work:
         if operands.query_positions is not None:
             hoisted.append(("query", "query", operands.query_positions))
         self.names = [name for name, _, _ in hoisted]
-        self.hoisted = [_side(side, jnp.asarray(array)) for _, side, array in hoisted]
-        """Of the mask: numbers of queries and keys, and what else it reads."""
+        self.hoisted = [_padded_hoisted(side, jnp.asarray(array)) for _, side, array in hoisted]
+        """Hoisted values of the mask, and positions of queries if they are an array."""
 
     def schedule(self, block: int, *, transposed: bool = False) -> Int32[Array, "B K rows 4"]:
         """The spans of blocks of `TILE` queries over tiles of `block` keys; transposed, of keys over queries."""
@@ -75,7 +75,7 @@ class Work:
         return _schedule(self.problem.blocks(self.operands, *hoisted, transposed=transposed), -(-other // block))
 
     def call(self, kernel: Any, name: str, grid: tuple[int, int], out: Any, scratch: list[Any], *arrays: Array) -> Any:
-        """The results of a kernel, over heads and blocks of rows of each sequence, for some arrays and the hoisted."""
+        """Runs a kernel on `arrays` and the hoisted values, over heads and blocks of rows of each sequence."""
         return plgpu.kernel(
             kernel,
             out_type=out,
@@ -90,19 +90,18 @@ class Work:
         )(*arrays, *self.hoisted)
 
     def visible(self, pairs: "Pairs", hoisted: list[Any]) -> Array:
-        """Whether pairs see each other."""
+        """Which pairs are visible."""
         refs = dict(zip(self.names, hoisted, strict=True))
 
         def read(value: Value) -> Array:
             if value.leaf == "key":
                 return pairs.places("key")
             if value.leaf == "query":
-                known = refs.get("query")
-                return (
-                    pairs.places("query") + self.problem.query_offset if known is None else pairs.spread(known, "query")
-                )
-            found = pairs.spread(refs[value], value.side)
-            return found != 0 if value.dtype == np.bool_ else found
+                if "query" in refs:
+                    return pairs.spread(refs["query"], "query")
+                return pairs.places("query") + self.problem.query_offset
+            array = pairs.spread(refs[value], value.side)
+            return array != 0 if value.dtype == np.bool_ else array
 
         (seen,) = self.problem.mask.evaluate(read, apply=_on_registers)
         seen = jnp.broadcast_to(seen, pairs.shape)
@@ -117,8 +116,8 @@ def _on_registers(operation: Operation, inputs: Sequence[Array]) -> list[Array]:
     return applied(operation, inputs)
 
 
-def _side(side: str | None, array: Array) -> Array:
-    """(B or 1, N or 1, padded length): what kernels read, where a boolean has 32 bits."""
+def _padded_hoisted(side: str | None, array: Array) -> Array:
+    """A hoisted value as kernels read it, (B or 1, N or 1, padded length); booleans have 32 bits."""
     array = array.astype(jnp.int32) if array.dtype == jnp.bool_ else array
     return array if side == "neither" else padded(array, 2, TILE, None)
 
@@ -143,7 +142,7 @@ class Span:
 
     @property
     def count(self) -> Any:
-        """How many tiles it visits."""
+        """The number of tiles it visits."""
         return self.high - self.low
 
     def tile(self, n: Any, block: int) -> Any:
@@ -172,31 +171,31 @@ def _schedule(blocks: Blocks, columns: int) -> Int32[Array, "B K rows 4"]:
 
 @dataclass(frozen=True)
 class Ring:
-    """Slots that tiles are brought to in turns: barriers for those that are full, and free again."""
+    """Slots that tiles are loaded to in turn: barriers for slots that are full, and that are free again."""
 
     full: Any
     free: Any
 
     @staticmethod
     def barriers(arrays: int) -> list[Any]:
-        """What it takes, for tiles of so many arrays."""
+        """The barriers, for tiles of this number of arrays."""
         return [
             plgpu.Barrier(num_arrivals=arrays, num_barriers=SLOTS),
             plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=SLOTS),
         ]
 
     def wait(self, n: Any) -> Any:
-        """The slot of tile n, when it is there."""
+        """Waits for tile n; returns its slot."""
         slot = lax.rem(n, jnp.int32(SLOTS))
         plgpu.barrier_wait(self.full.at[slot])
         return slot
 
     def release(self, slot: Any) -> None:
-        """Lets the next tile come, when all have said so."""
+        """Frees a slot for the next tile, once all warpgroups that compute have released it."""
         plgpu.barrier_arrive(self.free.at[slot])
 
-    def turn(self, count: Any, bring: Callable[[Any, Any], None], compute: Callable[[Any], None]) -> None:
-        """One warpgroup brings `count` tiles, by `bring(n, slot)`; each of the others computes with all of them."""
+    def run(self, count: Any, load_tile: Callable[[Any, Any], None], compute: Callable[[Any], None]) -> None:
+        """One warpgroup loads `count` tiles, by `load_tile(n, slot)`; each of the others runs `compute(warpgroup)`."""
         own = lax.axis_index("warpgroup")
         computing, copying = REGISTERS
 
@@ -210,7 +209,7 @@ class Ring:
 
         def next_tile(n: Any, _: None) -> None:
             pl.when(n >= SLOTS)(functools.partial(reuse, n, None))
-            bring(n, lax.rem(n, jnp.int32(SLOTS)))
+            load_tile(n, lax.rem(n, jnp.int32(SLOTS)))
 
         @pl.when(own == COMPUTING)
         def _() -> None:
@@ -226,7 +225,7 @@ def load(arrays: Sequence[Any], index: tuple[Any, ...], tiles: Sequence[Any], sl
 
 
 def tiles(count: int, rows: int, width: int, dtype: Any) -> Any:
-    """Tiles in shared memory, in the order that matrix units and copies take them."""
+    """Tiles in shared memory, in the layout of matrix units and copies."""
     order: Any = plgpu.TilingTransform, plgpu.SwizzleTransform
     return plgpu.SMEM((count, rows, width), dtype, transforms=(order[0]((8, 64)), order[1](128)))
 
@@ -239,7 +238,7 @@ class Pairs:
     """The pairs of a warpgroup's rows with a tile, of a sequence and a head."""
 
     down: str
-    """Which side has a row for each: "query" or "key"."""
+    """The side of the rows: "query" or "key"."""
     shape: tuple[int, int]
     batch: Any
     head: Any
@@ -247,12 +246,12 @@ class Pairs:
     """The index of the first row and of the first column."""
 
     def places(self, side: str) -> Array:
-        """The index of each pair's query or key."""
+        """The index of the query or key of each pair."""
         dim = 0 if side == self.down else 1
         return plgpu.broadcasted_iota(jnp.int32, self.shape, dim, layout=LAYOUT) + self.first[dim]
 
     def spread(self, ref: Any, side: str | None) -> Array:
-        """Numbers of queries, keys or neither, for each pair."""
+        """A hoisted value of queries, keys or neither, for each pair."""
         batch, head = (at if count > 1 else 0 for at, count in zip((self.batch, self.head), ref.shape, strict=False))
         if side == "neither":
             return lax.broadcast_in_dim(ref[batch, head, 0], self.shape, [])
@@ -262,17 +261,17 @@ class Pairs:
 
 
 def spread(numbers: Array, shape: tuple[int, int], dim: int = 0) -> Array:
-    """A number of each row, or of each column, for each pair."""
+    """A value of each row (dim 0) or column (dim 1), for each pair."""
     return lax.broadcast_in_dim(numbers, shape, [dim])
 
 
 def row_of(value: float) -> Array:
-    """A number of each row."""
+    """One value for all rows."""
     return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), LAYOUT.reduce(1))
 
 
 def zeros(width: int) -> Array:
-    """Sums for each row."""
+    """Accumulators for each row."""
     return plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), LAYOUT)
 
 
@@ -287,6 +286,6 @@ def logits(a: Any, b: Any, shape: tuple[int, int]) -> Array:
 
 
 def added(sums: Array, pairs: Array, b: Any) -> Array:
-    """Float32 sums, and the product of pairs in registers with a tile in shared memory."""
+    """Float32 sums plus the product of pairs in registers with a tile in shared memory."""
     found: Any = pl.run_state(lambda sums: plgpu.wgmma(sums, pairs, b))(SUMS.init(sums))
     return found

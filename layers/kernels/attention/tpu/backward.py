@@ -1,12 +1,12 @@
 """Flash attention for TPU, backward, in one pass over the blocks of keys.
 
-Gradients of a block of keys and values are summed in VMEM while the queries that see it pass by, which are copied from
-HBM one block ahead. Those of the queries are summed over blocks of keys: in VMEM where they fit, else in one float32
-copy in HBM, read and written block by block behind the products. So a pair costs five products, not the seven of two
-passes, and memory stays linear.
+Gradients of a block of keys and values are summed in VMEM over the queries that see it, which are copied from HBM one
+block ahead. Those of the queries are summed over blocks of keys: in VMEM if they fit, else in one float32 copy in HBM,
+which is read and written block by block during the matmuls. So a pair takes five matmuls, not the seven of two passes,
+and memory is linear in the length.
 
-Parameters of the score get gradients too: what is summed over keys stands below dq, a row for each parameter; what is
-summed over queries, beside dk.
+Parameters of the score get gradients too: sums over keys are rows below dq, one for each parameter; sums over queries
+are beside dk.
 """
 
 import functools
@@ -45,7 +45,7 @@ from .parts import (
 )
 
 RESIDENT_SHARE = 0.65
-"""What the backward pass keeps in VMEM from one block of keys to the next may take up to this share of it."""
+"""Sums that stay in VMEM from one block of keys to the next may take up to this share of it."""
 
 
 def backward(
@@ -60,7 +60,7 @@ def backward(
     group = heads // kv_heads
     blocks = problem.blocks(operands, block_q, block_k, transposed=True)
     rows = schedule(blocks)
-    # 2^(logit - inf) = 0: a query that sees nothing, or is padding, has no gradient.
+    # 2^(logit - inf) = 0: queries that see no key, and padding, have zero gradients.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E)
     stats = jnp.stack([padded(lse, 2, block_q, jnp.inf), padded(delta, 2, block_q)], axis=2)
     q, g, k, v = padded(q, 2, block_q), padded(g, 2, block_q), padded(k, 2, block_k), padded(v, 2, block_k)
@@ -185,9 +185,9 @@ def backward(
 
 
 def _together(group: int, query_bytes: int, key_bytes: int, most: float) -> tuple[int, int]:
-    """How many query heads that share keys pass by together, and the bytes held of them; 0 where dq does not fit.
+    """The number of query heads, of those that share keys, that are processed together, and the bytes of their sums.
 
-    If not all heads pass by together, the sums of dk and dv of all keys are held too.
+    The bytes are 0 if dq does not fit. If not all heads are processed together, they include dk and dv of all keys.
     """
     for together in range(group, 0, -1):
         held = together * query_bytes + (key_bytes if together < group else 0)
@@ -197,7 +197,7 @@ def _together(group: int, query_bytes: int, key_bytes: int, most: float) -> tupl
 
 
 class _Trained:
-    """The parameters of the score that get gradients, and where these are summed."""
+    """The parameters of the score that get gradients, and the rows of their sums."""
 
     def __init__(self, problem: Problem, size: int):
         self.all = trained(problem)
@@ -208,7 +208,7 @@ class _Trained:
         self.dq_rows = self.first_row + -(-len(self.along_queries) // 8) * 8
 
     def add(self, slopes: list[Array], logits_grad: Array, start: int, keys: Any, dq_sum: Any, key_refs: Any) -> None:
-        """Adds the part of a strip, whose queries begin at `start` of their block."""
+        """Adds the terms of a strip, whose queries start at `start` of their block."""
         grads = {value: logits_grad * slope for value, slope in zip(self.all, slopes, strict=True)}
         for row, value in enumerate(self.along_queries, self.first_row):
             dq_sum[row : row + 1, start:] += jnp.sum(grads[value], axis=0, keepdims=True)
@@ -280,12 +280,12 @@ def _kernel(
         sums = _Copied(targets[0], dq_scratch, row)
 
     def tile(block: Any, number: Any, kind: str) -> None:
-        """One block of queries. In a diagonal one, the queries before a strip see nothing of it."""
+        """Processes one block of queries. In a diagonal block, the queries before a strip see none of its keys."""
         q_block, g_block, stats = inputs.blocks(number)
         dq_sum = sums.block(block, number)
 
         def products(offset: int) -> tuple[Array, Array]:
-            """What does not wait for the softmax: k q^T and v g^T of a strip."""
+            """The matmuls before the softmax: k q^T and v g^T of a strip."""
             start, keys = offset if kind == "diagonal" else 0, pl.ds(offset, strip)
             return dot(k_ref[0, 0, keys], q_block[start:], 1, 1), dot(v_ref[0, 0, keys], g_block[start:], 1, 1)
 
@@ -351,9 +351,9 @@ def _kernel(
 
 
 class _Ahead:
-    """Queries, output gradients and statistics, copied one block ahead, of the next program too.
+    """Queries, output gradients and statistics, copied one block ahead, across programs.
 
-    Copies are counted on. A row without blocks has one in vain, and so has the end of all.
+    Copies are numbered consecutively. A row without blocks has one copy that is not used, and so has the last row.
     """
 
     def __init__(self, refs: list[Any], heads: Any, rows: tuple[Row, Row], ends: tuple[Any, Any], scratch: list[Any]):
@@ -403,7 +403,7 @@ class _Ahead:
 
 
 class _Resident:
-    """Sums of dq in VMEM, written to HBM as soon as no later row of blocks adds to them; writes are counted on."""
+    """Sums of dq in VMEM, written to HBM once no later row of blocks adds to them; writes are numbered in order."""
 
     def __init__(self, targets: list[Any], params: _Trained, scratch: list[Any], member: Any, row: Row, ends: Any):
         (self.target, *self.extra), (sums, buffer, semaphores, counter) = targets, scratch
@@ -453,7 +453,7 @@ class _Resident:
 
 
 class _Copied:
-    """Sums of dq in HBM, copied one block ahead and back; every copy is done when a row ends."""
+    """Sums of dq in HBM, copied one block ahead and back; all copies of a row are complete at its end."""
 
     def __init__(self, target: Any, scratch: list[Any], row: Row):
         buffer, there, back = scratch

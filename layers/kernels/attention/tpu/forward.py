@@ -1,9 +1,8 @@
 """Flash attention for TPU, forward (2205.14135, 2307.08691).
 
-A program has one block of queries of one head and goes through the blocks of keys that it sees. While the weights of
-one block are summed (vector unit), the logits of the next are computed (matrix unit): the scheduler sees two
-independent chains and overlaps them. Keys and values of a head stay in VMEM where they fit, and are streamed from HBM
-otherwise.
+A program has one block of queries of one head and visits the blocks of keys that it sees. While the weights of one
+block are summed (vector unit), the logits of the next are computed (matrix unit): the two are independent, so the
+compiler overlaps them. Keys and values of a head stay in VMEM if they fit, and are streamed from HBM otherwise.
 """
 
 import functools
@@ -43,9 +42,9 @@ from .parts import (
 )
 
 LOWEST = -1e30
-"""Where the running maximum starts: finite, so that a hidden logit, -inf, stays that when it is subtracted."""
+"""The initial running maximum: finite, so that a masked logit, -inf, minus it is -inf."""
 RESIDENT_SHARE = 0.6
-"""Keys and values of one head stay in VMEM if they and those of the next, on their way, are up to this share of it."""
+"""Keys and values of a head stay in VMEM if they and those of the next head, in flight, take up to this share of it."""
 
 
 def forward(
@@ -62,7 +61,7 @@ def forward(
         problem, hoisted = replace(problem, causal=False), _packed(problem, operands, hoisted)
     q, k, v = padded(q, 2, sizes.block_q), padded(k, 2, sizes.block_k), padded(v, 2, sizes.block_k)
     head_bytes = k.dtype.itemsize * k.shape[2] * (lanes(k.shape[3]) + lanes(value_size))
-    # Of a long cache, little may be in use: what is not seen is not read.
+    # A long cache may be nearly empty: streaming reads only visible blocks.
     resident = 2 * head_bytes <= sizes.holds(RESIDENT_SHARE, q, v) and not packed
     inputs = hoisted_inputs(hoisted, sizes.block_q, sizes.block_k)
     out, lse = _call(problem, blocks, resident, q, k, v, inputs, sizes, keys, interpret)
@@ -73,14 +72,14 @@ def forward(
 
 
 def packs(operands: Operands, hoisted: Hoisted, most: int) -> bool:
-    """Whether all heads that share keys are taken as one: their queries are few, as in decoding, and fit a block."""
+    """Whether all heads that share keys are processed as one: their queries fit a block, as in decoding."""
     queries, group = operands.q.shape[1], operands.q.shape[2] // operands.k.shape[2]
     alike = not any(side == "key" and array.shape[1] > 1 for _, side, array in hoisted)
     return group > 1 and alike and queries * group <= most
 
 
 def _packed(problem: Problem, operands: Operands, hoisted: Hoisted) -> Hoisted:
-    """The hoisted of G T queries for each key/value head, those of a query head after those of another."""
+    """The hoisted values of G T queries for each key/value head, one query head after another."""
     queries, heads, kv_heads = *operands.q.shape[1:3], operands.k.shape[2]
     places = positions(problem.sizes(operands))["query"]
     given: Hoisted = [side for side in hoisted if side[0] != "query"]
@@ -176,7 +175,7 @@ def _call(
 
 
 class _Resident:
-    """Keys and values that are in VMEM already."""
+    """Keys and values that are resident in VMEM."""
 
     def __init__(self, k_ref: Any, v_ref: Any):
         self.k_ref, self.v_ref = k_ref, v_ref
@@ -203,7 +202,7 @@ class _Resident:
 
 
 class _Streamed(_Resident):
-    """Keys and values that are copied from HBM two blocks ahead, of the next program too; all copies are counted on."""
+    """Keys and values that are copied from HBM two blocks ahead, across programs; copies are numbered consecutively."""
 
     def __init__(self, sources: Any, row: Row, following: tuple[Any, Row], ends: tuple[Any, Any], streams: Any):
         k_buffer, v_buffer, k_semaphores, v_semaphores, self.counter = streams

@@ -1,4 +1,4 @@
-"""Flash attention for TPU: which problems the kernels can do, and in which blocks."""
+"""Flash attention for TPU: the supported arguments, and block sizes."""
 
 from dataclasses import replace
 from typing import Any
@@ -20,11 +20,10 @@ CHIPS = {
     "TPU v6 lite": BlockSizes(1024, 1024, 256),
     "TPU7x": BlockSizes(1024, 1024, 256, 56 * 2**20),
 }
-"""The best by the schedules of the TPU compiler, by device kind, where they are not `USUAL`.
+"""The fastest blocks by the schedules of the TPU compiler, by device kind, where they are not `USUAL`.
 
-They are so for head dims of 64, 128, 192 and 256, in both passes (benchmarks/results/attention_blocks.md), so a chip
-has one row, and other head dims take it too. Blocks of 2048 are up to 9 % faster and take five times as long to
-compile.
+They are the fastest for head dims of 64, 128, 192 and 256, in both passes (benchmarks/results/attention_blocks.md), and
+are used for other head dims too. Blocks of 2048 are up to 9 % faster and take five times as long to compile.
 """
 USUAL = BlockSizes(1024, 1024, 128)
 NUMBERS = {"bool", "int32", "uint32", "float32", "bfloat16"}
@@ -32,7 +31,7 @@ NUMBERS = {"bool", "int32", "uint32", "float32", "bfloat16"}
 
 
 def refusal(problem: Problem, operands: Operands) -> str | None:
-    """Why the kernels can't do this; None where they can."""
+    """The reason why the kernels do not support the arguments; None if they do."""
     for name, function in (("mask", problem.mask), ("score", problem.score)):
         for operation in [] if function is None else function.per_pair:
             dtypes = {value.dtype.name for value in (*operation.inputs, *operation.outputs)} - NUMBERS
@@ -50,10 +49,10 @@ def refusal(problem: Problem, operands: Operands) -> str | None:
 
 
 def sizes(operands: Operands, as_one: int = 1) -> BlockSizes:
-    """The blocks for these shapes, on the chip that is lowered for.
+    """The blocks for these shapes, on the chip that the program is lowered for.
 
-    `as_one` heads are taken as one if their queries fit a block. Such a block is done sooner than its keys are read:
-    larger ones leave fewer gaps between the copies.
+    `as_one` heads are processed as one if their queries fit a block. Such a block is computed faster than its keys are
+    read, so larger blocks leave fewer gaps between the copies.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     best = CHIPS.get(device.device_kind if device else jax.devices()[0].device_kind, USUAL)
@@ -72,7 +71,7 @@ def forward(
         out, lse = forward(replace(problem, out_dtype=jnp.float32), _wide(operands), interpret=interpret, chosen=chosen)
         return out.astype(problem.out_dtype), lse
 
-    @jax.custom_batching.sequential_vmap  # one more dimension of the grid would take blocks of HBM as they are not
+    @jax.custom_batching.sequential_vmap  # a batch dimension would change the blocks in HBM
     def call(operands: Operands) -> tuple[Array, Array]:
         return tpu_forward.forward(problem, operands, chosen, interpret)
 
@@ -104,5 +103,5 @@ def backward(
 
 
 def _wide(operands: Operands) -> Operands:
-    """In float32: the matrix unit has no float16."""
+    """The operands in float32, since the matrix unit has no float16."""
     return operands._replace(**{name: getattr(operands, name).astype(jnp.float32) for name in "qkv"})

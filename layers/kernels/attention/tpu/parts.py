@@ -27,40 +27,40 @@ from ..problem import Operands, Problem
 
 LOG2_E = math.log2(math.e)
 WORKING = 24 * 2**20
-"""VMEM for what is computed of a strip, of 1024 queries and 256 keys or less."""
+"""VMEM for intermediate results of a strip of up to 1024 queries and 256 keys."""
 
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """Queries and keys of a block, the keys of it that are worked on at a time, and the VMEM there is, in bytes."""
+    """Queries and keys of a block, keys of a strip (processed at a time), and the VMEM of the chip, in bytes."""
 
     block_q: int
     block_k: int
     strip: int
     vmem_bytes: int = 100 * 2**20
     cores: int = 1
-    """Of the chip, which share the programs of a grid."""
+    """Cores of the chip, which share the programs of a grid."""
 
     def block_bytes(self, *operands: Array) -> int:
-        """The VMEM of blocks of the operands (B heads rows width): those on their way, and sums in float32."""
+        """VMEM for blocks of the operands (B heads rows width): copies in flight, and sums in float32."""
         return 10 * max(self.block_q, self.block_k) * sum(x.dtype.itemsize * lanes(x.shape[3]) for x in operands)
 
     def vmem_limit(self, held: int, *operands: Array) -> int:
-        """The VMEM to ask for, if so many bytes are held beside blocks of the operands.
+        """The VMEM to request, if `held` bytes are resident beside blocks of the operands.
 
-        XLA may keep in the rest what a kernel reads: copies in another layout, which would take HBM otherwise.
+        XLA may use the rest for operands of the kernel: copies in another layout, which would take HBM otherwise.
         """
         working = WORKING * max(1, self.block_q * self.strip >> 18)
         return min(self.vmem_bytes, held + self.block_bytes(*operands) + working)
 
     def holds(self, share: float, *operands: Array) -> float:
-        """How many bytes may be held: a share of VMEM, if blocks and what is computed of them leave as much."""
+        """The bytes that may be resident: a share of VMEM, or what blocks and intermediate results leave."""
         working = 48 * self.block_q * self.strip
         return min(share * self.vmem_bytes, self.vmem_bytes - working - self.block_bytes(*operands))
 
 
 def lanes(width: int) -> int:
-    """What a row of so many numbers takes in VMEM."""
+    """The width of a row in VMEM, which is a multiple of 128."""
     return -(-width // 128) * 128
 
 
@@ -80,16 +80,16 @@ def in_blocks(x: Array, size: int) -> Array:
 
 
 HEADER = 5
-"""Numbers of a row of the schedule before the kinds of its blocks."""
+"""The numbers of a row of the schedule that precede the kinds of its blocks."""
 
 
 def schedule(blocks: Blocks) -> Array:
-    """(B or 1 x K or 1, rows, 1, HEADER + words): what `Row` says of each row of blocks, then their kinds."""
+    """(B or 1 x K or 1, rows, 1, HEADER + words): the numbers of `Row` for each row of blocks, then their kinds."""
     words, low, high = (jnp.asarray(x) for x in (blocks.words, blocks.low, blocks.high))
     pairs = jnp.bitwise_or(words, lax.shift_right_logical(words, 1)) & 0x55555555  # kinds 1 and 2 alike
     count = jnp.sum(lax.population_count(pairs), axis=-1, dtype=jnp.int32)
     beyond = words.shape[-1] * PACKED
-    # Where the columns begin that this row or a later one sees.
+    # The first column that this row or a later one sees.
     first = lax.cummin(jnp.where(count > 0, low, beyond), axis=2, reverse=True)
     begin, end = (
         jnp.pad(x, ((0, 0), (0, 0), pad), constant_values=fill)
@@ -112,23 +112,23 @@ def row_spec(blocks: Blocks, rows: Array, place: Callable[..., Any]) -> pl.Block
 
 @dataclass(frozen=True)
 class Chain:
-    """A grid of programs (batch, heads, ...), each of which begins copies for the one that follows it on its core."""
+    """A grid of programs (batch, heads, ...), each of which starts copies for the next program on its core."""
 
     sizes: tuple[int, ...]
     cores: int
 
     @property
     def shared(self) -> int:
-        """How many dimensions cores share: sequences, where there are some, else heads."""
+        """The number of dimensions that are split over cores: sequences if there are several, else heads."""
         return 0 if self.cores == 1 else 1 if self.sizes[0] > 1 else 2
 
     @property
     def semantics(self) -> tuple[Literal["parallel", "arbitrary"], ...]:
-        """What cores may share."""
+        """The dimension semantics of the grid."""
         return tuple("parallel" if dim < self.shared else "arbitrary" for dim in range(len(self.sizes)))
 
     def following(self, *grid: Any) -> tuple[Any, ...]:
-        """The place of the next program; any if there is none."""
+        """The grid indices of the next program; arbitrary after the last."""
         place, more = list(grid), True
         for dim in reversed(range(self.shared, len(grid))):
             moved = grid[dim] + jnp.where(more, 1, 0)
@@ -137,7 +137,7 @@ class Chain:
         return tuple(place)
 
     def ends(self, *grid: Any) -> tuple[Any, Any]:
-        """Whether a program is the first, and the last, of those that follow each other."""
+        """Whether a program is the first, and whether it is the last, of its core."""
         chained = list(zip(grid, self.sizes, strict=True))[self.shared :]
         firsts, lasts = (
             [index == at for index, at in ends]
@@ -149,8 +149,8 @@ class Chain:
 class Row:
     """One row of the schedule, read by the scalar core.
 
-    Its blocks that are not empty begin at `low` and end before `high`; they are `count`. After it, no row has one from
-    `done_from` to `done_to` (which may lie beyond the last), and these are not done with before.
+    Its `count` blocks that are not empty lie from `low` to before `high`. From column `done_from` to before `done_to`
+    (which may be past the last column), all later rows are empty; the same columns are listed for no other row.
     """
 
     def __init__(self, ref: Any):
@@ -170,7 +170,7 @@ class Row:
         """The next block that is not empty; `high` after the last."""
 
         def skip(block: Any) -> Any:
-            # Past the last one there is nothing to read: the last block is read instead, which is not empty.
+            # Past the end, the last block is read instead, which is not empty.
             return (block < self.high) & (self.kind(jnp.minimum(block, self.high - 1)) == EMPTY)
 
         return lax.while_loop(skip, lambda block: block + 1, block + 1)
@@ -181,7 +181,7 @@ class Row:
 
 @dataclass(frozen=True)
 class HoistedInput:
-    """An operand of a kernel with a number for each query or key, or for each sequence and head."""
+    """An operand of a kernel with a value for each query or key, or for each sequence and head."""
 
     key: "Key"
     side: Side
@@ -190,7 +190,7 @@ class HoistedInput:
     of a table."""
 
     def words(self, block_k: int) -> int:
-        """How many numbers it has for each query, about a block of keys."""
+        """The number of values for each query and block of keys."""
         return -(-block_k // word_span(self.key)) if isinstance(self.key, Operation) else 1
 
     def spec(self, query_block: Callable[..., Any] | None, key_block: Callable[..., Any] | None, size: Any) -> Any:
@@ -223,21 +223,21 @@ Key = Value | Operation | str
 positions; or "dropout", the numbers of its rows."""
 
 Hoisted = list[tuple[Key, Side, Array]]
-"""What a kernel reads besides q, k and v, and what it is for each of: (B or 1, N or 1, T or S or 1)."""
+"""The operands of a kernel besides q, k and v, with the side that each belongs to: (B or 1, N or 1, T or S or 1)."""
 
 
 def hoisted_bytes(hoisted: list[HoistedInput], side: Side, length: int, block_k: int) -> int:
-    """VMEM of so many queries' or keys' numbers, and of those that are on their way."""
+    """VMEM for the hoisted values of `length` queries or keys, including copies in flight."""
     return 8 * length * sum(x.words(block_k) for x in hoisted if x.side == side)
 
 
 def word_span(operation: Operation) -> int:
-    """How many keys the 32 bits of a word of a table tell of."""
+    """The number of keys that a word of 32 cells of a table covers."""
     return 32 * operation.params["size"]
 
 
 def untabled(operation: Operation, keys: int, sizes: BlockSizes) -> str | None:
-    """Why a kernel can't do this lookup; None for one of a boolean table by query and key whose words fit blocks."""
+    """The reason why a kernel does not support a lookup; None for a boolean table by query and key that fits blocks."""
     if operation.name != "lookup" or operation.outputs[0].dtype != np.bool_:
         return "looks up an array by query and key at once"
     *_, query, key = operation.inputs
@@ -252,7 +252,7 @@ def untabled(operation: Operation, keys: int, sizes: BlockSizes) -> str | None:
 
 
 def _is_cell(key: Value, size: int) -> bool:
-    """Whether a value is the key divided by so many."""
+    """Whether a value is the key divided by `size`."""
     if size == 1 or key.operation is None:
         return key.leaf == "key" and size == 1
     inputs = key.operation.inputs
@@ -261,7 +261,7 @@ def _is_cell(key: Value, size: int) -> bool:
 
 
 def _words_of(operation: Operation, values: dict[Value, Any], places: dict[str, Array], keys: int) -> Array:
-    """The table of a lookup for each query, 32 cells to a word: (B or 1, N or 1, T, words), for so many keys."""
+    """The table of a lookup for each query, 32 cells to a word: (B or 1, N or 1, T, words), for `keys` keys."""
     table, *indices, _ = operation.inputs
     cells = values[table].reshape(table.shape)
     many = -(-keys // word_span(operation)) * 32
@@ -274,12 +274,12 @@ def _words_of(operation: Operation, values: dict[Value, Any], places: dict[str, 
             return jnp.asarray(value.constant)
         return places["query"] if value.leaf == "query" else values[value]
 
-    # What is the same for all queries has T 1, but rows of words are for each.
+    # Indices that are the same for all queries have T = 1; the result has a row of words for each query.
     return words[tuple(jnp.broadcast_arrays(*map(index, indices), places["query"]))[:-1]]
 
 
 def hoisted_of(problem: Problem, operands: Operands, block_k: int) -> Hoisted:
-    """The hoisted of mask and score, tables, the rows of dropout, and positions where they are not known before."""
+    """The hoisted values of mask and score, tables, the rows of dropout, and positions that are arrays."""
     found: Hoisted = []
     for function, hoisted in ((problem.mask, problem.mask_values(operands)), (problem.score, operands.score_hoisted)):
         values = dict(zip(() if function is None else function.hoisted, hoisted, strict=True))
@@ -301,7 +301,7 @@ def hoisted_of(problem: Problem, operands: Operands, block_k: int) -> Hoisted:
 
 
 def hoisted_inputs(hoisted: Hoisted, block_q: int, block_k: int) -> list[HoistedInput]:
-    """Hoisted in whole blocks, as int32 or float32."""
+    """Hoisted values padded to whole blocks, as int32 or float32."""
 
     def one(key: Key, side: Side, array: Array) -> HoistedInput:
         array = array.astype(jnp.float32 if jnp.issubdtype(array.dtype, jnp.floating) else jnp.int32)
@@ -316,10 +316,10 @@ def hoisted_inputs(hoisted: Hoisted, block_q: int, block_k: int) -> list[Hoisted
 
 @dataclass(frozen=True)
 class Strip:
-    """Where a strip of transposed logits (keys, queries) lies."""
+    """The indices of a strip of transposed logits (keys, queries)."""
 
     query: Any
-    """Index of the first query; `query_slice` where its side vectors lie in their blocks."""
+    """The index of the first query; `query_slice` is the slice of its block of hoisted values."""
     query_slice: Any
     queries: int
     key: Any
@@ -333,12 +333,12 @@ class Pairs:
 
     problem: Problem
     refs: dict[Key, tuple[Side, Any]]
-    """Of the side inputs, by their keys."""
+    """The references to the hoisted inputs."""
     key_length: int | None
-    """How many keys there are, where the last block has some that are padding."""
+    """The number of keys, if the last block has padding."""
 
     def _hoisted(self, key: Value | str, strip: Strip) -> Any:
-        """A side: (1, queries), (keys, 1) or a number."""
+        """A hoisted value: (1, queries), (keys, 1) or a number."""
         side, ref = self.refs[key]
         if side == "query":
             return ref[0, 0, :, strip.query_slice]
@@ -362,7 +362,7 @@ class Pairs:
         return self._hoisted("key", strip) if "key" in self.refs else self._indices(strip)
 
     def _reader(self, strip: Strip, given: dict[Value | str, Any]) -> Callable[[Value], Any]:
-        """Reads leaves and hoisted; some are given, by Value or "score"."""
+        """A function that returns leaves and hoisted values; `given` replaces some, by Value or "score"."""
 
         def read(value: Value) -> Any:
             if (value.leaf or value) in given:
@@ -377,7 +377,7 @@ class Pairs:
         return read
 
     def masked(self, logits: Array, strip: Strip) -> Array:
-        """-inf where a pair does not see each other."""
+        """The logits, -inf for pairs that are not visible."""
         read = self._reader(strip, {})
         (visible,) = self.problem.mask.evaluate(read, lambda operation: self._bit(operation, strip, read))
         if self.key_length is not None:
@@ -385,7 +385,7 @@ class Pairs:
         return jnp.where(jnp.broadcast_to(visible, logits.shape), logits, -jnp.inf)
 
     def _bit(self, operation: Operation, strip: Strip, read: Callable[[Value], Any]) -> Array:
-        """What a table says."""
+        """The entries of a table."""
         span, (_, ref) = word_span(operation), self.refs[operation]
         first = lax.div(strip.key_slice.start, span)
         rows = [ref[0, 0, first + n, :, strip.query_slice] for n in range(max(1, strip.keys // span))]
@@ -395,7 +395,7 @@ class Pairs:
         return lax.shift_right_logical(jnp.concatenate(wide), cell) & 1 != 0
 
     def kept(self, strip: Strip) -> Array | None:
-        """What dropout multiplies the weights with; None without dropout."""
+        """The factor of the weights under dropout; None without dropout."""
         if "dropout" not in self.refs:
             return None
         return self.problem.dropout_factor(self._hoisted("dropout", strip), self._queries(strip), self._keys(strip))
@@ -409,7 +409,7 @@ class Pairs:
         return score * LOG2_E
 
     def scored_with_slopes(self, products: Array, strip: Strip) -> tuple[Array, Array | None, list[Array]]:
-        """`scored`, and the derivatives of the score by scale q k (None: 1) and by each trained side."""
+        """`scored`, and the derivatives of the score by scale q k (None: 1) and by each trained value."""
         function = self.problem.score
         if function is None:
             return self.scored(products, strip), None, []
@@ -430,7 +430,7 @@ class Pairs:
 
 
 def trained(problem: Problem) -> list[Value]:
-    """The hoisted of the score that get gradients."""
+    """The hoisted values of the score that get gradients."""
     hoisted = () if problem.score is None else problem.score.hoisted
     return [value for value in hoisted if jnp.issubdtype(value.dtype, jnp.floating)]
 
@@ -444,13 +444,13 @@ def _column(row: Array) -> Array:
 
 
 class Stream:
-    """Blocks hbm[n] copied to VMEM, some of them in flight: copy number n goes to slot n % slots."""
+    """Copies of blocks hbm[n] to VMEM, some of them in flight: copy number n goes to slot n % slots."""
 
     def __init__(self, hbm: Any, buffer: Any, semaphores: Any):
         self.hbm, self.buffer, self.semaphores = hbm, buffer, semaphores
 
     def at(self, number: Any) -> Any:
-        """Where copy `number` lies."""
+        """The slot of copy `number`."""
         return self.buffer.at[lax.rem(number, self.buffer.shape[0])]
 
     def _copy(self, block: Any, number: Any, hbm: Any = None) -> Any:
@@ -463,12 +463,12 @@ class Stream:
         self._copy(block, number, hbm).start()
 
     def wait(self, number: Any) -> None:
-        """Returns when copy `number` is done."""
+        """Waits for copy `number`."""
         self._copy(0, number).wait()
 
 
 class WriteBack(Stream):
-    """The same buffer, copied to HBM."""
+    """Copies of the same buffer back to HBM."""
 
     def _copy(self, block: Any, number: Any, hbm: Any = None) -> Any:
         slot = lax.rem(number, self.buffer.shape[0])

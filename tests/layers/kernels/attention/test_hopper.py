@@ -214,7 +214,7 @@ def test_what_xla_would_have_to_divide() -> None:
 
 @pytest.mark.usefixtures("on_hopper")
 def test_no_other_platform_has_them() -> None:
-    with pytest.raises(NotImplementedError, match="this is there for cuda alone"):
+    with pytest.raises(NotImplementedError, match="this call is implemented for cuda only"):
         attend(*(jnp.zeros((1, 64, 1, 64), jnp.bfloat16),) * 3, mask=DOCUMENT, implementation="cuda")
 
 
