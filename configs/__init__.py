@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..layers.spec import unknown
 from ..zoo.decoder import Decoder
-from . import models, runs
+from . import files, models, runs
 from .run import Balance as Balance
 from .run import Data as Data
 from .run import Optimizer as Optimizer
@@ -38,15 +38,19 @@ def get(name: str) -> Decoder | Run:
 
 
 def get_run(name: str, *, ignore: tuple[str, ...] = (), text_only: bool = False) -> Run:
-    """The run of this name; for the name of a model, one with the usual settings; for a checkpoint, `runs.finetune`.
+    """The run of this name or in this file (`files.load_run`).
+
+    For the name of a model it is a run with the usual settings, for a checkpoint `runs.finetune`.
 
     Args:
         name: of the run, the model or the checkpoint.
         ignore: for a checkpoint, as of `zoo.load`.
         text_only: for a checkpoint, as of `zoo.load`.
 
-    Raises ValueError on another name, and where the checkpoint can't be read.
+    Raises ValueError on another name, and where the file or checkpoint can't be read.
     """
+    if files.is_run_file(name):
+        return files.load_run(name)
     if name in MODELS:
         return Run(model=MODELS[name]())
     if name in RUNS:

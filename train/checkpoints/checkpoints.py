@@ -44,7 +44,7 @@ class DamagedCheckpoint(ValueError):
             "no other checkpoint there is whole: start the run anew in another folder"
             if previous is None
             else f"the last whole one is step {previous}: "
-            f"{step_folders.command(folder, '--step', str(previous))} continues from it"
+            f"{step_folders.command(folder, '--step', str(previous), '--yes')} deletes later ones and continues"
         )
         super().__init__(f"the checkpoint of step {step} in {folder} is damaged: {damage}; {way_out}")
         self.step = step

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.metadata
 import inspect
 import io
 import os
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import tyro
 from rich.console import Console
 
@@ -24,6 +26,7 @@ from ...layers.spec import unknown
 from ...zoo.decoder import Remat
 from ...zoo.families import registry
 from ...zoo.formats.load import is_run
+from ..checkpoints import step_folders
 from ..distributed import cluster, hardware, processes, signals
 from ..plan import decode as plan_decode
 from ..plan import report as plan_report
@@ -39,7 +42,7 @@ RUNS = Path("runs")
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a model, and go on where an interrupted run of the same folder stopped.
+    """Train a model, or resume a run: an interrupted one as it is, a finished one with more --steps.
 
     Example: `zoo train shakespeare --data.source my_book.txt --steps 1000 --name my_book`
     """
@@ -49,9 +52,13 @@ class Train:
     """The run's folder is RUNS/NAME."""
     runs: Path = RUNS
     fresh: bool = False
-    """Delete what the folder holds of an earlier run, and start anew."""
+    """Start from the beginning, and delete what the folder holds of an earlier run."""
+    yes: bool = False
+    """Confirm that --fresh or --step deletes checkpoints."""
+    allow_changes: bool = False
+    """Resume with other settings, e.g. another learning rate, batch or text; the changes are printed and recorded."""
     step: int | None = None
-    """Go on from the checkpoint of this step instead of the latest one."""
+    """Resume from the checkpoint of this step instead of the latest one, and delete later ones."""
 
 
 def list_() -> None:
@@ -220,11 +227,22 @@ def train(arguments: list[str]) -> None:
     )
     folder = wanted.runs / wanted.name
     prompt = wanted.run.prompt.strip() or "The "
-    loop.train(wanted.run, folder, fresh=wanted.fresh, step=wanted.step)
+    options = {"fresh": wanted.fresh, "allow_changes": wanted.allow_changes, "step": wanted.step}
+    loop.train(wanted.run, folder, yes=wanted.yes or _confirmed(wanted, folder), **options)
     zoo_ = "zoo" if shutil.which("zoo") else os.path.relpath(sys.argv[0])
     print(f"\nTry next:\n  {shlex.join([zoo_, 'generate', str(folder)])} --prompt {shlex.quote(prompt)}")
     if wanted.run.data.source == ("shakespeare",):
         print(f"  {zoo_} train shakespeare --data.source my_text.txt --prompt 'Once' --name my_text")
+
+
+def _confirmed(wanted: Train, folder: Path) -> bool:
+    """Asks in a terminal whether checkpoints may be deleted; elsewhere --yes is required."""
+    saved = step_folders.steps(Folder(folder).checkpoints)
+    deleted = [step for step in saved if wanted.fresh or (wanted.step is not None and step > wanted.step)]
+    if not deleted or not sys.stdin.isatty() or jax.distributed.is_initialized():
+        return False
+    steps = ", ".join(map(str, deleted))
+    return input(f"This deletes the checkpoints of {folder} (step {steps}). Continue? [y/N] ").lower() in ("y", "yes")
 
 
 def _default(source: str, flags: Sequence[str] = ()) -> Train:
@@ -236,6 +254,8 @@ def _default(source: str, flags: Sequence[str] = ()) -> Train:
     path = Path(source)
     if is_run(path) or ("/" in source and is_named(path)):
         return Train(run=Folder(path).run(), name=path.name, runs=path.parent)
+    if configs.files.is_run_file(source):
+        return Train(run=configs.get_run(source), name=configs.files.run_name(source))
     run = configs.get_run(source, ignore=tuple(known.ignore), text_only=known.text_only)
     return Train(run=run, name=path.name.removesuffix(".gguf"))
 
@@ -316,6 +336,8 @@ def dispatch(arguments: list[str]) -> None:
         train(arguments[1:])
     elif command in ("-h", "--help"):
         print(USAGE)
+    elif command == "--version":
+        print(f"flaxzoo {importlib.metadata.version('flaxzoo')}")
     elif command in COMMANDS:
         hardware.refuse_64_bits()
         tyro.cli(COMMANDS[command], args=arguments[1:], prog=f"zoo {command}")
@@ -327,9 +349,12 @@ TRAIN_USAGE = f"""usage: zoo train NAME [--name FOLDER] [--fresh] [--step N] [--
 
 {inspect.getdoc(Train)}
 
-NAME is a run or a model by name, the folder of a run, which goes on as it is (`zoo train runs/my_book`), or
-pretrained weights to start from, with their model and tokenizer: a Hugging Face folder, a .gguf file, or a
-name on the hub (`zoo train HuggingFaceTB/SmolLM2-135M --data.source my_book.txt --name my_book`)."""
+NAME is one of
+  a run or model by name (`zoo list`); a model starts from random weights
+  the folder of a run, which is resumed, or extended by --steps (`zoo train runs/my_book --steps 2000`)
+  a file of your own that defines a Run: my_run.py, my_run.py:NAME, or my_run.json (docs/training.md)
+  pretrained weights: a Hugging Face folder, a .gguf file, or a name on the hub
+    (`zoo train HuggingFaceTB/SmolLM2-135M --data.source my_book.txt --name my_book`)"""
 
 USAGE = """usage: zoo COMMAND ...
 
@@ -353,13 +378,16 @@ Language models for JAX: look at them, train them, write with them.
   zoo eval runs/shakespeare --text my_book.txt
                                 perplexity and bits per byte of text; tasks of lm-evaluation-harness
 
-`zoo COMMAND --help` says more of each. `--traceback` shows where an error came from."""
+`zoo COMMAND --help` lists the options of a command. `zoo --version` prints the version.
+`--traceback` shows where an error came from."""
 
 
 def _find(name: str) -> Any:
     folder = Folder(Path(name))
     if is_run(name):
         return folder.run()
+    if configs.files.is_run_file(name):
+        return configs.get_run(name)
     if name in configs.MODELS | configs.RUNS or not (Path(name).exists() or "/" in name):
         return configs.get(name)
     return registry.read(zoo.open_source(name).config)

@@ -5,7 +5,7 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from ...configs.run import LAYOUT, Run
+from ...configs.run import Run
 from ...layers.spec import unknown
 from ...zoo.decoder import Decoder, DecoderModel
 from ...zoo.formats.hugging_face import CheckpointFolder
@@ -29,6 +29,7 @@ from ..checkpoints.checkpoints import LOCK, Checkpoints
 from ..data.tokenizer import ends
 from ..distributed import mesh as meshes
 from ..distributed import processes
+from . import changes
 
 VISIBLE = 30.0
 """Seconds that a shared disk may take to show one machine what another one wrote."""
@@ -93,42 +94,113 @@ class Folder:
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.config} can't be read: {error}") from error
 
-    def open(self, run: Run, *, fresh: bool) -> Checkpoints:
-        """Makes the folder ready for `run` and opens its checkpoints: no other job writes here until they are closed.
+    @contextlib.contextmanager
+    def starting(self, *, fresh: bool = False, confirmed: bool = False) -> Iterator[Callable[[], None]]:
+        """A start of a run in this folder; the function it yields is called when the start has succeeded.
 
-        A run that has no checkpoint yet has nothing to go on from, so another may take its place: a mistake in the
-        first command is corrected by the second. `fresh` deletes what is there. Raises ValueError where the folder
-        holds another run, and names what differs, or another process of this job does not see it; SaveFailed where
-        another job writes to it.
+        Until then an error restores the folder: what the start created is removed, what it replaced comes back.
+
+        Args:
+            fresh: put the earlier run aside; it is deleted when the start has succeeded.
+            confirmed: checkpoints may be deleted.
+
+        Raises:
+            ValueError: `fresh` would delete checkpoints and is not confirmed.
+            SaveFailed: `fresh`, and another job writes to the folder.
         """
+        created = [path for path in (self.path, *self.path.parents) if not path.exists()]
         if fresh and processes.first(self.config.is_file):
-            away = self.path.with_name(f"{self.path.name}.deleted")  # killed meanwhile, none of it is taken for a run
-            with Checkpoints(self.checkpoints):  # of a job that is running, nothing is deleted
-                processes.first(lambda: self._delete(away))
+            processes.first(lambda: self._check_confirmed(confirmed))
+            with Checkpoints(self.checkpoints):  # raises where another job writes
+                processes.first(self._set_aside)
+        before = {*self.path.rglob("*")} if self.path.is_dir() else set[Path]()
+        texts = {path: path.read_bytes() for path in (self.config, self.path / changes.FILE) if path.is_file()}
+        succeeded = False
+
+        def succeed() -> None:
+            nonlocal succeeded
+            succeeded = True
+            if processes.writes():
+                shutil.rmtree(self._replaced, ignore_errors=True)
+
+        try:
+            yield succeed
+        except BaseException:
+            if not succeeded and processes.writes():
+                self._restore(created, before, texts)
+            raise
+
+    @property
+    def _replaced(self) -> Path:
+        return self.path / ".replaced"
+
+    def _check_confirmed(self, confirmed: bool) -> None:
+        saved = step_folders.steps(self.checkpoints)
+        if saved and not confirmed:
+            raise ValueError(
+                f"{self.path} has checkpoints up to step {saved[-1]}, which --fresh deletes; confirm it with --fresh "
+                "--yes, or choose another --name"
+            )
+
+    def _set_aside(self) -> None:
+        """Moves everything into `.replaced`, inside the folder: it may be a link, or the root of a disk."""
+        entries = [path for path in self.path.iterdir() if path != self._replaced]
+        if self._replaced.exists() and not step_folders.steps(self.checkpoints):
+            for path in entries:  # of an earlier fresh start that was killed before its first step
+                _remove(path)
+            return
+        shutil.rmtree(self._replaced, ignore_errors=True)
+        self._replaced.mkdir()
+        for path in entries:
+            path.rename(self._replaced / path.name)
+
+    def _restore(self, created: list[Path], before: set[Path], texts: dict[Path, bytes]) -> None:
+        with contextlib.suppress(OSError):
+            new = {*self.path.rglob("*")} - before
+            for path in sorted(new, key=lambda path: len(path.parts), reverse=True):
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+            for path, text in texts.items():
+                path.write_bytes(text)
+            if self._replaced.is_dir():
+                for path in [*self._replaced.iterdir()]:
+                    path.rename(self.path / path.name)
+                self._replaced.rmdir()
+            for path in created:
+                path.rmdir()
+
+    def open(self, run: Run, *, allow_changes: bool = False) -> Checkpoints:
+        """Opens the checkpoints of the folder for `run`: no other job writes here until they are closed.
+
+        A run that has no checkpoint yet may be replaced by another one: a mistake in the first command is corrected by
+        the second.
+
+        Raises:
+            ValueError: the folder holds a run with other settings (see `changes.check`), or other files; or a process
+                of this job sees another folder.
+            SaveFailed: another job writes to the folder.
+        """
         processes.first(self._make)
         with contextlib.ExitStack() as opened:
             checkpoints = opened.enter_context(Checkpoints(self.checkpoints, keep_last=run.keep_last))
-            processes.first(lambda: self._begin(run))
+            processes.first(lambda: self._check_changes(run, allow_changes))
             self._check_shared()
             opened.pop_all()
         return checkpoints
 
-    def _delete(self, away: Path) -> None:
-        shutil.rmtree(away, ignore_errors=True)
-        self.path.rename(away)
-        shutil.rmtree(away)
-
     def _make(self) -> None:
         if not self.config.is_file() and self.path.is_dir():
-            ours = set() if step_folders.steps(self.checkpoints) else {_aside(self.config), self.checkpoints}
+            ours = {self._replaced}
+            if not step_folders.steps(self.checkpoints):
+                ours |= {_aside(self.config), self.checkpoints}
+            if (self.checkpoints / LOCK).is_file():  # a start that was killed
+                ours |= {self.tokenizer, _aside(self.tokenizer), self.description}
             if set(self.path.iterdir()) - ours:
                 raise ValueError(f"{self.path} holds other files than a run's; choose another --name")
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def _begin(self, run: Run) -> None:
+    def _check_changes(self, run: Run, allow: bool) -> None:
         if step_folders.steps(self.checkpoints):
-            self._check_same(run)
-        self.write(run)
+            changes.check(self.path, self.run(), run, allow=allow)
 
     def _check_shared(self) -> None:
         """Raises ValueError where a process sees another folder than the first one does: a disk of its own machine."""
@@ -150,19 +222,6 @@ class Folder:
                 f"process 0 wrote to {self.path.absolute()}; put --runs on a disk that all machines share"
             )
 
-    def _check_same(self, run: Run) -> None:
-        """Raises ValueError where `run` would learn something else than the one that is here."""
-        before, now = self.run().flat(), run.flat()
-        changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
-        fixed = sorted(name for name in changed if name not in LAYOUT)
-        if fixed:
-            lines = "".join(f"\n  {name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in fixed)
-            raise ValueError(
-                f"{self.path} was started with other settings:{lines}\n"
-                f"choose another --name, or --fresh to delete it and start anew; "
-                f"{step_folders.command(self.path)} goes on with its own settings"
-            )
-
     def write(self, run: Run) -> None:
         """Writes the config, whole or not at all."""
         _write(self.config, json.dumps(run.to_dict(), indent=2) + "\n")
@@ -178,6 +237,10 @@ class Folder:
         if source is not None:
             self.description.mkdir()
             write_description(source, self.description)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _aside(path: Path) -> Path:

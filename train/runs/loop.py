@@ -7,7 +7,7 @@ import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from ..distributed import mesh as meshes
 from ..distributed import watchdog as roll
 from ..distributed.signals import Interrupted, Signals
 from ..step import State, abstract_state, all_finite, best_parameters, initial_state, make_evaluation, make_step
-from . import report
+from . import changes, report
 from .folder import Folder
 from .metrics import NullRecorder, Recorder
 from .pretrained import Pretrained, open_pretrained
@@ -59,6 +59,8 @@ def train(
     folder: str | Path,
     *,
     fresh: bool = False,
+    yes: bool = False,
+    allow_changes: bool = False,
     step: int | None = None,
     console: Console | None = None,
     devices: list[Device] | None = None,
@@ -70,8 +72,10 @@ def train(
     Args:
         run: what to train.
         folder: where everything goes, e.g. "runs/shakespeare".
-        fresh: delete what the folder holds of an earlier run and start anew.
-        step: go on from the checkpoint of this step, and delete later ones.
+        fresh: start from the beginning, and delete what the folder holds of an earlier run once the first step is done.
+        yes: checkpoints may be deleted, by `fresh` or by `step`.
+        allow_changes: resume also with other settings of what is learned; the changes are printed and recorded.
+        step: resume from the checkpoint of this step, and delete later ones.
         console: where progress is shown; the terminal by default.
         devices: to train on; all by default.
 
@@ -83,24 +87,39 @@ def train(
     hardware.refuse_64_bits()
     if fresh and step is not None:
         raise ValueError(f"fresh starts anew and step={step} goes on from a checkpoint: leave out one of them")
-    told = run.flat() | {"folder": folder, "fresh": fresh, "step": step}
-    processes.check_same({name: f"{value}" for name, value in told.items()})
+    options = {"fresh": fresh, "yes": yes, "allow_changes": allow_changes, "step": step}
+    settings = run.flat() | {"folder": folder} | options
+    processes.check_same({name: f"{value}" for name, value in settings.items()})
     place = Folder(Path(folder))
     mesh, devices_line = meshes.make(run, devices)
     with (
         with_disk_advice(place.path),
         roll.advised(lambda: step_folders.saved(place.checkpoints)),
-        place.open(run, fresh=fresh) as checkpoints,
+        place.starting(fresh=fresh, confirmed=yes) as started,
+        place.open(run, allow_changes=allow_changes) as checkpoints,
     ):
-        if step is not None and not checkpoints.steps():
-            raise ValueError(f"{place.path} has no checkpoint of step {step}, nor any other; leave out --step to start")
+        _check_step(place, checkpoints.steps(), step, confirmed=yes)
         use_compilation_cache()
         console = (console or Console()) if processes.writes() else Console(quiet=True)
         replace_unencodable(console.file)
         with jax.set_mesh(mesh), jax.numpy_dtype_promotion("strict"):
-            job = Job.prepare(run, place, checkpoints, mesh, devices_line, console, step)
+            job = Job.prepare(run, place, checkpoints, mesh, devices_line, console, step, allow_changes=allow_changes)
             with contextlib.closing(job):
-                return job.go()
+                return job.go(started)
+
+
+def _check_step(folder: Folder, saved: list[int], step: int | None, *, confirmed: bool) -> None:
+    """Raises ValueError where there is no checkpoint to resume from, or later ones would be deleted unconfirmed."""
+    if step is None:
+        return
+    if not saved:
+        raise ValueError(f"{folder.path} has no checkpoint of step {step}, nor any other; leave out --step to start")
+    later = [f"{other}" for other in saved if other > step]
+    if step in saved and later and not confirmed:
+        raise ValueError(
+            f"--step {step} deletes the later checkpoints of {folder.path} (step {', '.join(later)}); confirm it with "
+            f"--step {step} --yes"
+        )
 
 
 @contextlib.contextmanager
@@ -126,8 +145,9 @@ def use_compilation_cache() -> None:
 
 
 def _load_data(run: Run, folder: Folder, mesh: Mesh, console: Console, *, verify: bool) -> datasets.Batches:
-    """The text in batches; where the run starts from weights, by their tokenizer, which is in its folder by now."""
-    data = run.data.replace(tokenizer=str(folder.tokenizer)) if run.weights else run.data
+    """The text in batches, by the tokenizer in the run's folder where it has weights or checkpoints."""
+    own = run.weights or processes.first(lambda: bool(step_folders.steps(folder.checkpoints)))
+    data = run.data.replace(tokenizer=str(folder.tokenizer)) if own else run.data
     with console.status("reading the data ...") as status:
 
         def progress(done: int, total: int | None) -> None:
@@ -145,6 +165,16 @@ def _load_data(run: Run, folder: Folder, mesh: Mesh, console: Console, *, verify
         )
     processes.check_same({"text": f"{batches.order} {batches.describe()}"})
     return batches
+
+
+def _other_data(iterator: Any, saved: dict[str, Any], changed: changes.Differences, allow: bool) -> str:
+    """Why the saved place in the data has no meaning now; nothing where it has, or where that is an error."""
+    own = iterator.get_state()
+    if all(own[name] == saved.get(name) for name in own if name != "step"):
+        return ""
+    if changes.reads_other_data(changed):
+        return "settings of the data changed"
+    return "the text is not what it was" if allow else ""
 
 
 def _first_state(run: Run, mesh: Mesh, pretrained: Pretrained | None, console: Console) -> State:
@@ -177,6 +207,8 @@ class Job:
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=20))
     """Seconds of the latest steps."""
     opened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    started: Callable[[], None] = lambda: None
+    """Called when a step is done: from then on an error keeps what the run wrote."""
 
     @functools.cached_property
     def evaluation(self) -> Any:
@@ -193,6 +225,8 @@ class Job:
         devices: str,
         console: Console,
         step: int | None,
+        *,
+        allow_changes: bool = False,
     ) -> "Job":
         """Loads the data, and makes or restores the state."""
 
@@ -216,16 +250,30 @@ class Job:
             start = 0
             if checkpoints.steps():
                 state, extra = checkpoints.restore(shapes, step)
-                iterator.set_state(extra["data"])
                 start = int(state["step"])
+                if start > run.steps:
+                    raise ValueError(
+                        f"the run is at step {start} already, got steps={run.steps}; --steps extends a run, and --step "
+                        "resumes it from an earlier checkpoint"
+                    )
+                say(f"resumed from the checkpoint of step {start}")
+                before = Run.from_dict(extra["config"])
+                changed = changes.differences(before, run)
+                if changed:
+                    say(changes.describe(changed, before, run, start, start - int(state["skipped"])))
+                if other_data := _other_data(iterator, extra["data"], changed, allow_changes):
+                    say(f"the data starts at its beginning: {other_data}")
+                else:
+                    iterator.set_state(extra["data"])
                 if step is not None:
                     checkpoints.drop_after(step)
-                say(f"resumed from the checkpoint of step {start}")
+                processes.first(lambda: changes.History(folder.path).write(start, changed))
             else:
                 processes.first(lambda: check_space(folder.checkpoints, shapes, run.keep_last + 2))
                 state = _first_state(run, mesh, pretrained, console)
                 if pretrained is None:
                     processes.first(lambda: folder.write_tokenizer(batches.tokenizer))
+            processes.first(lambda: folder.write(run))
             recorder = opened.enter_context(
                 contextlib.closing(Recorder(folder.path, start) if processes.writes() else NullRecorder())
             )
@@ -239,11 +287,13 @@ class Job:
         """Ends what runs in the background."""
         self.opened.close()
 
-    def go(self) -> Result:
-        """Trains to the last step, evaluates, and writes the report."""
+    def go(self, started: Callable[[], None] = lambda: None) -> Result:
+        """Trains to the last step, evaluates, and writes the report; `started` is called after the first step."""
+        self.started = started
         start = int(self.state["step"])
         if start == self.run.steps:
-            self.board.say(f"all {start} steps are done already; --fresh starts anew")
+            started()
+            self.board.say(f"all {start} steps are done already; --steps N extends the run")
         else:
             with self.board, Signals() as signals:
                 if self.run.weights and not start:
@@ -303,6 +353,7 @@ class Job:
             self.recent.append(seconds)
         self.last = values | {"seconds": seconds}
         self.recorder.write(step, **self.last)
+        self.started()
         if values["bad_steps"] >= self.run.max_bad_steps:
             raise Diverged(
                 f"loss, gradient or parameters were not finite in {self.run.max_bad_steps} steps in a row, up to step "

@@ -9,6 +9,7 @@ import numpy as np
 
 from ...configs.run import Run
 from . import metrics
+from .changes import History
 from .progress import amount, duration
 
 PICTURE = "loss.png"
@@ -75,7 +76,7 @@ def write(folder: Path, run: Run, facts: dict[str, Any]) -> Path:
     picture = draw(folder)
     bits, heldout = facts["heldout_bits_per_byte"], amount(facts["heldout_bytes"], "B")
     samples = [(record["step"], record["sample"]) for record in metrics.read(folder) if "sample" in record]
-    tokens = facts["step"] * run.batch * run.length
+    tokens = History(folder).tokens(run, facts["step"])
     rows = {
         "held-out": "no text was held out" if bits is None else f"**{bits:.4f} bits per byte** on {heldout}",
         "final training loss": f"{facts['loss']:.4f} nats per token",

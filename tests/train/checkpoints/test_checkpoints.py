@@ -283,7 +283,7 @@ def test_every_kind_of_damage_is_found(tmp_path: Path) -> None:
             Checkpoints(folder.parent, read_only=True).restore(shapes_of(state_of(0)))
         assert (caught.value.step, caught.value.previous) == (3, 2)
         assert f"step 3 in {folder.parent} is damaged: {file}: {problem}" in str(caught.value)
-        assert f"the last whole one is step 2: `zoo train {tmp_path} --step 2`" in str(caught.value)
+        assert f"the last whole one is step 2: `zoo train {tmp_path} --step 2 --yes`" in str(caught.value)
 
     shutil.copytree(folder, tmp_path / "intact")
     for path, damage, problem in [
@@ -306,7 +306,7 @@ def test_previous_is_the_last_that_verifies(tmp_path: Path) -> None:
     for step in (2, 3):
         flip_byte(largest_file(tmp_path / str(step)))
     checkpoints = Checkpoints(tmp_path, read_only=True)
-    with pytest.raises(DamagedCheckpoint, match="--step 1`") as caught:
+    with pytest.raises(DamagedCheckpoint, match="--step 1 --yes`") as caught:
         checkpoints.restore(shapes_of(state_of(0)))
     assert caught.value.previous == 1
     assert_same(checkpoints.restore(shapes_of(state_of(0)), step=1)[0], state_of(1))

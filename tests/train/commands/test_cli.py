@@ -87,6 +87,10 @@ def test_usage(say: Command) -> None:
         assert f"usage: zoo {command}" in shown.out
 
 
+def test_version(say: Command) -> None:
+    assert re.fullmatch(r"flaxzoo \d+\.\d+.*\n", say("--version").out)
+
+
 def test_list(say: Command) -> None:
     said = say("list")
     assert (said.code, said.err) == (0, "")
@@ -232,12 +236,16 @@ def test_train_and_generate(say: Command, text: Path, tmp_path: Path) -> None:
     assert "\nTry next:\n  zoo generate runs/mine --prompt ROMEO.\n" in said.out
     run = Folder(tmp_path / "runs" / "mine").run()
     assert (run.data.source, run.steps, run.model.dim) == ((str(text),), 2, 32)
+    (tmp_path / "my_run.json").write_text((tmp_path / "runs" / "mine" / "config.json").read_text())
+    from_file = say("train", "my_run.json", "--steps", "1")
+    assert (from_file.code, from_file.err) == (0, "")
+    assert Folder(tmp_path / "runs" / "my_run").run() == run.replace(steps=1)
     again = say("train", "runs/mine")
     assert (again.code, again.err) == (0, "")
     assert "resumed from the checkpoint of step 2" in again.out
     refused = say("train", "runs/mine", "--optimizer.learning-rate", "0.5")
     rate = run.optimizer.learning_rate
-    assert f"started with other settings:\n  optimizer.learning_rate: {rate} there, 0.5 now\nchoose" in refused.err
+    assert f"started with other settings:\n  optimizer.learning_rate: {rate} -> 0.5\n--allow-changes" in refused.err
     assert refused.code == 1
 
 
@@ -370,7 +378,8 @@ def test_what_is_not_there(say: Command, tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_checkpoint(say: Command, tiny: Run, tmp_path: Path) -> None:
-    Folder(tmp_path / "new").open(tiny, fresh=False).close()
+    Folder(tmp_path / "new").open(tiny).close()
+    Folder(tmp_path / "new").write(tiny)
     assert error_of(say("generate", "new")) == (
         "there is no whole checkpoint in new/checkpoints, so there is nothing to restore"
     )

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from flaxzoo import zoo
 from flaxzoo.configs import Run
+from flaxzoo.train import optimizer
 from flaxzoo.train.checkpoints.checkpoints import Checkpoints
 from flaxzoo.train.data import load as load_data
 from flaxzoo.train.distributed import mesh as meshes
-from flaxzoo.train.runs import loop, metrics, report
+from flaxzoo.train.runs import changes, loop, metrics, report
 from flaxzoo.train.runs.folder import Folder, load
 from flaxzoo.train.step import abstract_state, initial_state, make_evaluation
 from jax.experimental.compilation_cache import compilation_cache
@@ -277,18 +278,119 @@ def test_another_run_is_refused(tiny: Run, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         train(other, tmp_path / "run")
     assert str(caught.value) == (
-        f"{tmp_path}/run was started with other settings:\n"
-        "  batch: 8 there, 16 now\n"
-        "  model.block.0.mixer.window: None there, 8 now\n"
-        "  optimizer.learning_rate: 0.01 there, 0.5 now\n"
-        "choose another --name, or --fresh to delete it and start anew; "
-        f"`zoo train {tmp_path / 'run'}` goes on with its own settings"
+        f"{tmp_path}/run holds a run with settings that cannot change:\n"
+        "  model.block.0.mixer.window: None -> 8 (the parameters of a checkpoint belong to one model)\n"
+        f"choose another --name; --weights {tmp_path}/run starts a new run from the parameters of this one"
     )
+    with pytest.raises(ValueError) as caught:
+        train(run.replace(batch=16), tmp_path / "run")
+    assert f"{tmp_path}/run was started with other settings:\n  batch: 8 -> 16\n--allow-changes" in str(caught.value)
     assert Folder(tmp_path / "run").run() == run
-    again, shown = train(run, tmp_path / "run", fresh=True)
+    with pytest.raises(ValueError, match=r"has checkpoints up to step 2, which --fresh deletes; confirm it with"):
+        train(run, tmp_path / "run", fresh=True)
+    again, shown = train(run, tmp_path / "run", fresh=True, yes=True)
     assert again.loss == first.loss  # from the same seed
     assert "resumed" not in shown
     assert list(tmp_path.iterdir()) == [tmp_path / "run"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a folder holds, without the lock."""
+    return {f"{path.relative_to(folder)}": path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_failed_fresh_start_brings_the_earlier_run_back(tiny: Run, tmp_path: Path) -> None:
+    """The folder is a link, which stays one."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    run = tiny.replace(steps=2)
+    train(run, tmp_path / "run")
+    before = files(tmp_path / "run")
+    with pytest.raises(ValueError, match="no file, folder or glob"):
+        train(run.replace(**{"data.source": ("wordz.txt",)}), tmp_path / "run", fresh=True, yes=True)
+    assert files(tmp_path / "run") == before
+    train(run.replace(seed=1), tmp_path / "run", fresh=True, yes=True)
+    assert (tmp_path / "run").is_symlink()
+    assert Folder(tmp_path / "run").run().seed == 1
+    assert not (tmp_path / "run" / ".replaced").exists()
+
+
+@pytest.mark.parametrize("failing", ["data", "compilation"])
+def test_a_failed_start_leaves_nothing(
+    tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def exhausted(run: Run) -> Any:
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    run, expected = tiny.replace(**{"data.source": ("wordz.txt",)}), "no file"
+    with monkeypatch.context() as patch:
+        if failing == "compilation":
+            patch.setattr(loop, "make_step", exhausted)
+            run, expected = tiny, "RESOURCE_EXHAUSTED"
+        with pytest.raises((ValueError, RuntimeError), match=expected):
+            train(run, tmp_path / "runs" / "run")
+        assert list(tmp_path.iterdir()) == []
+        train_two = tiny.replace(steps=2)
+        patch.undo()
+        train(train_two, tmp_path / "runs" / "run")
+        before = files(tmp_path / "runs" / "run")
+        if failing == "compilation":
+            patch.setattr(loop, "make_step", exhausted)
+        with pytest.raises((ValueError, RuntimeError), match=expected):
+            train(run.replace(steps=4), tmp_path / "runs" / "run", allow_changes=True)
+        assert files(tmp_path / "runs" / "run") == before
+
+
+def test_a_finished_run_is_extended(tiny: Run, tmp_path: Path) -> None:
+    """Metrics, report and picture continue, and the learning rate is that of the longer schedule."""
+    run = tiny.replace(steps=4)
+    train(run, tmp_path / "run")
+    result, shown = train(run.replace(steps=6), tmp_path / "run")
+    assert result.step == 6
+    assert "changed from step 5 on:\n  steps: 4 -> 6\nthe learning rate follows the cosine schedule of 6 steps" in shown
+    records = [record for record in metrics.read(tmp_path / "run") if "loss" in record]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    schedule = optimizer.schedule(run.optimizer, 6)
+    assert records[4]["learning_rate"] == pytest.approx(float(np.asarray(schedule(4))))
+    assert "| steps | 6 of 8 x 32 tokens" in (tmp_path / "run" / "report.md").read_text()
+    assert Folder(tmp_path / "run").run().steps == 6
+    again, shown = train(run.replace(steps=6), tmp_path / "run")
+    assert again.step == 6
+    assert "changed" not in shown
+    with pytest.raises(ValueError, match=r"the run is at step 6 already, got steps=5"):
+        train(run.replace(steps=5), tmp_path / "run")
+
+
+def test_settings_that_change_are_recorded(tiny: Run, tmp_path: Path, text: Path) -> None:
+    """Learning rate, batch and text change at step 2, and the resumed run is resumed again without a flag."""
+    folder = tmp_path / "run"
+    run = tiny.replace(steps=2)
+    train(run, folder)
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+    (tmp_path / "more.txt").write_text("the dog sat on a green hill\n" * 200)
+    source = (str(text), str(tmp_path / "more.txt"))
+    other = run.replace(steps=4, batch=4, save_every=3, **{"optimizer.learning_rate": 1e-3, "data.source": source})
+    _, shown = train(other, folder, allow_changes=True)
+    assert "  optimizer.learning_rate: 0.01 -> 0.001\n" in shown
+    assert "the data starts at its beginning: settings of the data changed" in shown
+    (record,) = changes.History(folder).read()
+    assert record["step"] == 2
+    assert record["changes"]["batch"] == [8, 4]
+    assert (folder / "tokenizer.json").read_bytes() == tokenizer
+    assert changes.History(folder).tokens(other, 4) == 2 * 8 * 32 + 2 * 4 * 32
+    result, shown = train(other.replace(steps=5), folder)
+    assert result.step == 5
+    assert "the data starts" not in shown
+    with pytest.raises(ValueError, match="one optimizer"):
+        train(other.replace(**{"optimizer.name": "sgd", "optimizer.b2": 0.95}), folder, allow_changes=True)
+
+
+def test_later_checkpoints_are_deleted_only_if_that_is_confirmed(tiny: Run, tmp_path: Path) -> None:
+    run = tiny.replace(steps=4, save_every=2)
+    train(run, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"--step 2 deletes the later checkpoints of .* \(step 4\); confirm it with"):
+        train(run, tmp_path / "run", step=2)
+    assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == [2, 4]
 
 
 def test_a_step_that_is_not_there(tiny: Run, tmp_path: Path) -> None:
@@ -310,7 +412,8 @@ def test_a_folder_of_something_else(tiny: Run, tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_elsewhere_is_left_alone(tiny: Run, tmp_path: Path) -> None:
     folder = Folder(tmp_path / "run")
-    with folder.open(tiny, fresh=False):  # as the job that runs has it
+    with folder.open(tiny):  # as the job that runs has it
+        folder.write(tiny)
         for options in ({"fresh": True}, {}):
             with pytest.raises(OSError, match="is being written to by another job"):
                 train(tiny.replace(seed=1), folder.path, **options)

@@ -130,7 +130,7 @@ def test_going_on_from_an_earlier_step(tiny: Run, tmp_path: Path, monkeypatch: p
     run = tiny.replace(save_every=2, keep_last=9, **{"data.heldout": 0.0})
     loop.train(run, tmp_path / "whole", console=quiet())
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
-    stopped(run, tmp_path / "run", 1, monkeypatch, step=4)
+    stopped(run, tmp_path / "run", 1, monkeypatch, step=4, yes=True)
     # Killed before it saved: later checkpoints went along with their metrics, so nothing is missing in the end.
     assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == [2, 4]
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4]
@@ -185,7 +185,8 @@ def outcome(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, 
 
 def made(run: Run, folder: Path) -> Path:
     """A folder with the run's config alone, as a command leaves that was killed at once."""
-    Folder(folder).open(run, fresh=False).close()
+    Folder(folder).open(run).close()
+    Folder(folder).write(run)
     return folder
 
 
@@ -307,8 +308,8 @@ def test_a_damaged_checkpoint(tiny: Run, tmp_path: Path, zoo: Zoo) -> None:
     status, _, errors = outcome(zoo("train", folder))
     assert status == 1
     assert errors.startswith(f"error: the checkpoint of step 10 in {folder}/checkpoints is damaged: {named}: ")
-    offer = f"`zoo train '{folder}' --step 8`"
-    assert errors.endswith(f"; the last whole one is step 8: {offer} continues from it\n"), errors
+    offer = f"`zoo train '{folder}' --step 8 --yes`"
+    assert errors.endswith(f"; the last whole one is step 8: {offer} deletes later ones and continues\n"), errors
     with pytest.raises(DamagedCheckpoint, match="step 10 .* is damaged"):
         load(folder)
     status, shown, errors = outcome(zoo(*shlex.split(offer.strip("`"))[1:]))
