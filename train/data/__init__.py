@@ -53,7 +53,13 @@ def load(
     else:
         shares = _shares(sources, data.weights)
         tokenizer = trained_tokenizer(
-            sources, shares, vocab=vocab, heldout=data.heldout, cache=folder, special_tokens=data.special_tokens
+            sources,
+            shares,
+            vocab=vocab,
+            heldout=data.heldout,
+            cache=folder,
+            special_tokens=data.special_tokens,
+            progress=progress,
         )
     stores = tuple(
         token_store(

@@ -89,11 +89,18 @@ class TfdsSource:
     def documents(self, split: Literal["train", "validation"] = "train") -> Iterator[str]:
         """The documents of a split, lazily."""
         builder: Any = self.builder
-        records = builder.as_data_source(split=self.splits[split])
-        for start in range(0, len(records), 256):
-            for record in records.__getitems__(range(start, min(start + 256, len(records)))):
-                text = record[self.field]
-                yield text.decode("utf-8") if isinstance(text, bytes) else str(text)
+        start = 0
+        try:
+            records = builder.as_data_source(split=self.splits[split])
+            for start in range(0, len(records), 256):
+                for record in records.__getitems__(range(start, min(start + 256, len(records)))):
+                    text = record[self.field]
+                    yield text.decode("utf-8") if isinstance(text, bytes) else str(text)
+        except (OSError, RuntimeError, ValueError, LookupError) as error:
+            raise ValueError(
+                f"cannot read the records from {start} on of split {self.splits[split]!r} in {builder.data_dir}: "
+                f"{error}; delete that folder, and the dataset is prepared again"
+            ) from error
 
 
 def open_source(name: str, field: str, cache: Path) -> Source:

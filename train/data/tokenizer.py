@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,8 @@ TRAINING_BYTES = 256 * 2**20
 """A BPE is trained on about so much text, spread evenly over more."""
 
 _PIECE = 2**16  # characters
+_LONG_RUN = re.compile(r"\S{64}(?=\S)")
+"""Text without a space, which a BPE is trained on in pieces: the time grows with the square of a piece's length."""
 _BREAKS = (re.compile(r"(?<=\S\n)(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))
 
 
@@ -75,6 +77,7 @@ def trained_tokenizer(
     heldout: float,
     cache: Path,
     special_tokens: bool = False,
+    progress: Callable[[int, int | None], None] | None = None,
 ) -> Tokenizer:
     """A byte-level BPE of the text that is trained on, kept in the cache.
 
@@ -87,6 +90,7 @@ def trained_tokenizer(
         heldout: the fraction held out, which is not looked at.
         cache: the cache folder.
         special_tokens: text that spells the separator is the separator, and not looked at.
+        progress: called with the bytes read so far and about how many will be read.
 
     Raises:
         ValueError: the vocabulary is too small for bytes.
@@ -109,13 +113,14 @@ def trained_tokenizer(
             show_progress=False,
         )
         texts = (piece for pair in zip(sources, shares, strict=True) for piece in _sampled(*pair, heldout))
+        texts = _with_progress(texts, min(TRAINING_BYTES, sum(source.size for source in sources)), progress)
         if special_tokens:
             texts = (part for text in texts for part in text.split(END_OF_TEXT))
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator((part for text in texts for part in _without_long_runs(text)), trainer)
         aside.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
     key = digest(
-        1, [source.fingerprint for source in sources], list(shares), vocab, heldout, TRAINING_BYTES, special_tokens
+        3, [source.fingerprint for source in sources], list(shares), vocab, heldout, TRAINING_BYTES, special_tokens
     )
     entry = filled(cache / "tokenizers" / f"{key}.json", fill)
     try:
@@ -128,6 +133,26 @@ def _sampled(source: Source, share: float, heldout: float) -> Iterator[str]:
     kept = min(1.0, TRAINING_BYTES * share / max(1, source.size)) * 2**64
     parts = (piece for part in split(source, heldout) if part.text and not part.held for piece in pieces(part.text))
     return (piece for index, piece in enumerate(parts) if place(index) < kept)
+
+
+def _without_long_runs(text: str) -> Iterator[str]:
+    """A text in pieces, none of which has more than 64 characters without a space."""
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
+
+
+def _with_progress(
+    texts: Iterable[str], total: int, progress: Callable[[int, int | None], None] | None
+) -> Iterator[str]:
+    done = 0
+    for text in texts:
+        yield text
+        done += len(text.encode())
+        if progress:
+            progress(done, max(done, total))
 
 
 def pieces(text: str) -> Iterator[str]:

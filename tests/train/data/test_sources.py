@@ -232,3 +232,13 @@ def test_sample_is_capped_to_the_byte(texts: list[str], limit: int):
         for text in texts:
             other.add(Part(text, len(text.encode()), True))
         assert capped(other.texts(), smaller) == capped(kept, smaller)
+
+
+def test_a_damaged_dataset_is_named(tmp_path: Path):
+    open_source("shakespeare", "text", tmp_path)
+    (file,) = tmp_path.rglob("*train.array_record*")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3 : len(data) // 3 + 2000] = bytes(2000)
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=f"cannot read the records from 0 on of split 'train' in {file.parent}"):
+        list(open_source("shakespeare", "text", tmp_path).documents())

@@ -1,4 +1,5 @@
 import itertools
+import random
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,21 @@ def test_a_tokenizer_that_is_none(tmp_path: Path):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match=r"cannot read the tokenizer .*must be a tokenizer\.json"):
         load_tokenizer(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize("letters", ["ACGT", "日本語中文字漢"])
+def test_text_without_breaks_trains_about_as_fast_as_words(tmp_path: Path, letters: str):
+    """The work of a BPE trainer grows with the length of its longest words, so these are bounded."""
+    text = "".join(random.Random(0).choices(letters, k=60_000))
+    (tmp_path / "a.txt").write_text(f"short words\n{text}\n", encoding="utf-8")
+    source = open_source(str(tmp_path / "a.txt"), "text", tmp_path)
+    (piece,) = tokenizer_module._sampled(source, 1.0, 0.0)
+    parts = list(tokenizer_module._without_long_runs(piece))
+    assert "".join(parts) == piece
+    assert max(len(word) for part in parts for word in part.split()) == 64
+    calls: list[tuple[int, int | None]] = []
+    options = {"vocab": 300, "heldout": 0.0, "cache": tmp_path, "progress": lambda *call: calls.append(call)}
+    trained = trained_tokenizer([source], [1.0], **options)
+    assert ids(trained) == 300
+    assert calls[-1] == (source.size, source.size)
+    assert len(encode(trained, text)) < 0.7 * len(text.encode())
