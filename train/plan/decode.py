@@ -1,6 +1,5 @@
 """What generation needs and takes on TPUs or GPUs: the program that draws tokens, as their compiler makes it."""
 
-import json
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -22,8 +21,8 @@ from ..distributed import mesh as meshes
 from .chips import Chip, chip_of, slice_of
 from .hlo import Operation, Program
 from .kernels import Kernels
-from .plan import Memory, bytes_held, compiled, devices_of
-from .report import costs, memory_table, prices_of, time_table
+from .plan import Memory, SlicePlan, bytes_held, compiled, devices_of
+from .report import costs, memory_table, slice_json, time_table
 from .time import Time, time_of
 
 Dtype = Literal["float32", "bfloat16"]
@@ -52,34 +51,20 @@ class Decoding:
 
 
 @dataclass
-class DecodePlan:
-    """A program that draws tokens, on a slice."""
+class DecodePlan(SlicePlan):
+    """A program that generates `STRIDE` tokens of each row, on a slice."""
 
     decoding: Decoding
-    topology: str
-    chip: Chip
-    mesh: dict[str, int]
-    memory: Memory
-    time: Time | None
-    """Of `STRIDE` tokens of each row, which are drawn at a time; None where the program does not fit."""
-
-    @property
-    def fits(self) -> bool:
-        """Whether it fits into the memory."""
-        return not self.memory.missing
 
     @property
     def seconds(self) -> float:
-        """For a token of every row. Raises ValueError where there is no model of the program's time."""
-        assert self.time is not None
-        if self.time.unknown:
-            raise ValueError(f"there is no model of the time of {', '.join(self.time.unknown)}")
-        return self.time.seconds / STRIDE
+        """Time for one token of every row. Raises ValueError if a part of the program has no model."""
+        return self.program_seconds / STRIDE
 
     @property
     def tokens_per_second(self) -> float:
-        """Of a chip."""
-        return self.decoding.batch / self.seconds / math.prod(self.mesh.values())
+        """Tokens/s of a device."""
+        return self.decoding.batch / self.seconds / self.devices
 
     @property
     def least(self) -> float:
@@ -123,7 +108,7 @@ def plan_decoding(decoding: Decoding, topology: str) -> DecodePlan:
         memory = Memory(capacity=chip.hbm, parameters=bytes_held(flat), cache=bytes_held(caches))
         program = compiled(lowered, memory, chip)
     time = None if program is None else decoding_time(program, decoding, chip, sizes)
-    return DecodePlan(decoding, topology, chip, sizes, memory, time)
+    return DecodePlan(decoding, topology=topology, chip=chip, mesh=sizes, memory=memory, time=time)
 
 
 def decoding_time(program: Program, decoding: Decoding, chip: Chip, mesh: dict[str, int]) -> Time:
@@ -133,10 +118,10 @@ def decoding_time(program: Program, decoding: Decoding, chip: Chip, mesh: dict[s
     kernels = Kernels(decoding.model, chip, mesh, decoding.batch * split)
     rounds = [op for op in program.computations.get(program.entry, []) if op.code == "while"]
 
-    def told(op: Operation) -> float | None:
+    def trip_count(op: Operation) -> float | None:
         return STRIDE if op in rounds else None
 
-    return time_of(program, chip, mesh, kernels.decoding, told)
+    return time_of(program, chip, mesh, kernels.decoding, trip_count)
 
 
 def _divides(spec: Decoder, devices: list[Any]) -> int:
@@ -227,21 +212,17 @@ def page(found: DecodePlan, console: Console, *, usd_hour: float | None = None, 
 
 def json_of(found: DecodePlan, *, usd_hour: float | None = None, watts: float | None = None) -> str:
     """A plan as JSON; sizes in bytes, times in seconds."""
-    decoding = asdict(found.decoding)
-    del decoding["model"]
-    result: dict[str, Any] = {"topology": found.topology, "chip": found.chip.kind, **decoding, "mesh": found.mesh}
-    result |= {"fits": found.fits, "memory": asdict(found.memory) | {"used": found.memory.used}}
-    if found.time is not None:
-        result |= {"largest_batch_by_arithmetic": found.largest_batch, "tokens_at_a_time": STRIDE}
-        result["time"] = found.time.as_json()
-        if not found.time.unknown:
-            result |= {
-                "token_seconds": found.seconds,
-                "tokens_per_second_per_row": 1 / found.seconds,
-                "tokens_per_second_per_chip": found.tokens_per_second,
-                "least_token_seconds": found.least,
-                "bound": found.time.bound,
-                "trust": found.chip.trust,
-                **prices_of(found.chip, found.tokens_per_second, usd_hour, watts),
-            }
-    return json.dumps(result, indent=2)
+    job = asdict(found.decoding)
+    del job["model"]
+    if found.fits:
+        job |= {"largest_batch_by_arithmetic": found.largest_batch, "tokens_at_a_time": STRIDE}
+
+    def times() -> dict[str, float]:
+        return {
+            "token_seconds": found.seconds,
+            "tokens_per_second_per_row": 1 / found.seconds,
+            "tokens_per_second_per_chip": found.tokens_per_second,
+            "least_token_seconds": found.least,
+        }
+
+    return slice_json(found, job, times, usd_hour=usd_hour, watts=watts)

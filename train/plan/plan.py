@@ -1,4 +1,4 @@
-"""What a training job needs and takes on TPUs or GPUs, from the program that their compiler makes of it."""
+"""Memory and time of a training step on TPUs or GPUs, from the program that their compiler emits."""
 
 import math
 import os
@@ -51,39 +51,55 @@ class Memory:
         return sum(parts[name] for name in parts if name not in ("capacity", "missing"))
 
 
-@dataclass
-class Plan:
-    """A run on a slice."""
+@dataclass(kw_only=True)
+class SlicePlan:
+    """What a compiled program needs and takes on a slice."""
 
-    run: Run
     topology: str
     chip: Chip
     mesh: dict[str, int]
     memory: Memory
     time: Time | None
-    """None where the program does not fit, for then there is none."""
+    """None if the program does not fit."""
 
     @property
     def fits(self) -> bool:
-        """Whether it fits into the memory."""
+        """Whether the program fits into the memory of a device."""
         return not self.memory.missing
 
     @property
+    def devices(self) -> int:
+        """JAX devices of the mesh."""
+        return math.prod(self.mesh.values())
+
+    @property
+    def program_seconds(self) -> float:
+        """Time of one call of the program. Raises ValueError if a part of it has no model."""
+        assert self.time is not None, "a program that does not fit has no time"
+        if self.time.unknown:
+            raise ValueError(f"there is no model of the time of {', '.join(self.time.unknown)}")
+        return self.time.seconds
+
+
+@dataclass
+class Plan(SlicePlan):
+    """A training step on a slice."""
+
+    run: Run
+
+    @property
     def bubble(self) -> float:
-        """The share of the time in which a stage of a pipeline waits for others, which the time has in it."""
+        """The share of the step in which a pipeline stage waits for other stages; the time includes it."""
         return stages.bubble(self.mesh.get(stages.AXIS, 1), self.run.accumulate)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of a chip. Raises ValueError where there is no model of the program's time."""
-        assert self.time is not None
-        if self.time.unknown:
-            raise ValueError(f"there is no model of the time of {', '.join(self.time.unknown)}")
-        return self.run.batch * self.run.length / self.time.seconds / math.prod(self.mesh.values())
+        """Tokens/s of a device. Raises ValueError if a part of the program has no model."""
+        return self.run.batch * self.run.length / self.program_seconds / self.devices
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs of a token by the peak; the products of pairs that are not visible do not count."""
+        """Model FLOP/s over the peak of a device. Attention between pairs that the mask hides does not count."""
         return 3 * self.run.model.flops(self.run.length) * self.tokens_per_second / (self.chip.tflops * 1e12)
 
 
@@ -113,11 +129,11 @@ def plan(run: Run, topology: str) -> Plan:
     memory.gradients = min(memory.parameters, memory.temporary)
     memory.temporary -= memory.gradients
     if program is None:
-        return Plan(run, topology, chip, sizes, memory, None)
+        return Plan(run, topology=topology, chip=chip, mesh=sizes, memory=memory, time=None)
     kernels = Kernels(run.model, chip, sizes, run.batch // run.accumulate * run.length)
     loops = kernels.loops(run.length) if isinstance(chip, Gpu) else None  # a TPU has kernels for what is known of
     time = time_of(program, chip, sizes, kernels.training(run.length), loops)
-    return Plan(run, topology, chip, sizes, memory, time)
+    return Plan(run, topology=topology, chip=chip, mesh=sizes, memory=memory, time=time)
 
 
 def compiled(lowered: Any, memory: Memory, chip: Chip) -> Program | None:

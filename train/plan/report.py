@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ...layers.sharding import stages
 from ...layers.spec import missing_package
 from ..runs.progress import amount, print_whole
 from .chips import Chip
-from .plan import Memory, Plan, first_that_fits, plan
+from .plan import Memory, Plan, SlicePlan, first_that_fits, plan
 from .search import pareto, picture, search
 from .time import PARTS as TIMES
 from .time import Time
@@ -184,31 +185,44 @@ def prices_of(chip: Chip, speed: float, usd_hour: float | None, watts: float | N
 
 def json_of(found: Plan, *, usd_hour: float | None = None, watts: float | None = None) -> str:
     """A plan as JSON; sizes in bytes, times in seconds."""
-    result: dict[str, Any] = {
-        "topology": found.topology,
-        "chip": found.chip.kind,
-        "mesh": found.mesh,
-        "batch": found.run.batch,
-        "length": found.run.length,
-        "accumulate": found.run.accumulate,
-        "dtype": found.run.dtype,
-        "quantize": found.run.quantize,
-        "remat": found.run.remat,
-        "bubble": found.bubble,
-        "fits": found.fits,
-        "memory": asdict(found.memory) | {"used": found.memory.used},
-    }
+    names = ("batch", "length", "accumulate", "dtype", "quantize", "remat")
+    job = {name: getattr(found.run, name) for name in names} | {"bubble": found.bubble}
+
+    def times() -> dict[str, float]:
+        return {
+            "step_seconds": found.program_seconds,
+            "tokens_per_second_per_chip": found.tokens_per_second,
+            "mfu": found.mfu,
+        }
+
+    return slice_json(found, job, times, usd_hour=usd_hour, watts=watts)
+
+
+def slice_json(
+    found: SlicePlan,
+    job: dict[str, Any],
+    times: Callable[[], dict[str, float]],
+    *,
+    usd_hour: float | None,
+    watts: float | None,
+) -> str:
+    """A plan as JSON.
+
+    Args:
+        found: the plan.
+        job: what was planned.
+        times: gives figures of time, tokens_per_second_per_chip among them; called if every part has a model.
+        usd_hour: price of a device.
+        watts: power of a device.
+    """
+    result = {"topology": found.topology, "chip": found.chip.kind, "mesh": found.mesh, **job}
+    result |= {"fits": found.fits, "memory": asdict(found.memory) | {"used": found.memory.used}}
     if found.time is not None:
         result["time"] = found.time.as_json()
         if not found.time.unknown:
-            result |= {
-                "step_seconds": found.time.seconds,
-                "tokens_per_second_per_chip": found.tokens_per_second,
-                "mfu": found.mfu,
-                "bound": found.time.bound,
-                "trust": found.chip.trust,
-            }
-            result |= prices_of(found.chip, found.tokens_per_second, usd_hour, watts)
+            figures = times()
+            prices = prices_of(found.chip, figures["tokens_per_second_per_chip"], usd_hour, watts)
+            result |= figures | {"bound": found.time.bound, "trust": found.chip.trust} | prices
     return json.dumps(result, indent=2)
 
 

@@ -28,7 +28,7 @@ SIZE = sum(known.size for known in describe(MODEL.abstract()).values())
 def made(decoding: Decoding, **changes: Any) -> DecodePlan:
     memory = Memory(2**34, parameters=2 * SIZE, cache=2**20, temporary=2**20)
     given: dict[str, Any] = {"memory": memory, "time": Time(compute=3.2, attention=STRIDE * 0.1), **changes}
-    return DecodePlan(decoding, "v5e:2x2", tpus()["TPU v5 lite"], {"tensor": 4}, **given)
+    return DecodePlan(decoding, topology="v5e:2x2", chip=tpus()["TPU v5 lite"], mesh={"tensor": 4}, **given)
 
 
 @needs_libtpu

@@ -62,6 +62,12 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """
 
 
+def plan_of(job: Run, *, time: Time | None, **changes: Any) -> Plan:
+    """A plan that nothing was compiled for."""
+    slice_: dict[str, Any] = {"topology": "v5e:2x2", "chip": tpus()["TPU v5 lite"], "mesh": {"fsdp": 1}}
+    return Plan(job, **{**slice_, "memory": Memory(2**34), **changes}, time=time)
+
+
 def run(**changes: object) -> Run:
     return Run(model=MODEL, batch=8, length=256, dtype="bfloat16", **changes)  # pyright: ignore[reportArgumentType]
 
@@ -138,7 +144,7 @@ def test_what_has_no_model_gets_no_time() -> None:
     text = TEXT.replace("direction=LT", "direction=NE")
     found = timed(text.replace("attention_forward", "mystery"))
     assert found.unknown == ["mystery", "a loop of unknown length"]
-    made = Plan(run(), "v5e:2x4", tpus()["TPU v5 lite"], {"data": 4, "fsdp": 2}, Memory(1e9), found)
+    made = plan_of(run(), mesh={"data": 4, "fsdp": 2}, topology="v5e:2x4", memory=Memory(1e9), time=found)
     with pytest.raises(ValueError, match="no model of the time of mystery, a loop of unknown length"):
         _ = made.tokens_per_second
     shown = io.StringIO()
@@ -354,7 +360,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(monkeypatch: pytest.M
 def test_the_mildest_remedy_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(made: Run, topology: str) -> Plan:
         missing = 0.0 if made.accumulate >= 4 else 1e9
-        return Plan(made, topology, tpus()["TPU v5 lite"], {"fsdp": 1}, Memory(2**34, missing=missing), None)
+        return plan_of(made, topology=topology, memory=Memory(2**34, missing=missing), time=None)
 
     monkeypatch.setattr("flaxzoo.train.plan.plan.plan", fake)
     tried: list[Run] = []
@@ -448,7 +454,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
     def fake(made: Run, topology: str) -> Plan:
         asked.append((made, topology))
-        return Plan(made, topology, tpus()["TPU v5 lite"], {"fsdp": 1}, Memory(2**34), Time(compute=0.5))
+        return plan_of(made, topology=topology, time=Time(compute=0.5))
 
     monkeypatch.setattr(plan_report, "plan", fake)
     cli.dispatch(["plan", "qwen2_5_0_5b", "--topology", "v5e:2x2", "--remat", "dots", "--optimizer", "lion", "--json"])
@@ -498,7 +504,7 @@ def test_the_front_is_what_nothing_beats() -> None:
     def made(speed: float, gib: float, missing: float = 0.0) -> Plan:
         chip = tpus()["TPU v5 lite"]
         memory = Memory(chip.hbm, parameters=gib * 2**30, missing=missing)
-        return Plan(run(), "v5e:2x2", chip, {"fsdp": 4}, memory, Time(compute=1 / speed))
+        return plan_of(run(), chip=chip, mesh={"fsdp": 4}, memory=memory, time=Time(compute=1 / speed))
 
     plans = [made(5, 9), made(4, 10), made(3, 4), made(2, 4), made(1, 1), made(9, 20, missing=1.0)]
     assert plan_search.pareto(plans) == [plans[0], plans[2], plans[4]]
