@@ -1,4 +1,4 @@
-"""What is known of TPU chips and of GPUs, and slices of them by name."""
+"""TPU and GPU devices with their peak speeds and memory, and slices of them by name."""
 
 import abc
 import functools
@@ -25,33 +25,33 @@ class Chip(abc.ABC):
     """A JAX device; `chips.toml` says where the numbers are from."""
 
     kind: str
-    """What JAX calls it."""
+    """`device_kind` of JAX."""
     name: str
     hbm_gib: float
     tflops: float
     hbm_gbps: float
     link_gbps: float
     trust: str
-    """How far predicted times are to be trusted."""
+    """How accurate predicted times are."""
     devices: int = 1
     """JAX devices of a chip."""
     aliases: tuple[str, ...] = ()
     """Other names that JAX has reported for the device."""
     options: dict[str, bool | int | str] = field(default_factory=dict)
-    """Of the compiler, for programs on several devices."""
+    """Compiler options for programs on several devices."""
     plan_options: dict[str, bool | int | str] = field(default_factory=dict)
-    """Of the compiler, for a plan alone: they change nothing of a program but what its text tells."""
+    """Compiler options for plans only: they add estimates to the text of a program and change nothing else."""
     usd_hour: float | None = None
     watts: float | None = None
 
     compiler: ClassVar[str]
-    """What it is called."""
+    """Name of the compiler."""
     reached: ClassVar[float] = 1.0
     """The share of the published speed of the HBM that copies are taken to reach."""
     verb: ClassVar[str] = "is predicted to take"
-    """What a step does with its seconds."""
-    told: ClassVar[dict[str, str]]
-    """How each part of a time is known."""
+    """What precedes the time in the report."""
+    sources: ClassVar[dict[str, str]]
+    """Where each part of a time comes from."""
 
     def costs(self, usd_hour: float | None, watts: float | None) -> tuple[float | None, float | None]:
         """Price and power as given or, where they are not, as the table has them."""
@@ -110,11 +110,11 @@ class Tpu(Chip):
 
     compiler = "TPU compiler"
     reached = 0.9  # what XLA's own estimates take on v5e
-    told: ClassVar[dict[str, str]] = {
-        "compute": "cycles of the schedules that the compiler chose",
-        "untold": "no cycles by the compiler: results, read and written at the speed of the HBM",
-        "attention": "by the shares of the peak, or of the HBM's speed, in benchmarks/results",
-        "experts": "grouped rows by their tiles, as in the schedules in benchmarks/results, at even loads",
+    sources: ClassVar[dict[str, str]] = {
+        "compute": "cycle estimates of the compiler",
+        "untold": "no cycle estimate: results, read and written at HBM bandwidth",
+        "attention": "shares of the peak, or of HBM bandwidth, in benchmarks/results",
+        "experts": "grouped matmuls by their tiles, as in the schedules in benchmarks/results, at even loads",
     }
 
     @property
@@ -151,27 +151,27 @@ class Tpu(Chip):
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu(Chip):
-    """A GPU, for whose programs the compiler estimates bytes, and no cycles: times are the least by arithmetic."""
+    """A GPU. Its compiler estimates bytes but no cycles, so times are roofline lower bounds."""
 
     target: str
     """What of it the compiler has to know beside its memory, as the fields of XLA's GpuDeviceInfoProto."""
     trust: str = (
-        "arithmetic at published speeds, of which the one step that was run on an H100 took 1.5 times as long: "
-        "launches and latencies come on top, while what stays in the L2 cache may take less"
+        "a roofline lower bound, not a prediction; the one step that we ran on an H100 took 1.5 times its bound. "
+        "Launches and latencies are not included; operands in the L2 cache can be faster"
     )
 
     compiler = "GPU compiler"
     verb = "takes at least"
-    told: ClassVar[dict[str, str]] = {
-        "compute": "products by the published peak, or bytes by the HBM's speed, as the compiler counts them",
-        "untold": "no estimate by the compiler: results, read and written at the speed of the HBM",
-        "attention": "kernels' FLOPs by the published peak; XLA's loops over blocks, as computation, and how many",
+    sources: ClassVar[dict[str, str]] = {
+        "compute": "matmuls at the published peak, or bytes at HBM bandwidth, as the compiler counts them",
+        "untold": "no compiler estimate: results, read and written at HBM bandwidth",
+        "attention": "FLOPs of kernels at the published peak; loops of XLA over blocks as computation",
         "experts": "",
     }
 
     @property
     def hbm(self) -> float:
-        """Bytes that a program may use: what JAX takes of the memory, three quarters if it is told nothing else."""
+        """Bytes that a program may use: JAX allocates XLA_CLIENT_MEM_FRACTION of the memory, by default 0.75."""
         share = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75
         return float(share) * self.hbm_gib * 2**30
 
@@ -195,10 +195,10 @@ class Gpu(Chip):
         """
         flops = program.flops(op)
         part = "memory_access_time_us" if flops else "exec_time_us"
-        told = [model[part] for model in op.models if model[part] or part == "exec_time_us"]
-        if not told and not flops:
+        estimates = [model[part] for model in op.models if model[part] or part == "exec_time_us"]
+        if not estimates and not flops:
             return None
-        return max(flops / (self.tflops * 1e12), 1e-6 * min(told, default=0.0))
+        return max(flops / (self.tflops * 1e12), 1e-6 * min(estimates, default=0.0))
 
     def kernel(self, op: Operation) -> str | None:
         """The name of a Pallas kernel, or of what else a custom call calls: cuBLAS, cuDNN, Triton."""

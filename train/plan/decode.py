@@ -173,7 +173,7 @@ def _lowered(decoding: Decoding, mesh: Mesh) -> tuple[FlatModel, Any, Any]:
 def command(
     decoding: Decoding, topology: str, *, as_json: bool, usd_hour: float | None = None, watts: float | None = None
 ) -> None:
-    """Plans generation and prints what was found."""
+    """Plans generation and prints the plan."""
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     with Console(stderr=True).status(f"compiling for {topology} ..."):
         found = plan_decoding(decoding, topology)
@@ -196,7 +196,7 @@ def page(found: DecodePlan, console: Console, *, usd_hour: float | None = None, 
         return
     console.print(f"By arithmetic, {found.largest_batch} rows would fit.")
     if found.time.unknown:
-        console.print(f"\nNo time is told: there is no model of {', '.join(found.time.unknown)}.")
+        console.print(f"\nNo time is reported: there is no model of {', '.join(found.time.unknown)}.")
         return
     console.print(
         f"\nA token of every row {found.chip.verb} {found.seconds * 1e3:.3g} ms: {1 / found.seconds:,.1f} tokens/s "
@@ -204,10 +204,10 @@ def page(found: DecodePlan, console: Console, *, usd_hour: float | None = None, 
         f"caches once takes {found.least * 1e3:.3g} ms ({found.least / found.seconds:.0%}).",
         soft_wrap=True,
     )
-    console.print(f"Of the {STRIDE} tokens that are drawn at a time:", highlight=False)
+    console.print(f"Time of one call, which generates {STRIDE} tokens of each row:", highlight=False)
     time_table(found.time, found.chip, console)
     costs(found.chip, found.tokens_per_second, console, usd_hour, watts)
-    console.print(f"How far to trust it: {found.chip.trust}.", highlight=False, soft_wrap=True)
+    console.print(f"Accuracy: {found.chip.trust}.", highlight=False, soft_wrap=True)
 
 
 def json_of(found: DecodePlan, *, usd_hour: float | None = None, watts: float | None = None) -> str:

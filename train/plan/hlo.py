@@ -175,15 +175,15 @@ class Program:
         compares = [op for op in condition if op.code == "compare" and "direction=LT" in op.rest]
         return numbers[0] if len(numbers) == 1 and len(compares) == 1 else None
 
-    def branch(self, op: Operation, told: TripCounts | None = None) -> str | None:
-        """The computation that a conditional takes, where the program says which, or else `told`; None if neither."""
+    def branch(self, op: Operation, trip_counts: TripCounts | None = None) -> str | None:
+        """The computation that a conditional takes, by the program or else by `trip_counts`; None if neither has it."""
         found = re.search(r"branch_computations=\{(.*?)\}", op.rest)
         branches = re.findall(r"[\w.\-]+", found[1]) if found else []
         index = self.named.get(op.operands[0])
         number = re.match(r"\d+", index.rest) if index is not None and index.code == "constant" else None
         if len(branches) <= 1:
             return branches[0] if branches else None
-        place = int(number[0]) if number is not None else told(op) if told is not None else None
+        place = int(number[0]) if number is not None else trip_counts(op) if trip_counts is not None else None
         return None if place is None else branches[min(int(place), len(branches) - 1)]
 
     def start(self, op: Operation) -> str:
@@ -234,24 +234,24 @@ class Program:
         inside = self.computations.get(op.called("calls"), []) if op.code == "fusion" else []
         return sum(self.flops(one) for one in inside)
 
-    def walk(self, told: TripCounts | None = None) -> Iterator[tuple[Operation, float | None]]:
-        """Every operation in the order of the program, and how often it runs; None where that is not known.
+    def walk(self, trip_counts: TripCounts | None = None) -> Iterator[tuple[Operation, float | None]]:
+        """Every operation in the order of the program, and how often it runs; None if that is not known.
 
-        `told` says what is not in the program.
+        `trip_counts` gives the counts that are not in the program.
         """
-        yield from self._walk(self.entry, 1, told)
+        yield from self._walk(self.entry, 1, trip_counts)
 
     def _walk(
-        self, name: str, times: float | None, told: TripCounts | None
+        self, name: str, times: float | None, trip_counts: TripCounts | None
     ) -> Iterator[tuple[Operation, float | None]]:
         for op in self.computations.get(name, []):
             yield op, times
             if op.code == "while":
                 trips = self.trips(op)
-                trips = told(op) if trips is None and told is not None else trips
+                trips = trip_counts(op) if trips is None and trip_counts is not None else trips
                 inside = None if trips is None or times is None else times * trips
-                yield from self._walk(op.called("body"), inside, told)
+                yield from self._walk(op.called("body"), inside, trip_counts)
             elif op.code == "call":
-                yield from self._walk(op.called("to_apply"), times, told)
+                yield from self._walk(op.called("to_apply"), times, trip_counts)
             elif op.code == "conditional":
-                yield from self._walk(self.branch(op, told) or "", times, told)
+                yield from self._walk(self.branch(op, trip_counts) or "", times, trip_counts)

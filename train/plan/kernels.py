@@ -87,12 +87,12 @@ class Kernels:
         # What a second token adds is half a key. The blocks at the ends are seen in part and computed whole.
         seen = [1 + (all_ - one) / (2 * (two - one)) for one, two, all_ in flops if two > one]
 
-        def told(op: Operation) -> float | None:
+        def trip_count(op: Operation) -> float | None:
             if not op.blockwise or not seen:
                 return None
             return blocks.FULL if op.code == "conditional" else sum(seen) / len(seen) / size + 0.5
 
-        return told
+        return trip_count
 
     def decoding(self, op: Operation, program: Program) -> float | None:
         """Attention of one token to a cache that is full, by the bytes that it reads; and that it is written there."""

@@ -29,13 +29,13 @@ PARTS = {
     "optimizer": "its state",
     "average": "moving average of the parameters",
     "batch": "tokens, targets, segments, positions, weights",
-    "cache": "keys and values of earlier tokens, full",
-    "tiles": "of these arrays, that are not full",
+    "cache": "the KV cache, full",
+    "tiles": "padding of these arrays in tiles",
     "gradients": "float32, split as the parameters are",
-    "temporary": "activations, and all else the compiler allocates",
+    "temporary": "activations and everything else that the compiler allocates",
     "code": "of the program",
 }
-"""What each part of the memory is."""
+"""Explanations of the parts of `Memory`."""
 
 
 def command(run: Run, topology: str, *, as_json: bool, usd_hour: float | None, watts: float | None) -> None:
@@ -56,8 +56,8 @@ def command(run: Run, topology: str, *, as_json: bool, usd_hour: float | None, w
         )
     if better is None:
         console.print(
-            "\nNeither recomputing more nor smaller parts make it fit: it needs more chips, an optimizer of less state "
-            "(--optimizer adafactor, --momentum-dtype bfloat16), a shorter length or a smaller model.",
+            "\nNeither more recomputation nor smaller micro-batches make it fit. It needs more chips, an optimizer "
+            "with less state (--optimizer adafactor, --momentum-dtype bfloat16), a shorter length or a smaller model.",
             soft_wrap=True,
         )
         return
@@ -150,7 +150,7 @@ def page(found: Plan, console: Console, *, usd_hour: float | None = None, watts:
     if found.time is None:
         return
     if found.time.unknown:
-        console.print(f"\nNo time is told: there is no model of {', '.join(found.time.unknown)}.")
+        console.print(f"\nNo time is reported: there is no model of {', '.join(found.time.unknown)}.")
         return
     time = found.time
     console.print(
@@ -160,7 +160,7 @@ def page(found: Plan, console: Console, *, usd_hour: float | None = None, watts:
     )
     time_table(time, found.chip, console)
     costs(found.chip, found.tokens_per_second, console, usd_hour, watts)
-    console.print(f"How far to trust it: {found.chip.trust}.", highlight=False, soft_wrap=True)
+    console.print(f"Accuracy: {found.chip.trust}.", highlight=False, soft_wrap=True)
 
 
 def costs(chip: Chip, speed: float, console: Console, usd_hour: float | None, watts: float | None) -> None:
@@ -233,7 +233,7 @@ def change_text(run: Run, other: Run) -> str:
 
 
 def memory_table(memory: Memory, console: Console) -> None:
-    """A bar of the whole, and the parts."""
+    """Prints whether the program fits, and a bar for each part of the memory."""
     whole = max(memory.capacity, memory.used)
     verdict = (
         f"[bold red]does not fit[/]: {_gib(memory.missing)} too much for {_gib(memory.capacity)} a chip"
@@ -252,22 +252,22 @@ def memory_table(memory: Memory, console: Console) -> None:
 
 
 def time_table(time: Time, chip: Chip, console: Console) -> None:
-    """The parts of a time, and how each is told."""
+    """Prints the parts of a time and where each comes from."""
     rows = Table(box=None, pad_edge=False, header_style="bold")
     for name, side in (
         ("", "left"),
         ("seconds", "right"),
         ("waits", "right"),
         ("sent a chip", "right"),
-        ("how it is told", "left"),
+        ("source", "left"),
     ):
         rows.add_column(name, justify=side)  # pyright: ignore[reportArgumentType]
     for name, shown in TIMES.items():
         if seconds := getattr(time, name):
-            rows.add_row(shown, f"{seconds:.4f}", "", "", chip.told[name])
+            rows.add_row(shown, f"{seconds:.4f}", "", "", chip.sources[name])
     for (kind, axis), part in sorted(time.traffic.items(), key=lambda item: -item[1].seconds):
-        speed = "HBM" if axis == "HBM" else "links"
-        how = f"{part.count} over {axis}: bytes by the speed of {speed}, a lower bound"
+        speed = "HBM" if axis == "HBM" else "link"
+        how = f"{part.count} over {axis}: bytes at {speed} bandwidth, a lower bound"
         rows.add_row(kind, f"{part.seconds:.4f}", f"{part.exposed:.4f}", amount(part.bytes, "B"), how)
     print_whole(console, rows)
 

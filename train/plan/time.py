@@ -1,4 +1,4 @@
-"""How long a compiled program takes, told from its operations."""
+"""Time of a compiled program, from its operations."""
 
 import math
 from collections import Counter
@@ -10,9 +10,9 @@ from .chips import Chip
 from .hlo import Operation, Program, TripCounts
 
 HOP = 1e-6
-"""Seconds that a step of a ring takes beside its bytes."""
+"""Latency of a step of a ring, in seconds."""
 HOST = "S(5)"
-"""What arrays in the memory of the host have in their types."""
+"""Mark of arrays in host memory, in their types."""
 FREE = (
     "parameter",
     "constant",
@@ -28,24 +28,24 @@ FREE = (
 )
 """Operations that take no time of their own."""
 PARTS = {"compute": "computation", "untold": "others", "attention": "attention", "experts": "experts"}
-"""What a chip is busy with, and how it is called."""
+"""Parts of the time in which a device computes, with their headings."""
 Kernel = Callable[[Operation, Program], float | None]
-"""Seconds of a kernel that is not XLA's; None where there is no model of it."""
+"""Seconds of a kernel that is not part of XLA; None if it has no model."""
 
 
 @dataclass
 class Traffic:
-    """What one kind of collective, or of copies, moves over an axis or the HBM."""
+    """Traffic of one kind of collective or copy over a mesh axis or HBM."""
 
     bytes: float = 0.0
-    """That a chip sends, or copies."""
+    """Bytes that a device sends or copies."""
     seconds: float = 0.0
     exposed: float = 0.0
-    """Seconds in which nothing is computed."""
+    """Seconds that no computation overlaps."""
     count: int = 0
 
     def add(self, times: float, sent: float, seconds: float) -> None:
-        """Counts one that runs so often."""
+        """Adds an operation that runs `times` times."""
         self.bytes += times * sent
         self.seconds += times * seconds
         self.count += round(times)
@@ -53,24 +53,24 @@ class Traffic:
 
 @dataclass
 class Time:
-    """A program, predicted."""
+    """Predicted time of a program, by part."""
 
     compute: float = 0.0
-    """Seconds of what XLA makes itself, by its compiler's estimates."""
+    """Seconds of XLA's own operations, by the compiler's estimates."""
     untold: float = 0.0
-    """Seconds of what XLA makes and the compiler gives no estimate of: results, read and written once in HBM."""
+    """Seconds of XLA's own operations without an estimate: their results, read and written once in HBM."""
     attention: float = 0.0
-    """Seconds of attention: of kernels, or of what XLA makes under its name."""
+    """Seconds of attention kernels, or of XLA's operations under the name of attention."""
     experts: float = 0.0
-    """Seconds of XLA's products of grouped rows, by their tiles."""
+    """Seconds of XLA's grouped matmuls, by their tiles."""
     traffic: dict[tuple[str, str], Traffic] = field(default_factory=dict)
     """By kind of collective and mesh axis; copies go over "HBM"."""
     unknown: list[str] = field(default_factory=list)
-    """What there is no model for; where there is any, no time is told."""
+    """Operations without a model. If there are any, no time is reported."""
 
     @property
     def busy(self) -> float:
-        """Seconds in which a chip computes."""
+        """Seconds in which a device computes."""
         return sum(getattr(self, name) for name in PARTS)
 
     @property

@@ -106,7 +106,7 @@ def test_times_are_of_one_token() -> None:
         _ = unknown.seconds
     text = io.StringIO()
     plan_decode.page(unknown, Console(file=text, width=200))
-    assert "No time is told: there is no model of mystery." in text.getvalue()
+    assert "No time is reported: there is no model of mystery." in text.getvalue()
     assert "token_seconds" not in json.loads(plan_decode.json_of(unknown))
 
 

@@ -149,7 +149,7 @@ def test_what_has_no_model_gets_no_time() -> None:
         _ = made.tokens_per_second
     shown = io.StringIO()
     plan_report.page(made, Console(file=shown, width=200))
-    assert "No time is told: there is no model of mystery, a loop of unknown length." in shown.getvalue()
+    assert "No time is reported: there is no model of mystery, a loop of unknown length." in shown.getvalue()
     # Of a loop of the entry it may be given how often it runs.
     assert timed(text, rounds=12).seconds == pytest.approx(timed(TEXT).seconds)
     assert "step_seconds" not in json.loads(plan_report.json_of(made))
