@@ -130,6 +130,7 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "stablelm": ("stablelm", SHAPE | {"use_qkv_bias": True, "partial_rotary_factor": 0.25}),
     "stablelm_parallel": ("stablelm", SHAPE | {"use_parallel_residual": True, "partial_rotary_factor": 0.5}),
+    "starcoder2": ("starcoder2", SHAPE | {"sliding_window": 8, "tie_word_embeddings": True}),
 }
 
 
