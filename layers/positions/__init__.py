@@ -1,1 +1,1 @@
-"""Position encodings."""
+"""Positions of tokens in documents, and rotary position embedding with its scalings."""

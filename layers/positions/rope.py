@@ -17,10 +17,10 @@ from .scaling import EVERY_LENGTH, RopeScaling, check_positive, rope_frequencies
 
 @dataclass(frozen=True, kw_only=True)
 class Rope(Spec):
-    """Rotary position embedding: pair i of a head turns by `position * theta^(-2i/R)` (RoFormer, 2104.09864).
+    """Rotary position embedding: pair i of a head is rotated by `position * theta^(-2i/R)` (RoFormer, 2104.09864).
 
     `(a, b) -> (a cos - b sin, b cos + a sin)`, in float32, over the first `R = int(fraction * H)` dimensions; the rest
-    passes. Pairs are `(i, i + R/2)`, or `(2i, 2i + 1)` where `interleaved` (GPT-J, Llama's own checkpoints).
+    is unchanged. Pairs are `(i, i + R/2)`, or `(2i, 2i + 1)` where `interleaved` (GPT-J, Llama's own checkpoints).
     """
 
     theta: float = 10_000.0

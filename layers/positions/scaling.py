@@ -119,7 +119,7 @@ class DynamicNTKScaling(RopeScaling):
 
 @dataclass(frozen=True, kw_only=True)
 class ProportionalScaling(RopeScaling):
-    """Only the fastest share of the pairs turns: `f_i / factor` for i < fraction * dim/2, else 0 (Gemma 4).
+    """Only the fastest share of the pairs is rotated: `f_i / factor` for i < fraction * dim/2, else 0 (Gemma 4).
 
     Unlike `Rope.fraction` the frequencies are those of the whole head, and pairs are as far apart as without it.
     """

@@ -1,4 +1,4 @@
-"""Functions compiled with the options that the compiler of a platform needs."""
+"""Compilation with compiler options of the platform."""
 
 import functools
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from typing import Any
 import jax
 
 OPTIONS: dict[str, dict[str, Any]] = {"tpu": {"xla_tpu_enable_dot_strength_reduction": False}}
-"""Without it, XLA takes the products of a single row off the matrix units of a TPU, which are faster at them."""
+"""Otherwise XLA moves matmuls of a single row off the matrix units of a TPU, where they are faster."""
 
 
 def compiled_for(**jit: Any) -> Callable[[Callable[..., Any]], Callable[[str], Any]]:
-    """Makes a function of a platform out of a function: that gives it under `jax.jit`, with arguments `jit`."""
+    """Decorates a function: called with a platform, it gives the function under `jax.jit(**jit)` for it."""
 
     def decorate(function: Callable[..., Any]) -> Callable[[str], Any]:
         @functools.cache

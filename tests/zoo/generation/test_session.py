@@ -4,7 +4,10 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flaxzoo.layers.mixers.caches import SLACK
+from flaxzoo.layers.mixers.mixer import Cache
 from flaxzoo.zoo import GREEDY, Speculation
 from flaxzoo.zoo.generation.session import Session
 
@@ -34,3 +37,10 @@ def test_a_prompt_that_was_read_in_part_is_read_anew(models):
 def test_tokens_outside_the_vocabulary_are_told(models):
     with pytest.raises(ValueError, match="has the token 48, and the model's vocabulary has 48 tokens"):
         opened(models["plain"]).read([[1, 48]], 1)
+
+
+def test_every_mixer_has_a_cache_that_states_how_far_it_rewinds(decoders):
+    for decoder in decoders.values():
+        caches = jax.eval_shape(lambda decoder=decoder: decoder.cache(2, 40, jnp.float32))
+        leaves = jax.tree.leaves(caches, is_leaf=lambda x: isinstance(x, Cache))
+        assert all(isinstance(cache, Cache) and cache.max_rewind in (SLACK, 40) for cache in leaves)
