@@ -438,10 +438,12 @@ class Job:
     def _finish(self) -> Result:
         self.checkpoints.wait()
         known = describe(self.run.model.abstract())
-        facts = processes.first(lambda: report.summary(self.folder.path)) | {
+        step = int(self.state["step"])
+        facts = processes.first(lambda: report.summary(self.folder.path, step)) | {
             "heldout_bytes": self.batches.heldout_bytes,
             "parameters": sum(what.size for what in known.values()),
             "devices": self.devices,
+            "bytes_per_token": sum(store.bytes for store in self.batches.stores) / max(1, self.batches.train_tokens),
             "data": self.batches.describe(),
         }
         facts["tokens_per_second"] = self.run.batch * self.run.length / facts["median_seconds"]

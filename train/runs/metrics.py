@@ -16,28 +16,35 @@ FILE = "metrics.jsonl"
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All whole records of a run's folder, null as NaN; a line cut short by a kill is left out."""
+    """All complete records of a run's folder, null as NaN.
+
+    A line that is not a record is left out: one that a kill cut short, or one that is damaged or not UTF-8.
+    """
     path = folder / FILE
-    if not path.exists():
+    if not path.is_file():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            record = json.loads(line.decode())
+            records.append({"step": int(record["step"])} | {name: _number(value) for name, value in record.items()})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
-        records.append({name: math.nan if value is None else value for name, value in record.items()})
     return records
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else value
 
 
 class Recorder:
     """Writes records `{"step": n, name: number, ...}` as they come; raises OSError where they can't be written.
 
-    JSON has no word for a number that is not finite: it becomes null.
+    JSON has no numbers that are not finite: they become null.
     """
 
     def __init__(self, folder: Path, start: int):
-        """Opens the metrics of a run that goes on after step `start`; what a killed run recorded past it is dropped."""
+        """Opens the metrics of a run that continues after step `start`; records of later steps are dropped."""
         kept = [record for record in read(folder) if record["step"] <= start]
         aside = folder / f"{FILE}.new"
         aside.write_text("".join(map(_line, kept)), encoding="utf-8")
@@ -74,7 +81,7 @@ class Recorder:
 
     def _append(self, record: dict[str, Any]) -> None:
         data = memoryview(_line(record).encode())
-        while data:  # a disk that fills up takes a part, and fails at the next
+        while data:  # a disk that fills up writes a part, and fails at the next write
             data = data[self._lines.write(data) :]
 
     def _event(self, step: int, **content: Any) -> None:
@@ -82,7 +89,7 @@ class Recorder:
 
 
 class NullRecorder:
-    """Takes the records of a process that does not write them."""
+    """The recorder of a process that writes no metrics."""
 
     def write(self, step: int, **values: float) -> None:
         """Nothing."""

@@ -2,7 +2,6 @@
 
 import io
 import time
-from typing import IO
 
 from rich.console import Console
 from rich.live import Live
@@ -16,7 +15,7 @@ PLAIN_SECONDS = 10.0
 """Seconds between plain lines."""
 
 
-def replace_unencodable(stream: IO[str]) -> None:
+def replace_unencodable(stream: object) -> None:
     """Makes a text stream write characters outside its encoding as escapes, so that showing text never ends a run."""
     if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
         stream.reconfigure(errors="backslashreplace")

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -171,15 +172,30 @@ def test_a_finished_run_says_so_again(done: tuple[Run, Path, loop.Result, str]) 
     assert (folder / "metrics.jsonl").read_bytes() == lines
 
 
+@pytest.mark.parametrize("damage", [None, b"", b'{"step": 1, "lo', b"\xff\xfe\n[]\n3\nnull\n{}\n"])
+def test_damaged_metrics_end_nothing(
+    done: tuple[Run, Path, loop.Result, str], tmp_path: Path, damage: bytes | None
+) -> None:
+    run, folder, result, _ = done
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    if damage is not None:
+        (tmp_path / "run" / "metrics.jsonl").write_bytes(damage)
+    again, _ = train(run, tmp_path / "run")
+    assert again.step == result.step
+    assert math.isnan(again.loss)
+
+
 def test_without_matplotlib(
     done: tuple[Run, Path, loop.Result, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, folder, _, _ = done
-    facts = report.summary(folder) | {"heldout_bytes": 1, "parameters": 1, "devices": "", "data": ""}
+    facts = report.summary(folder, run.steps) | {"heldout_bytes": 1, "parameters": 1, "devices": "", "data": ""}
+    facts["bytes_per_token"] = 3.0
     (tmp_path / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     page = report.write(tmp_path, run, facts | {"tokens_per_second": 1.0}).read_text()
-    assert "No picture was drawn: matplotlib is not installed (`pip install 'flaxzoo[viz]'`)." in page
+    assert "matplotlib is not installed (`pip install 'flaxzoo[viz]'`)." in page
     assert not (tmp_path / "loss.png").exists()
 
 
