@@ -9,7 +9,8 @@ from typing import Literal
 from ..layers.linear.matmul import Kind
 from ..layers.moe.layer import MoE
 from ..layers.spec import DECAY, FRACTION, NON_NEGATIVE, POSITIVE, SEED, Range, Spec, check_ranges, ranged
-from ..zoo.decoder import Decoder, Remat
+from ..layers.stack import Remat
+from ..zoo.decoder import Decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +204,7 @@ class Run(Spec):
             )
         self.balance.check(self.model)
         if self.quantize != "none" and any(isinstance(block.ffn, MoE) for block in self.model.all_blocks):
-            raise ValueError(f"experts have no products in 8 bits, got quantize={self.quantize!r}; leave it at 'none'")
+            raise ValueError(f"experts have no matmuls in 8 bits, got quantize={self.quantize!r}; leave it at 'none'")
         if self.profile and (not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.profile) or not self.profiled):
             raise ValueError(
                 f"profile names the first and the last step to trace, like '10:13', from 1 on, got {self.profile!r}"

@@ -2,7 +2,7 @@
 
 from .block import Block as Block
 from .kernels.attention import attend as attend
-from .linear.linear import Embedding as Embedding
+from .linear.embedding import Embedding as Embedding
 from .linear.linear import Linear as Linear
 from .loss import cross_entropy as cross_entropy
 from .mixers.attention import Attention as Attention
@@ -20,3 +20,4 @@ from .norm import Norm as Norm
 from .norm import RMSNorm as RMSNorm
 from .positions.rope import Rope as Rope
 from .spec import Spec as Spec
+from .stack import Execution as Execution

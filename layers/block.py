@@ -6,9 +6,10 @@ from typing import Literal
 from flax import nnx
 from jaxtyping import Array, Float
 
+from .linear.matmul import Kind
 from .mixers.mixer import Cache, Mixer, Positions
 from .mlp import FeedForward
-from .moe.routing import Routing
+from .moe.routing import RouterStats
 from .norm import Norm, RMSNorm
 from .spec import Spec
 
@@ -19,7 +20,7 @@ Placement = Literal["pre", "post", "output", "sandwich", "parallel"]
 class Block(Spec):
     """A mixer and a feed-forward layer on one residual stream x.
 
-    Where the norms stand, f being either layer:
+    Placement of the norms, with f either layer:
     pre: x + f(norm(x)) (GPT-2, Llama); post: norm(x + f(x)) (1706.03762); output: x + norm(f(x)) (OLMo 2);
     sandwich: x + norm(f(norm(x))) (Gemma 2); parallel: x + mixer(norm(x)) + ffn(norm(x)) (GPT-J, PaLM).
     """
@@ -50,20 +51,23 @@ class BlockLayer(nnx.Module):
         self.ffn_output_norm = spec.norm.build("D", dim) if after else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None
-    ) -> tuple[Float[Array, "B T D"], Cache | None, Routing | None]:
-        """The residual stream after this block, the mixer's cache, and what the router did, if there is one."""
-        inside = x if self.mixer_norm is None else self.mixer_norm(x)
-        mixed, cache = self.mixer(inside, positions, cache)
-        if self.spec.placement == "parallel":
-            fed, done = self._feed(inside, positions)
-            return x + mixed + fed, cache, done
-        x = self._join(x, mixed, self.mixer_output_norm)
-        fed, done = self._feed(x if self.ffn_norm is None else self.ffn_norm(x), positions)
-        return self._join(x, fed, self.ffn_output_norm), cache, done
+        self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, *, kind: Kind = "none"
+    ) -> tuple[Float[Array, "B T D"], Cache | None, RouterStats | None]:
+        """The residual stream after this block, the mixer's cache, and the statistics of the router, if there is one.
 
-    def _feed(self, x: Array, positions: Positions) -> tuple[Array, Routing | None]:
-        return self.ffn(x, positions) if self.spec.ffn.routed else (self.ffn(x), None)
+        `kind` is the number format of the matmuls with weights.
+        """
+        normed = x if self.mixer_norm is None else self.mixer_norm(x)
+        mixed, cache = self.mixer(normed, positions, cache, kind=kind)
+        if self.spec.placement == "parallel":
+            y, router_stats = self._feed_forward(normed, positions, kind)
+            return x + mixed + y, cache, router_stats
+        x = self._join(x, mixed, self.mixer_output_norm)
+        y, router_stats = self._feed_forward(x if self.ffn_norm is None else self.ffn_norm(x), positions, kind)
+        return self._join(x, y, self.ffn_output_norm), cache, router_stats
+
+    def _feed_forward(self, x: Array, positions: Positions, kind: Kind) -> tuple[Array, RouterStats | None]:
+        return self.ffn(x, positions, kind=kind) if self.spec.ffn.routed else (self.ffn(x, kind=kind), None)
 
     def _join(self, x: Array, branch: Array, norm: nnx.Module | None) -> Array:
         if norm is None:

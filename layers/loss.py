@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .sharding.axes import gather_shard, names_of, spec, spec_of, used_axes
+from .sharding.axes import names_of, spec, spec_of, used_axes
+from .sharding.collectives import gather_shard
 
 LOGITS_BYTES = 2**28
 """Float32 logits that may exist at a time in any case: 523 tokens of a vocabulary of 128,256."""

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from .linear.linear import Linear, products
+from .linear.linear import Linear, apply_linears
+from .linear.matmul import Kind
 from .spec import Spec
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
@@ -30,15 +31,16 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 """
 
 MakeLinear = Callable[..., Any]
-"""Makes a linear map, with the arguments of `Linear`; what it makes may take more than x when it is called."""
+"""A constructor of linear maps with the arguments of `Linear`; experts' maps take group sizes when they are called."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForward(Spec):
     """A position-wise layer B T D -> B T D.
 
-    Its layer is called as `layer(x)` and returns y; where it is `routed`, as `layer(x, places)`, and it returns y and
-    what its router did (`layers/moe/routing.py`).
+    Its layer is called as `layer(x, kind=...)` and returns y. A `routed` layer is called as
+    `layer(x, positions, kind=...)` and returns y and its `RouterStats` (`layers/moe/routing.py`). `kind` is the number
+    format of matmuls with weights.
     """
 
     routed: ClassVar[bool] = False
@@ -52,7 +54,7 @@ class FeedForward(Spec):
         """Floating-point operations of one token in the forward pass."""
 
     def unused(self, dim: int) -> int:
-        """How many of its parameters take no part in what becomes of a token."""
+        """The number of parameters that a token does not use."""
         return 0
 
 
@@ -65,7 +67,7 @@ class MLP(FeedForward):
     bias: bool = True
 
     def build(self, dim: int, *, rngs: nnx.Rngs, linear: MakeLinear = Linear) -> "MLPLayer":
-        """The layer for hidden size D = `dim`, of linear maps that `linear` makes."""
+        """The layer for hidden size D = `dim`; `linear` constructs its linear maps."""
         return MLPLayer(self, dim, rngs=rngs, linear=linear)
 
     def flops(self, dim: int) -> float:
@@ -74,7 +76,7 @@ class MLP(FeedForward):
 
 
 class MLPLayer(nnx.Module):
-    """Two linear maps with an activation between."""
+    """Two linear maps with an activation between them."""
 
     def __init__(self, spec: MLP, dim: int, *, rngs: nnx.Rngs, linear: MakeLinear):
         sizes = {"D": dim, "F": spec.hidden}
@@ -82,9 +84,10 @@ class MLPLayer(nnx.Module):
         self.up = linear("D -> F", sizes, rngs=rngs, bias=spec.bias)
         self.down = linear("F -> D", sizes, rngs=rngs, bias=spec.bias)
 
-    def __call__(self, x: Float[Array, "... D"], *which: Array) -> Float[Array, "... D"]:
-        """The layer's output, in the dtype of `x`; the linear maps are given `which`."""
-        return self.down(_activate(self.spec.activation, self.up(x, *which)), *which)
+    def __call__(self, x: Float[Array, "... D"], *group_sizes: Array, kind: Kind = "none") -> Float[Array, "... D"]:
+        """The layer's output, in the dtype of `x`; `group_sizes` are for linear maps of experts."""
+        hidden = _activate(self.spec.activation, self.up(x, *group_sizes, kind=kind))
+        return self.down(hidden, *group_sizes, kind=kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +101,12 @@ class GatedMLP(FeedForward):
     activation: Activation = "silu"
     bias: bool = False
     limit: float | None = None
-    """x W_gate is at most so large, and x W_up at most so large in either direction."""
+    """Upper bound of x W_gate, and bound of the magnitude of x W_up."""
     offset: float = 0.0
-    """Is added to x W_up."""
+    """Added to x W_up."""
 
     def build(self, dim: int, *, rngs: nnx.Rngs, linear: MakeLinear = Linear) -> "GatedMLPLayer":
-        """The layer for hidden size D = `dim`, of linear maps that `linear` makes."""
+        """The layer for hidden size D = `dim`; `linear` constructs its linear maps."""
         return GatedMLPLayer(self, dim, rngs=rngs, linear=linear)
 
     def flops(self, dim: int) -> float:
@@ -112,10 +115,10 @@ class GatedMLP(FeedForward):
 
 
 class GatedMLPLayer(nnx.Module):
-    """Three linear maps, one of them through an activation as a gate."""
+    """Three linear maps; the output of one passes through an activation and multiplies that of another."""
 
     same_input: ClassVar = ("gate", "up")
-    """Linear maps that `zoo.for_decoding` may make one."""
+    """Linear maps of the same input, which `zoo.optimize_for_decoding` may fuse."""
 
     def __init__(self, spec: GatedMLP, dim: int, *, rngs: nnx.Rngs, linear: MakeLinear):
         sizes = {"D": dim, "F": spec.hidden}
@@ -124,15 +127,15 @@ class GatedMLPLayer(nnx.Module):
         self.up = linear("D -> F", sizes, rngs=rngs, bias=spec.bias)
         self.down = linear("F -> D", sizes, rngs=rngs, bias=spec.bias)
 
-    def __call__(self, x: Float[Array, "... D"], *which: Array) -> Float[Array, "... D"]:
-        """The layer's output, in the dtype of `x`; the linear maps are given `which`."""
-        gate, up = products((self.gate, self.up), x, *which)
-        return self.down(_gated(self.spec, gate, up), *which)
+    def __call__(self, x: Float[Array, "... D"], *group_sizes: Array, kind: Kind = "none") -> Float[Array, "... D"]:
+        """The layer's output, in the dtype of `x`; `group_sizes` are for linear maps of experts."""
+        gate, up = apply_linears((self.gate, self.up), x, *group_sizes, kind=kind)
+        return self.down(_gated(self.spec, gate, up), *group_sizes, kind=kind)
 
 
 @partial(jax.checkpoint, static_argnums=0)
 def _activate(name: Activation, x: Array) -> Array:
-    """act(x), recomputed in the backward pass: that costs less than storing what is between."""
+    """act(x), recomputed in the backward pass: that costs less than saving its intermediate values."""
     return ACTIVATIONS[name](x)
 
 

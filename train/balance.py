@@ -5,37 +5,36 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..configs.run import Balance
-from ..layers.moe.routing import Routing
-from ..layers.sharding.axes import reshard_like
+from ..layers.moe.routing import RouterStats
+from ..layers.sharding.collectives import reshard_like
 from ..zoo.parameters import Parameters
 
-Done = dict[str, Routing]
-"""What each router of a model did, by the name of its block; of stacked blocks, with a leading axis L."""
 
-
-def loads(done: Done) -> dict[str, Array]:
+def loads(router_stats: dict[str, RouterStats]) -> dict[str, Array]:
     """How often each expert was chosen."""
-    return {name: router["load"] for name, router in done.items()}
+    return {name: router["load"] for name, router in router_stats.items()}
 
 
-def loss(balance: Balance, done: Done, loads: dict[str, Array], tokens: Float[Array, ""]) -> Float[Array, ""]:
+def loss(
+    balance: Balance, router_stats: dict[str, RouterStats], loads: dict[str, Array], tokens: Float[Array, ""]
+) -> Float[Array, ""]:
     """The part of the training loss that routers get.
 
     It adds up over parts of a batch where `loads` and `tokens` are those of the whole batch.
     """
-    even, z = _means(done, loads, tokens)
+    even, z = _means(router_stats, loads, tokens)
     return balance.loss * even + balance.router_z_loss * z
 
 
-def metrics(done: Done, tokens: Float[Array, ""]) -> dict[str, Float[Array, ""]]:
+def metrics(router_stats: dict[str, RouterStats], tokens: Float[Array, ""]) -> dict[str, Float[Array, ""]]:
     """For a model with routers: the unweighted losses, and MaxVio (2408.15664, 4.1), the most any expert is overloaded.
 
     MaxVio is the load of the busiest expert of any router over the mean load, minus 1.
     """
-    if not done:
+    if not router_stats:
         return {}
-    even, z = _means(done, loads(done), tokens)
-    violations = [_violation(load) for load in loads(done).values()]
+    even, z = _means(router_stats, loads(router_stats), tokens)
+    violations = [_violation(load) for load in loads(router_stats).values()]
     return {
         "balance_loss": even,
         "router_z_loss": z,
@@ -43,12 +42,12 @@ def metrics(done: Done, tokens: Float[Array, ""]) -> dict[str, Float[Array, ""]]
     }
 
 
-def corrected(balance: Balance, params: Parameters, done: Done) -> Parameters:
+def corrected(balance: Balance, params: Parameters, router_stats: dict[str, RouterStats]) -> Parameters:
     """The parameters, with the corrections of routers moved against the loads (2408.15664, algorithm 1)."""
     if not balance.bias_rate:
         return params
     moved = {}
-    for name, load in loads(done).items():
+    for name, load in loads(router_stats).items():
         correction = params.get(f"{name}.ffn.router.correction")
         if correction is not None:
             missing = jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
@@ -62,11 +61,11 @@ def _violation(load: Float[Array, "*L E"]) -> Float[Array, "*L"]:
     return jnp.where(mean > 0, jnp.max(load, axis=-1) / jnp.where(mean > 0, mean, 1.0) - 1, 0.0)
 
 
-def _means(done: Done, loads: dict[str, Array], tokens: Array) -> tuple[Array, Array]:
+def _means(router_stats: dict[str, RouterStats], loads: dict[str, Array], tokens: Array) -> tuple[Array, Array]:
     """Over all routers, the means of E sum_e (share of the choices)_e (mean probability)_e, and of z per token."""
     tokens = jnp.maximum(tokens, 1.0)
     routers, even, z = 0, jnp.zeros(()), jnp.zeros(())
-    for name, router in done.items():
+    for name, router in router_stats.items():
         load = jax.lax.stop_gradient(loads[name])
         experts = load.shape[-1]
         routers += load.size // experts

@@ -12,15 +12,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from ..configs.run import Run
-from ..layers.linear.matmul import quantized
 from ..layers.mixers.mixer import Positions
+from ..layers.moe.routing import RouterStats
 from ..layers.random import random_key
 from ..layers.sharding import stages
 from ..layers.sharding.axes import batch_partition
+from ..layers.stack import Execution
 from ..zoo.decoder import DecoderModel
 from ..zoo.parameters import Parameters, describe, merge, shardings, split
-from . import balance, optimizer
-from . import pipelined as staged
+from . import balance, optimizer, pipelined
+from .objectives import likelihood
 from .plan.chips import compiler_options
 
 Batch = dict[str, Any]
@@ -104,15 +105,14 @@ def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, Array
     rate = optimizer.schedule(run.optimizer, run.steps)
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
-        with quantized(run.quantize):
-            loss, nll, gradients, routing = _gradients(run, abstract, state["params"], batch)
+        loss, nll, gradients, router_stats = _gradients(run, abstract, state["params"], batch)
         norm = optax.tree.norm(gradients)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         if run.optimizer.clip:
             scale = jnp.minimum(1.0, run.optimizer.clip / jnp.maximum(norm, 1e-12))
             gradients = jax.tree.map(lambda g: g * scale, gradients)
         params, optimizer_state = optimizer.update(transformation, gradients, state["optimizer"], state["params"])
-        params = balance.corrected(run.balance, params, routing)
+        params = balance.corrected(run.balance, params, router_stats)
         new = params, optimizer_state, _average(run.ema, state, params)
         good &= all_finite(params)
         old = state["params"], state["optimizer"], state["ema"]
@@ -135,18 +135,19 @@ def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, Array
             "bad_steps": after["bad_steps"].astype(jnp.float32),
             "skipped": after["skipped"].astype(jnp.float32),
         }
-        return after, metrics | balance.metrics(routing, _real(batch))
+        return after, metrics | balance.metrics(router_stats, _real(batch))
 
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
 
 
 def make_evaluation(run: Run) -> Callable[[Parameters, Batch], Float[Array, ""]]:
     """The jitted sum of negative log-likelihood, in nats, over the tokens of a batch."""
+    run = run.replace(quantize="none")  # matmuls in 8 bits are for training only
     abstract = run.model.abstract()
 
     def evaluate(params: Parameters, batch: Batch) -> Float[Array, ""]:
         if stages.count() > 1:
-            return staged.forward(run, merge(abstract, params), _micro_batches(run, batch))[1]
+            return pipelined.forward(run, merge(abstract, params), _micro_batches(run, batch))[1]
         nll = jax.lax.map(lambda micro: _sums(run, merge(abstract, params), micro)[1], _micro_batches(run, batch))
         return jnp.sum(nll)
 
@@ -164,13 +165,14 @@ def best_parameters(state: State) -> Parameters:
     return state["ema"] or state["params"]
 
 
-def _sums(run: Run, model: DecoderModel, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""], balance.Done]:
-    """Training loss and plain negative log-likelihood, summed over tokens, and what the routers did."""
+def _sums(
+    run: Run, model: DecoderModel, batch: Batch
+) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, RouterStats]]:
+    """Training loss and plain negative log-likelihood, summed over tokens, and router statistics."""
     positions = Positions(index=batch["positions"], segments=batch["segments"], context_method=run.context)
-    hidden, _, routing = model.hidden_and_routing(
-        batch["tokens"], positions, dtype=jnp.dtype(run.dtype), remat=run.remat
-    )
-    return *staged.likelihood(run, model, hidden, batch), routing
+    execution = Execution(remat=run.remat, kind=run.quantize)
+    hidden = model.hidden(batch["tokens"], positions, dtype=jnp.dtype(run.dtype), execution=execution)
+    return *likelihood(run, model, hidden.x, batch), hidden.router_stats
 
 
 def _real(batch: Batch) -> Float[Array, ""]:
@@ -180,25 +182,25 @@ def _real(batch: Batch) -> Float[Array, ""]:
 
 def _gradients(
     run: Run, abstract: DecoderModel, params: Parameters, batch: Batch
-) -> tuple[Float[Array, ""], Float[Array, ""], Parameters, balance.Done]:
-    """Loss, likelihood (both a mean over tokens) and gradient of a batch, and what the routers did."""
+) -> tuple[Float[Array, ""], Float[Array, ""], Parameters, dict[str, RouterStats]]:
+    """Loss, likelihood (both a mean over tokens) and gradient of a batch, and router statistics."""
     tokens = jnp.sum(batch["weights"])
     share = jnp.where(tokens == 0.0, 0.0, 1.0 / jnp.where(tokens == 0.0, 1.0, tokens))
 
     real, loads = _real(batch), None
     if stages.count() > 1:
         scaled = batch | {"weights": batch["weights"] * share}
-        return staged.gradients(run, merge(abstract, params), _micro_batches(run, scaled), real)
+        return pipelined.gradients(run, merge(abstract, params), _micro_batches(run, scaled), real)
 
     @functools.partial(jax.value_and_grad, has_aux=True)
-    def loss_of(params: Parameters, micro: Batch) -> tuple[Array, tuple[Array, balance.Done]]:
-        loss, nll, routing = _sums(run, merge(abstract, params), micro)
-        of_routers = balance.loss(run.balance, routing, loads or balance.loads(routing), real)
-        return loss * share + of_routers, (nll * share, routing)
+    def loss_of(params: Parameters, micro: Batch) -> tuple[Array, tuple[Array, dict[str, RouterStats]]]:
+        loss, nll, router_stats = _sums(run, merge(abstract, params), micro)
+        of_routers = balance.loss(run.balance, router_stats, loads or balance.loads(router_stats), real)
+        return loss * share + of_routers, (nll * share, router_stats)
 
     if run.accumulate == 1:
-        (loss, (nll, routing)), gradients = loss_of(params, batch)
-        return loss, nll, gradients, routing
+        (loss, (nll, router_stats)), gradients = loss_of(params, batch)
+        return loss, nll, gradients, router_stats
 
     micro_batches = _micro_batches(run, batch)
     if run.balance.loss:
@@ -206,14 +208,14 @@ def _gradients(
         each = jax.lax.map(lambda micro: balance.loads(_sums(run, merge(abstract, params), micro)[2]), micro_batches)
         loads = jax.tree.map(lambda load: jnp.sum(load, axis=0), each)
 
-    def add(total: Any, micro: Batch) -> tuple[Any, balance.Done]:
-        (loss, (nll, routing)), gradients = loss_of(params, micro)
-        return jax.tree.map(jnp.add, total, (loss, nll, gradients)), routing
+    def add(total: Any, micro: Batch) -> tuple[Any, dict[str, RouterStats]]:
+        (loss, (nll, router_stats)), gradients = loss_of(params, micro)
+        return jax.tree.map(jnp.add, total, (loss, nll, gradients)), router_stats
 
     zero = jnp.zeros(())
     start = (zero, zero, jax.tree.map(jnp.zeros_like, params))
-    total, routing = jax.lax.scan(add, start, micro_batches)
-    return *total, jax.tree.map(lambda each: jnp.sum(each, axis=0), routing)
+    total, router_stats = jax.lax.scan(add, start, micro_batches)
+    return *total, jax.tree.map(lambda each: jnp.sum(each, axis=0), router_stats)
 
 
 def _micro_batches(run: Run, batch: Batch) -> Batch:

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 from ..kernels.attention import attend
 from ..kernels.attention.masks import Causal, Documents, Mask, Window
 from ..kernels.attention.scores import SoftCap
-from ..linear.linear import Linear, products
+from ..linear.linear import Linear, apply_linears
+from ..linear.matmul import Kind
 from ..norm import Norm
 from ..positions.rope import Rope
 from ..positions.scaling import EVERY_LENGTH
@@ -97,11 +98,11 @@ class AttentionLayer(nnx.Module):
         return None if self.spec.qk_norm is None else self.spec.qk_norm.build(axes, *(sizes[a] for a in axes.split()))
 
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Positions, cache: KeyValueCache | None = None
+        self, x: Float[Array, "B T D"], positions: Positions, cache: KeyValueCache | None = None, *, kind: Kind = "none"
     ) -> tuple[Float[Array, "B T D"], KeyValueCache | None]:
         """The layer's output in the dtype of `x`, and the cache with this call's keys and values written into it."""
         spec = self.spec
-        query, key, value = products((self.query, self.key, self.value), x)
+        query, key, value = apply_linears((self.query, self.key, self.value), x, kind=kind)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if spec.rope is not None:
@@ -125,4 +126,4 @@ class AttentionLayer(nnx.Module):
             context_axis=context_axis(query),
             context=positions.context_method,
         )
-        return self.output(mixed), cache
+        return self.output(mixed, kind=kind), cache

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int, Int8
 
 from ..kernels.attention.masks import KeysAt, Mask
 from ..kernels.cache_update import write_token
-from ..sharding.axes import partition, per_device, reshard_like, zeros
+from ..sharding.axes import partition, zeros
+from ..sharding.collectives import per_device, reshard_like
 from .mixer import Positions
 
 SLACK = 16

@@ -15,10 +15,12 @@ from ..kernels.attention.masks import Causal, Documents, Mask
 from ..linear.einsum import einsum
 from ..linear.expand import expand
 from ..linear.linear import Linear
+from ..linear.matmul import Kind
 from ..norm import Norm, RMSNorm
 from ..positions.rope import Rope
 from ..positions.scaling import YarnScaling, yarn_mscale
-from ..sharding.axes import between_norms, context_axis, shards, spec_of, split_as
+from ..sharding.axes import context_axis, shards, spec_of, split_as
+from ..sharding.collectives import between_norms
 from .caches import LatentCache
 from .mixer import Mixer, Positions
 
@@ -120,41 +122,40 @@ class MLALayer(nnx.Module):
         self.output = Linear("N H -> D", output_sizes, rngs=rngs, bias=spec.bias)
 
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Positions, cache: LatentCache | None = None
+        self, x: Float[Array, "B T D"], positions: Positions, cache: LatentCache | None = None, *, kind: Kind = "none"
     ) -> tuple[Float[Array, "B T D"], LatentCache | None]:
         """The layer's output in the dtype of `x`, and the cache with this call's latent vectors written into it."""
         spec = self.spec
-        query, latent = self._query(x, positions), self._latent(x, positions)
+        query, latent = self._query(x, positions, kind), self._latent(x, positions, kind)
         mask: Mask = Causal()
-        absorbs = False
+        attend_to = partial(self._expanded, kind=kind)
         options: dict[str, Any] = {"context_axis": context_axis(query), "context": positions.context_method}
         if cache is None:
             mask = mask & Documents(positions.segments)
         else:
             options["query_offset"] = positions.index[:, 0]
             cache, latent = cache.extend(latent, positions)
-            absorbs = spec.absorbs(x.shape[1], latent.shape[1])
-        mixed = (self._absorbed if absorbs else self._expanded)(
-            query, latent, mask=mask, scale=spec.logit_scale, **options
-        )
-        return self.output(mixed), cache
+            if spec.absorbs(x.shape[1], latent.shape[1]):
+                attend_to = self._absorbed
+        mixed = attend_to(query, latent, mask=mask, scale=spec.logit_scale, **options)
+        return self.output(mixed, kind=kind), cache
 
-    def _query(self, x: Array, positions: Positions) -> Float[Array, "B T N H"]:
+    def _query(self, x: Array, positions: Positions, kind: Kind) -> Float[Array, "B T N H"]:
         if self.query_down is not None and self.query_norm is not None:
-            x = self.query_norm(self.query_down(x))
-        query = self.query(x)
+            x = self.query_norm(self.query_down(x, kind=kind))
+        query = self.query(x, kind=kind)
         plain, turned = jnp.split(query, [self.spec.nope_dim], axis=-1)
         return jnp.concatenate([plain, self.spec.rope(turned, positions)], axis=-1)
 
-    def _latent(self, x: Array, positions: Positions) -> Float[Array, "B T 1 H"]:
+    def _latent(self, x: Array, positions: Positions, kind: Kind) -> Float[Array, "B T 1 H"]:
         """What is cached, [c, r]."""
-        plain, turned = jnp.split(between_norms(self.latent(x)), [self.spec.kv_rank], axis=-1)
+        plain, turned = jnp.split(between_norms(self.latent(x, kind=kind)), [self.spec.kv_rank], axis=-1)
         turned = self.spec.rope(turned[:, :, None], positions)
         return jnp.concatenate([self.latent_norm(plain)[:, :, None], turned], axis=-1)
 
-    def _expanded(self, query: Array, latent: Array, **options: Any) -> Float[Array, "B T N H"]:
+    def _expanded(self, query: Array, latent: Array, *, kind: Kind, **options: Any) -> Float[Array, "B T N H"]:
         plain, turned = jnp.split(latent, [self.spec.kv_rank], axis=-1)
-        key, value = jnp.split(self.key_value(plain[:, :, 0]), [self.spec.nope_dim], axis=-1)
+        key, value = jnp.split(self.key_value(plain[:, :, 0], kind=kind), [self.spec.nope_dim], axis=-1)
         key = jnp.concatenate([key, _of_heads(turned, self.spec.heads, query)], axis=-1)
         return attend(query, key, value, **options)
 

@@ -1,4 +1,4 @@
-"""What a layer that mixes information between tokens offers, whatever it is made of."""
+"""The interface of layers that mix information between tokens."""
 
 import abc
 from dataclasses import dataclass
@@ -35,7 +35,8 @@ class Cache(Protocol):
 class Mixer(Spec):
     """A token-mixing layer: attention, or any sequence model.
 
-    Its layer is called as `layer(x, positions, cache=None)` with x: B T D, and returns (B T D, cache). With a cache,
+    Its layer is called as `layer(x, positions, cache=None, kind="none")` with x: B T D, and returns (B T D, cache);
+    `kind` is the number format of matmuls with weights. With a cache,
     each row is one document or a continuation of one: its positions are consecutive, and the cache holds the tokens
     before the first of them. Padding (segment 0) may follow on the right of a row and is not stored. If a call starts
     at an earlier position, cached tokens from that position on are discarded.

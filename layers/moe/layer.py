@@ -14,11 +14,13 @@ from jaxtyping import Array, Float, Int
 
 from ..kernels.grouped.matmul import grouped_product
 from ..linear.expand import expand
+from ..linear.matmul import Kind
 from ..mixers.mixer import Positions
 from ..mlp import MLP, FeedForward, GatedMLP
-from ..sharding.axes import AXES, gather_shard, names_of, parameter, reduce_shard, spec, spec_of, time_after, used_axes
+from ..sharding.axes import AXES, names_of, parameter, spec, spec_of, time_after, used_axes
+from ..sharding.collectives import gather_shard, reduce_shard
 from .exchange import Exchange, dispatched
-from .routing import Router, RouterLayer, Routing
+from .routing import Router, RouterLayer, RouterStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +34,10 @@ class MoE(FeedForward):
 
     experts: int
     expert: MLP | GatedMLP
-    """What each expert is."""
+    """The layer of each expert."""
     router: Router
     shared: MLP | GatedMLP | None = None
-    """A layer that computes every token; n shared experts are one that is n times as wide."""
+    """A layer applied to every token; n shared experts are one that is n times as wide."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,13 +53,13 @@ class MoE(FeedForward):
         return 2 * dim * self.experts + self.router.top_k * self.expert.flops(dim) + shared
 
     def unused(self, dim: int) -> int:
-        """How many parameters belong to experts that a token does not go to."""
-        one = jax.eval_shape(lambda: self.expert.build(dim, rngs=nnx.Rngs(0)))
-        return (self.experts - self.router.top_k) * sum(x.size for x in jax.tree.leaves(one))
+        """The number of parameters of experts that a token is not sent to."""
+        expert = jax.eval_shape(lambda: self.expert.build(dim, rngs=nnx.Rngs(0)))
+        return (self.experts - self.router.top_k) * sum(x.size for x in jax.tree.leaves(expert))
 
 
 class MoELayer(nnx.Module):
-    """A router, experts, and perhaps a layer that all tokens share."""
+    """A router, experts, and an optional layer that all tokens share."""
 
     def __init__(self, spec: MoE, dim: int, *, rngs: nnx.Rngs):
         def linear(axes: str, sizes: Mapping[str, int], *, rngs: nnx.Rngs, bias: bool) -> ExpertLinear:
@@ -68,14 +70,21 @@ class MoELayer(nnx.Module):
         self.experts = spec.expert.build(dim, rngs=rngs, linear=linear)
         self.shared = None if spec.shared is None else spec.shared.build(dim, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], positions: Positions) -> tuple[Float[Array, "B T D"], Routing]:
-        """The layer's output in the dtype of `x`, and what the router did with the tokens that are no padding."""
-        chosen, weights, done = self.router(x, (positions.segments != 0).astype(jnp.float32))
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Positions, *, kind: Kind = "none"
+    ) -> tuple[Float[Array, "B T D"], RouterStats]:
+        """The layer's output in the dtype of `x`, and the statistics of the router over tokens that are not padding.
+
+        Raises NotImplementedError for 8-bit matmuls, which experts do not have.
+        """
+        if kind != "none":
+            raise NotImplementedError(f"experts have no matmuls in 8 bits, got kind={kind!r}")
+        chosen, weights, router_stats = self.router(x, (positions.segments != 0).astype(jnp.float32))
         y = self._mixed(x, chosen, weights)
-        return y if self.shared is None else y + self.shared(x), done
+        return y if self.shared is None else y + self.shared(x), router_stats
 
     def _mixed(self, x: Array, chosen: Array, weights: Array) -> Array:
-        """The weighted sum of the chosen experts, which stay where they are; on a mesh, rows travel to them."""
+        """The weighted sum of the chosen experts. On a mesh, rows are sent to the devices of their experts."""
         leaves, tree = jax.tree.flatten(self.experts)
         # Biases stay as they are: their gradients are summed over devices too.
         leaves = [leaf.astype(x.dtype) if leaf.ndim > 2 else leaf for leaf in leaves]
@@ -102,8 +111,8 @@ class MoELayer(nnx.Module):
 class ExpertLinear(nnx.Module):
     """y_m = x_m W_e + b_e for rows in order of their experts e: `ExpertLinear("D -> F", {"E": 8, "D": 6, "F": 9})`.
 
-    Each W_e starts normal with standard deviation 1 / sqrt of the input size, b at zero. On a part of the input axis,
-    as inside `jax.shard_map`, it computes a part of the sum.
+    Each W_e starts normal with standard deviation 1 / sqrt of the input size, b at zero. On a shard of the input axis,
+    as inside `jax.shard_map`, it computes a partial sum.
     """
 
     def __init__(self, axes: str, sizes: Mapping[str, int], *, rngs: nnx.Rngs, bias: bool):
@@ -114,10 +123,15 @@ class ExpertLinear(nnx.Module):
         self.weight = parameter(f"E {self.input} {self.output}", value, inputs=1)
         self.bias = parameter(f"E {self.output}", jnp.zeros((shape[0], shape[2]))) if bias else None
 
-    def __call__(self, x: Float[Array, "M D"], sizes: Int[Array, " E"]) -> Float[Array, "M F"]:
-        """Maps rows, first `sizes` of each expert, in the dtype of `x`; rows after them become anything."""
+    def __call__(self, x: Float[Array, "M D"], sizes: Int[Array, " E"], *, kind: Kind = "none") -> Float[Array, "M F"]:
+        """Maps rows, the first `sizes` of each expert, in the dtype of `x`; the values of later rows are undefined.
+
+        Raises NotImplementedError for 8-bit matmuls.
+        """
+        if kind != "none":
+            raise NotImplementedError(f"experts have no matmuls in 8 bits, got kind={kind!r}")
         weight = self.weight[...].astype(x.dtype)
-        # By this name a remat policy keeps y, as in `Linear`.
+        # Remat policies save y by this name, as in `Linear`.
         y = checkpoint_name(grouped_product(x, weight, sizes), "product")
         if self.bias is None:
             return y

@@ -8,7 +8,8 @@ from jax.sharding import reshard
 from jaxtyping import Array, Int
 
 from ..kernels.attention.context import Method
-from ..sharding.axes import per_device, reshard_like, spec_of, split_as
+from ..sharding.axes import spec_of, split_as
+from ..sharding.collectives import per_device, reshard_like
 
 
 @jax.tree_util.register_dataclass

@@ -1,19 +1,17 @@
-"""Where arrays live on a mesh: one table from axis letter to mesh axis, and an einsum that follows types.
+"""How arrays are split over a mesh: one table from axis letters to mesh axes, and the partitions that follow from it.
 
-Meshes are explicit-mode (`jax.sharding.AxisType.Explicit`): an array's sharding is part of its type. So only parameters
-and the batch are placed by hand; everything computed from them is placed by the rules of this file, and the same code
-runs with no mesh at all.
+Meshes are explicit-mode (`jax.sharding.AxisType.Explicit`): the sharding of an array is part of its type. Only
+parameters and the batch are placed by hand. Whatever is computed from them is placed by the rules of this folder, and
+the same code runs without a mesh. `collectives.py` holds what moves data between devices.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec, reshard
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 MESH_AXES = ("dcn", "pipeline", "data", "fsdp", "expert", "context", "tensor")
@@ -122,38 +120,9 @@ def spec_of(array: Array | jax.ShapeDtypeStruct) -> tuple[Any, ...]:
     return spec + (None,) * (array.ndim - len(spec))
 
 
-def gather(weight: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
-    """A parameter made ready for use outside of `einsums`: cast, then gathered over fsdp and expert."""
-    weight = jnp.asarray(weight, dtype)
-    before = spec_of(weight)
-    return reshard(weight, spec(*map(used_axes, before))) if any(map(names_of, before)) else weight
-
-
 def used_axes(entry: Any) -> tuple[str, ...]:
     """The mesh axes of an entry that split a parameter also while it is used."""
     return tuple(name for name in names_of(entry) if name not in GATHERED)
-
-
-def gather_shard(array: Array, before: tuple[Any, ...], after: tuple[Any, ...]) -> Array:
-    """Inside `jax.shard_map`: a device's part of an array under one partition, made its part under a coarser one.
-
-    It has the name "gathered", by which remat policies do not keep it.
-    """
-    for dim, (old, new) in enumerate(zip(before, after, strict=True)):
-        more = names_of(old)[len(names_of(new)) :]
-        assert names_of(old) == (*names_of(new), *more), (before, after)
-        if more:
-            array = checkpoint_name(jax.lax.all_gather(array, more, axis=dim, tiled=True), "gathered")
-    return array
-
-
-def reduce_shard(array: Array, over: tuple[str, ...], dim: int) -> Array:
-    """Inside `jax.shard_map`: the sum over mesh axes, split over them along a dimension if they divide it."""
-    if not over:
-        return array
-    if array.shape[dim] % jax.lax.axis_size(over):
-        return jax.lax.psum(array, over)
-    return jax.lax.psum_scatter(array, over, scatter_dimension=dim, tiled=True)
 
 
 def time_after(entry: Any, length: int, over: tuple[str, ...]) -> tuple[str, ...]:
@@ -182,54 +151,7 @@ def split_as(*spec: Any) -> PartitionSpec | None:
     return None if jax.sharding.get_abstract_mesh().empty else PartitionSpec(*spec)
 
 
-def reshard_like(array: Array, like: Array) -> Array:
-    """An array, split as another one of its shape is."""
-    spec = split_as(*spec_of(like))
-    return array if spec is None else reshard(array, spec)
-
-
-def per_device(function: Callable[..., Array], *arrays: Array) -> Array:
-    """Calls `function` on each device's own part of the arrays; the result is split like the first of them.
-
-    Arrays that every device has whole are no exception: a kernel may be among what it calls, of which XLA does not know
-    that all devices do the same (nor over which axes results differ: hence `check_vma`).
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if all(mesh.shape[name] == 1 for name in mesh.explicit_axes):
-        return function(*arrays)
-    specs = tuple(PartitionSpec(*spec_of(array)) for array in arrays)
-    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
-
-
 def context_axis(array: Float[Array, "B T ..."]) -> str | None:
     """The mesh axis that splits T outside of the residual stream, where one does."""
     names = names_of(spec_of(array)[1])
     return names[0] if names else None
-
-
-def between_norms(array: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-    """An array that is split along T as the residual stream is, split as what depends on positions is."""
-    batch, time, *rest = spec_of(array)
-    outside = tuple(name for name in names_of(time) if name not in AXES["N"])
-    return array if outside == names_of(time) else reshard(array, spec(batch, outside, *rest))
-
-
-def with_layer(stack: Float[Array, "L ..."], one: Float[Array, "..."], index: Any) -> Float[Array, "L ..."]:
-    """A stack with one of its layers filled in, by the devices that hold it."""
-    split, mesh = spec_of(stack), jax.typeof(stack).sharding.mesh
-    if not names_of(split[0]):
-        return jax.lax.dynamic_update_index_in_dim(stack, one, index, 0)
-
-    def put(stack: Array, one: Array, index: Array) -> Array:
-        place = index - jax.lax.axis_index(split[0]) * stack.shape[0]
-        nearest = jnp.clip(place, 0, stack.shape[0] - 1)
-        old = jax.lax.dynamic_index_in_dim(stack, nearest, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(stack, jax.lax.select(place == nearest, one, old), nearest, 0)
-
-    specs = spec(*split), spec(*split[1:]), PartitionSpec()
-    return jax.shard_map(put, mesh=mesh, in_specs=specs, out_specs=specs[0])(stack, one, jnp.asarray(index))
-
-
-def whole(array: Array) -> Array:
-    """The array with all of its parts on every device."""
-    return array if jax.sharding.get_abstract_mesh().empty else reshard(array, PartitionSpec())

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flaxzoo.layers.linear.linear import Embedding, Linear
+from flaxzoo.layers.linear.embedding import Embedding
+from flaxzoo.layers.linear.linear import Linear
 from flaxzoo.layers.mlp import ACTIVATIONS, MLP, GatedMLP
 
 DIM, HIDDEN = 6, 10

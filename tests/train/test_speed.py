@@ -64,7 +64,7 @@ def test_options_are_for_several_devices_of_a_tpu() -> None:
 def test_experts_are_not_in_8_bits() -> None:
     model = models.small()
     block = model.block[0].replace(ffn=MoE(experts=4, expert=GatedMLP(hidden=64), router=Router(top_k=2)))
-    with pytest.raises(ValueError, match="experts have no products in 8 bits, got quantize='fp8'; leave it at 'none'"):
+    with pytest.raises(ValueError, match="experts have no matmuls in 8 bits, got quantize='fp8'; leave it at 'none'"):
         small_run().replace(model=model.replace(block=(block,)), quantize="fp8")
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from flaxzoo.layers.loss import cross_entropy
 from flaxzoo.layers.mixers.mixer import Positions
 from flaxzoo.layers.sharding.axes import batch_partition
-from flaxzoo.zoo.decoder import POLICIES
+from flaxzoo.layers.stack import POLICIES, Execution
 from flaxzoo.zoo.parameters import describe, merge, partitions, shardings, split
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -26,12 +26,12 @@ def logits(model, tokens=TOKENS, positions=None, dtype=jnp.float32):
     )
 
 
-def loss_and_gradients(decoder, parameters, tokens=TOKENS, remat="none"):
+def loss_and_gradients(decoder, parameters, tokens=TOKENS, execution=Execution()):
     @jax.jit
     @jax.value_and_grad
     def loss(parameters, tokens):
         model = merge(decoder.abstract(), parameters)
-        hidden, _ = model.hidden(tokens, remat=remat)
+        hidden = model.hidden(tokens, execution=execution).x
         weights = jnp.ones_like(tokens, jnp.float32)
         targets = jnp.roll(tokens, -1, axis=1)
         sums = cross_entropy(hidden, model.output_embedding, targets, weights, soft_cap=decoder.soft_cap, chunk=10)
@@ -117,7 +117,7 @@ def test_impossible_depths_are_refused(change, rule, decoders):
     ("name", "remat"), [*(("plain", policy) for policy in POLICIES), ("unrolled", "full"), ("routed", "dots")]
 )
 def test_recomputation_changes_neither_loss_nor_gradients(name, remat, decoders, models, whole):
-    found = loss_and_gradients(decoders[name], split(models[name]), BATCH, remat=remat)
+    found = loss_and_gradients(decoders[name], split(models[name]), BATCH, execution=Execution(remat=remat))
     assert_same(found, whole(name), 1e-5)
 
 
@@ -128,7 +128,7 @@ def test_recomputation_stores_less(decoders, models):
 
     def memory(remat):
         def loss(parameters):
-            return jnp.sum(merge(decoder.abstract(), parameters).hidden(tokens, remat=remat)[0])
+            return jnp.sum(merge(decoder.abstract(), parameters).hidden(tokens, execution=Execution(remat=remat)).x)
 
         analysis = jax.jit(jax.grad(loss)).lower(parameters).compile().memory_analysis()
         assert analysis is not None
@@ -291,7 +291,7 @@ def test_data_parallel_forward_gathers_nothing(sizes, gathers, decoders, models)
 
         def forward(parameters, tokens):
             model = merge(decoder.abstract(), parameters)
-            hidden, _ = model.hidden(tokens)
+            hidden = model.hidden(tokens).x
             weights = jnp.ones_like(tokens, jnp.float32)
             return cross_entropy(hidden, model.output_embedding, tokens, weights, soft_cap=decoder.soft_cap)
 

@@ -23,7 +23,7 @@ from ... import configs, zoo
 from ...configs.run import Run
 from ...layers.linear.matmul import Kind
 from ...layers.spec import unknown
-from ...zoo.decoder import Remat
+from ...layers.stack import Remat
 from ...zoo.families import registry
 from ...zoo.formats.load import is_run
 from ..checkpoints import step_folders

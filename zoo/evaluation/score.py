@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer
 
-from ...layers.sharding.axes import whole
+from ...layers.sharding.collectives import replicate
 from ..decoder import DecoderModel
 from ..generation.session import check_vocabulary, rounded
 from ..generation.state import positions_from
@@ -205,17 +205,17 @@ def _likelihoods(
     """
     batch, length = tokens.shape
     model: DecoderModel = flat.model
-    hidden, _ = model.hidden(tokens, positions_from(counts * 0, counts, length), dtype=dtype)
+    hidden, _, _ = model.hidden(tokens, positions_from(counts * 0, counts, length), dtype=dtype)
     size = min(length, max(1, LOGITS_BYTES // (4 * batch * model.spec.vocab)))
     padding = -length % size
 
     def chunks(x: Array) -> Array:
-        x = jnp.pad(whole(x), ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)))
+        x = jnp.pad(replicate(x), ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
 
     def chunk_likelihoods(inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         hidden, targets, scored = inputs
-        logits = whole(model.logits(hidden))
+        logits = replicate(model.logits(hidden))
         target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         log_probs = target_logits - jax.nn.logsumexp(logits, axis=-1)
         is_best = jnp.argmax(logits, axis=-1) == targets

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tokenizers import Tokenizer
 
-from ...layers.sharding.axes import with_layer
+from ...layers.sharding.collectives import with_layer
 from ..decoder import Decoder, DecoderModel
 from ..families.names import Part, units
 from ..families.registry import find, read

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ...layers.mixers.mixer import Cache
 from ...layers.positions.scaling import EVERY_LENGTH
-from ...layers.sharding.axes import whole
+from ...layers.sharding.collectives import replicate
 from ..decoder import Caches, Decoder, DecoderModel
 from ..parameters import FlatModel
 from .compiling import compiled_for
@@ -186,7 +186,7 @@ class Session:
         whose start is its text's length reads nothing.
         """
         counts = np.array([len(text) - start for text, start in zip(texts, starts, strict=True)], np.int32)
-        logits: Any = whole(jnp.zeros((self.batch, self.model.spec.vocab)))
+        logits: Any = replicate(jnp.zeros((self.batch, self.model.spec.vocab)))
         for first in range(0, int(counts.max()), CHUNK):
             chunk = np.clip(counts - first, 0, CHUNK)
             begins = np.array(starts, np.int32) + first
@@ -334,10 +334,10 @@ def _prefill(
     positions = positions_from(jnp.where(some, starts, state.lengths), counts, tokens.shape[1])
     positions = replace(positions, lengths=jnp.broadcast_to(lengths[:, None], tokens.shape))
     real = positions.segments > 0
-    hidden, after = model.hidden(tokens, positions, caches, dtype=dtype)
+    hidden, after, _ = model.hidden(tokens, positions, caches, dtype=dtype)
     assert after is not None
-    last = jnp.take_along_axis(whole(hidden), jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
-    logits = jnp.where(some[:, None], whole(model.logits(last)[:, 0]), logits)
+    last = jnp.take_along_axis(replicate(hidden), jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
+    logits = jnp.where(some[:, None], replicate(model.logits(last)[:, 0]), logits)
     row = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
     seen, history = state.seen, state.history
     if seen is not None:
@@ -380,7 +380,7 @@ def advance(
         active = state.active
         positions = positions_from(state.lengths, active.astype(jnp.int32), 1)
         logits, caches = model(state.token[:, None], positions, caches, dtype=dtype)
-        logits = whole(logits[:, 0])
+        logits = replicate(logits[:, 0])
         state = replace(state, lengths=state.lengths + active.astype(jnp.int32))
         token = filters.choose(logits, state.seen, row_keys(state.keys, state.sampled))
         tokens = tokens.at[:, step].set(token)

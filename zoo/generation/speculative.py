@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ...layers.sharding.axes import whole
+from ...layers.sharding.collectives import replicate
 from ...layers.spec import POSITIVE, Spec, check_ranges, ranged
 from ..decoder import Caches, DecoderModel
 from ..parameters import FlatModel
@@ -72,7 +72,7 @@ def advance(
         read = jnp.concatenate([state.token[:, None], drafts], axis=1)
         positions = positions_from(state.lengths, room + 1, count + 1)
         logits, caches = model(read, positions, caches, dtype=dtype)
-        logits = whole(logits)
+        logits = replicate(logits)
         weights = jax.nn.softmax(filters.filter(_penalised(filters, logits, state.seen, drafts)), axis=-1)
         accepted, next_token = _accept(state, filters, drafts, draft_probabilities, weights, room)
         state, new_tokens, log_probs, taken = _append(state, drafts, accepted, next_token, logits, ends, room >= 0)
@@ -100,7 +100,7 @@ def _draft_tokens(
         token, seen, caches = carry
         active = (index < state.left).astype(jnp.int32)  # the last token of a row is read for the cache alone
         logits, caches = draft(token[:, None], positions_from(state.lengths + index, active, 1), caches, dtype=dtype)
-        weights = filters.filter(filters.penalise(whole(logits[:, 0]), seen))
+        weights = filters.filter(filters.penalise(replicate(logits[:, 0]), seen))
         proposed = filters.sample(weights, row_keys(state.keys, state.sampled + index, DRAFT))
         if seen is not None:
             seen = seen.at[jnp.arange(proposed.shape[0]), proposed].set(True)

@@ -1,4 +1,4 @@
-"""Products in 8 bits: what is rounded, what is exact, and that gradients are such products, too."""
+"""Matmuls in 8 bits: what is rounded, what is exact, and that gradients are such matmuls too."""
 
 import sys
 
@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flaxzoo.layers.block import Block
 from flaxzoo.layers.linear.einsum import einsum
-from flaxzoo.layers.linear.matmul import current, quantized
+from flaxzoo.layers.mixers.attention import Attention
+from flaxzoo.layers.mixers.latent import MLA
+from flaxzoo.layers.mlp import MLP, GatedMLP
+from flaxzoo.layers.stack import Execution
+from flaxzoo.zoo.decoder import Decoder
+from flaxzoo.zoo.parameters import describe
 from jax.extend.core import jaxprs_in_params
 
 X = np.random.default_rng(0).normal(size=(2, 24, 64)).astype(np.float32) * np.geomspace(0.01, 10, 24)[None, :, None]
@@ -27,8 +33,7 @@ def rounded(x, summed, dtype):
 
 def outcome(kind, dtype=jnp.float32):
     def product(x, weight):
-        with quantized(kind):
-            return einsum("B T D, D N H -> B T N H", x, weight)
+        return einsum("B T D, D N H -> B T N H", x, weight, kind=kind)
 
     y, pull = jax.vjp(product, jnp.asarray(X, dtype), jnp.asarray(WEIGHT, dtype))
     return y, *pull(jnp.asarray(COTANGENT, dtype))
@@ -77,16 +82,27 @@ def test_the_products_are_in_8_bits(kind, dtype):
         assert {each[2] for each in found} == {"float32"}
 
 
-def test_the_setting_ends_with_its_block():
-    with quantized("int8"):
-        assert current() == "int8"
-        with quantized("none"):
-            assert current() == "none"
-    assert current() == "none"
+@pytest.mark.parametrize("mixer", ["gqa", "mla"])
+def test_every_matmul_with_a_weight_of_a_block_has_the_kind_of_the_call(mixer):
+    mixers = {
+        "gqa": Attention(heads=4, kv_heads=2, head_dim=8),
+        "mla": MLA(heads=4, kv_rank=8, nope_dim=4, rope_dim=4, value_dim=4, query_rank=8),
+    }
+    plain, gated = (Block(mixer=mixers[mixer], ffn=ffn) for ffn in (MLP(hidden=16), GatedMLP(hidden=16)))
+    model = Decoder(vocab=20, dim=16, layers=3, first=(plain,), block=(gated, plain)).abstract()
+    tokens = jnp.zeros((2, 8), jnp.int32)
+
+    def in_8_bits(kind):
+        program = jax.make_jaxpr(lambda model: model.hidden(tokens, execution=Execution(kind=kind)).x)(model)
+        return sum("int8" in dtypes for dtypes in products_of(program.jaxpr))
+
+    matrices = [name for name, known in describe(model).items() if known.inputs and name != "embedding.table"]
+    assert in_8_bits("int8") == len(matrices)
+    assert in_8_bits("none") == 0
 
 
 def test_without_qwix(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
-    with pytest.raises(ValueError, match=r"products in 8 bits need qwix: pip install 'flaxzoo\[quantized\]'"):
+    with pytest.raises(ValueError, match=r"matmuls in 8 bits need qwix: pip install 'flaxzoo\[quantized\]'"):
         outcome("int8")
     outcome("none")

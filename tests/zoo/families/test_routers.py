@@ -52,8 +52,8 @@ def test_loads_and_probabilities(name: str) -> None:
     model, data = case(name)
     tokens, mask = jnp.asarray(data["input_ids"]), jnp.asarray(data["attention_mask"])
     positions = Positions(index=positions_from_zero(tokens).index, segments=mask)
-    routing = jax.jit(lambda model: model.hidden_and_routing(tokens, positions)[2])(model)
-    load = np.concatenate([one["load"] for one in routing.values()]).sum(axis=0)
-    probability = np.concatenate([one["probability"] for one in routing.values()]).sum(axis=0)
+    router_stats = jax.jit(lambda model: model.hidden(tokens, positions).router_stats)(model)
+    load = np.concatenate([stats["load"] for stats in router_stats.values()]).sum(axis=0)
+    probability = np.concatenate([stats["probability"] for stats in router_stats.values()]).sum(axis=0)
     count = data["attention_mask"].sum() * model.spec.layers
     assert load.size * np.sum(load / count * probability / count) == pytest.approx(data["balance_loss"], rel=1e-5)

@@ -44,7 +44,7 @@ def outcome(name: str) -> tuple[np.ndarray, float, Parameters]:
 
     def mean_loss(parameters: Parameters) -> tuple[jax.Array, jax.Array]:
         model = merge(decoder.abstract(), parameters)
-        hidden, _ = model.hidden(tokens)
+        hidden = model.hidden(tokens).x
         loss, _ = cross_entropy(
             hidden[:, :-1], model.output_embedding, tokens[:, 1:], weights, soft_cap=decoder.soft_cap, chunk=16
         )
