@@ -18,7 +18,6 @@ from .formats.convert import convert as convert
 from .formats.load import load as load
 from .formats.load import open_source as open_source
 from .formats.save import save as save
-from .generation.chat import ChatTemplate as ChatTemplate
 from .generation.chat import Conversation as Conversation
 from .generation.generate import Completion as Completion
 from .generation.generate import complete as complete
@@ -28,6 +27,7 @@ from .generation.optimize import optimize_for_decoding as optimize_for_decoding
 from .generation.sampling import GREEDY as GREEDY
 from .generation.sampling import Sampling as Sampling
 from .generation.speculative import Speculation as Speculation
+from .generation.template import ChatTemplate as ChatTemplate
 from .parameters import Parameters as Parameters
 from .parameters import describe as describe
 from .parameters import merge as merge

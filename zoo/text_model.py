@@ -18,10 +18,11 @@ from .families.registry import read
 from .formats.load import is_run, load, open_source, runs_of
 from .formats.source import Progress, Source
 from .formats.text_ends import end_ids, named_special_tokens, sampling_settings
-from .generation.chat import ChatTemplate, Conversation
+from .generation.chat import Conversation
 from .generation.generate import Completion, Options, Prompt, complete, generate, stream
 from .generation.optimize import optimize_for_decoding
 from .generation.sampling import Sampling
+from .generation.template import ChatTemplate
 
 DTYPES = ("float32", "bfloat16", "float16")
 

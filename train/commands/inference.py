@@ -18,7 +18,7 @@ from rich.text import Text
 from ... import zoo
 from ...layers.spec import unknown
 from ...zoo.decoder import Decoder
-from ...zoo.generation.chat import ChatTemplate, Conversation
+from ...zoo.generation.chat import Conversation
 from ...zoo.text_encoding import unescaped
 from ...zoo.text_model import DTYPES, TextModel
 from ..distributed import mesh as meshes
@@ -133,7 +133,7 @@ def generate(
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "sampling": draw.sampling,
-        "stop": writer.stop,
+        "stop": writer.end_ids,
         "seed": draw.seed,
         "dtype": writer.dtype,
         "cache_dtype": place.cache_dtype or None,
@@ -181,14 +181,15 @@ def chat(
         guess: so many tokens are guessed at a time from the text so far, which changes nothing but the speed.
     """
     writer = place.open(source).optimize_for_decoding()
-    made = writer.template if template is None else ChatTemplate(template.read_text(encoding="utf-8"))
-    if made is None:
+    if template is not None:
+        writer = writer.with_template(template.read_text(encoding="utf-8"))
+    if writer.template is None:
         raise ValueError(f"{source} has no chat template; give one by --template FILE, or use `zoo generate`")
     conversation = Conversation(
         writer.model,
         writer.tokenizer,
-        made,
-        stop=writer.stop,
+        writer.template,
+        stop=writer.end_ids,
         system=unescaped(system) or None,
         sampling=draw.sampling,
         seed=draw.seed,

@@ -9,9 +9,9 @@ from tokenizers import Tokenizer
 
 from ...layers.spec import missing_package
 from ..decoder import DecoderModel
-from ..generation.chat import ChatTemplate
 from ..generation.generate import complete
 from ..generation.sampling import GREEDY, Sampling
+from ..generation.template import ChatTemplate
 from ..text_encoding import encode
 from .score import Scorer
 from .windows import Window, split_into_windows

@@ -1,5 +1,8 @@
 """Chat templates in their sandbox, and conversations against the same prompts read anew."""
 
+import resource
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax.numpy as jnp
@@ -55,11 +58,111 @@ def test_a_template_as_on_the_hub():
         ("{{ missing.field }}", "missing"),
         ("{{ 1 / 0 }}", "division"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ 'a' | urlize }}", "urlize"),
     ],
 )
 def test_templates_are_not_trusted(template, message):
     with pytest.raises(ValueError, match=message):
         ChatTemplate(template).render(HELLO)
+
+
+HUNGRY = {
+    "center": "{{ 'x' | center(1000000000) }}",
+    "center by map": "{{ ['x'] | map('center', 1000000000) | list | length }}",
+    "ljust": "{{ 'x'.ljust(1000000000) | length }}",
+    "zfill by name": "{{ 'x'['zfill'](1000000000) }}",
+    "attr": "{{ ('x' | attr('rjust'))(1000000000) }}",
+    "expandtabs": "{{ '\t'.expandtabs(1000000000) }}",
+    "indent": "{{ ('x\n' * 1000) | indent(1000000) }}",
+    "format": "{{ '{:>1000000000}'.format(1) }}",
+    "format nested": "{{ '{:{}}'.format(1, 1000000000) }}",
+    "format nested text": "{{ '{0:{1}}'.format(1, '1000000000') }}",
+    "format map": "{{ '{a:.1000000000f}'.format_map({'a': 1.0}) }}",
+    "format filter": "{{ '%1000000000s' | format(1) }}",
+    "percent": "{{ '%.*f' % (1000000000, 1.0) }}",
+    "percent many": "{{ ('%(a)s' * 10000) % {'a': 'x' * 10000} }}",
+    "replace": "{{ ('x' * 100000).replace('', 'y' * 1000) }}",
+    "replace filter": "{{ ('x' * 100000) | replace('x', 'y' * 1000) }}",
+    "join": "{{ ('x' * 100000).join(range(100000)) }}",
+    "join filter": "{{ range(100000) | join('x' * 100000) }}",
+    "repeat": "{{ 1000000000 * 'x' }}",
+    "repeat list": "{{ ([1] * 1000000000) | length }}",
+    "powers": "{% set n = namespace(x=10) %}{% for i in range(100) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "doubling": "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "doubling by ~": "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "doubling by set": "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set y %}{{ n.x }}{{ n.x }}{% endset %}"
+    "{% set n.x = y %}{% endfor %}",
+    "doubling by macro": "{% macro f(x, n) %}{% if n %}{{ f(x ~ x, n - 1) }}{% endif %}{% endmacro %}{{ f('x', 60) }}",
+    "nested lists": "{% set n = namespace(x=[]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
+    "{{ n.x }}",
+    "nested json": "{% set n = namespace(x=[]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
+    "{{ n.x | tojson }}",
+    "nested compared": "{% set n = namespace(x=[], y=[]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}"
+    "{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}",
+    "nested keys": "{% set n = namespace(x=1) %}{% for i in range(60) %}{% set n.x = (n.x, n.x) %}{% endfor %}"
+    "{{ {n.x: 1} | length }}",
+    "nested test": "{% set n = namespace(x=[], y=[]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}"
+    "{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x is eq(n.y) }}",
+    "nested namespaces": "{% set n = namespace(x=[]) %}{% for i in range(60) %}{% set n.x = namespace(a=n.x, b=n.x) %}"
+    "{% endfor %}{{ n.x }}",
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "recursive loop": "{% for a in [1, 1] recursive %}{{ loop([1, 1]) }}{% endfor %}",
+    "recursion": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "output": "{% for a in range(99999) %}" + "x" * 10000 + "{% endfor %}",
+    "json indent": "{{ {'a': [1]} | tojson(indent=1000000000) }}",
+    "batch": "{{ [1] | batch(1000000000, 0) | list }}",
+    "slice": "{{ [1] | slice(1000000000) | list }}",
+    "round": "{{ 1.5 | round(1000000000, 'ceil') }}",
+    "sum of lists": "{{ range(9999) | map('string') | map('list') | sum(start=[]) }}",
+    "sum of strings": "{{ [[1]] | sum(start=[]) }}",
+    "fromkeys": "{{ {}.fromkeys(range(99999)) }}",
+    "bytes": "{{ (1).to_bytes(1000000000) }}",
+    "translate": "{{ 'xx'.translate({120: 'y' * 1000000}) }}",
+    "rfind": "{% set t = 'a' * 9000000 %}{{ t.rfind('b' ~ 'a' * 4000000) }}",
+    "strip": "{% set t = 'a' * 9000000 %}{{ t.strip('b' * 4000000 ~ 'a') | length }}",
+    "slices": "{% set t = 'a' * 9000000 %}{% set n = namespace(x=[]) %}{% for i in range(9999) %}"
+    "{% set n.x = n.x + [t[1:]] %}{% endfor %}",
+    "wordwrap": "{{ ('x' * 1000000) | wordwrap(1) }}",
+    "lipsum": "{{ lipsum(n=1000000) }}",
+    "strftime": "{{ strftime_now('%c' * 100000) }}",
+}
+
+
+def peak_memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.parametrize("name", HUNGRY)
+def test_time_and_memory_are_bounded(name):
+    """Every construct, off the main thread too, where no signal could stop it."""
+    refused = "the chat template was stopped: |lipsum|wordwrap|Range too big|nested too deeply|recursion"
+
+    def render():
+        before, started = peak_memory(), time.thread_time()
+        with pytest.raises(ValueError, match=refused) as error:
+            ChatTemplate(HUNGRY[name]).render(HELLO)
+        return error, time.thread_time() - started, peak_memory() - before
+
+    with ThreadPoolExecutor() as pool:
+        error, seconds, memory = pool.submit(render).result()
+    assert len(str(error.value)) < 300
+    assert seconds < 20
+    assert memory < 400e6
+
+
+def test_long_conversations_are_rendered():
+    """A thousand messages and a million characters take a small part of what there is."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": "word " * 200} for i in range(1000)]
+    template = (
+        "{% set n = namespace(seen=[], text='') %}{% for m in messages %}{% set n.seen = n.seen + [m] %}"
+        "{% if m.role == 'user' and m['content'] is string and 'x' not in m.content %}"
+        "{{ '[' ~ m.content | trim ~ ']' }}"
+        "{% else %}{{ m.content.split(' ') | join(' ') }}{{ loop.length }}{% endif %}{% endfor %}"
+        "{% for m in messages[::-1] %}{{ m | tojson(indent=2) | length }}{% endfor %}{{ n.seen | length }}"
+    )
+    text = ChatTemplate(template).render(messages)
+    assert text.endswith("1000")
+    assert len(text) > 1e6
 
 
 def test_what_is_no_template_or_no_message_is_refused():
