@@ -37,7 +37,7 @@ Sizes = Mapping[str, int]
 
 
 @dataclass(frozen=True)
-class Line:
+class TableEntry:
     """One line of a table."""
 
     name: str
@@ -115,7 +115,7 @@ class Part:
 class Unit:
     """What is read or written at once: the parts of some parameters, and the tensor (or one an expert) they are in."""
 
-    line: Line
+    line: TableEntry
     depth: int | None
     """Of the layer."""
     count: int
@@ -154,7 +154,7 @@ def units(table: Table, decoder: Decoder, described: Mapping[str, Description]) 
 
     Raises ValueError where a parameter of the decoder is in no tensor of the table, or in two.
     """
-    lines = [Line(name, axes, tuple(ours)) for name, (axes, *ours) in table.items()]
+    lines = [TableEntry(name, axes, tuple(ours)) for name, (axes, *ours) in table.items()]
     depths = list(enumerate(_depths(decoder)))
     found = [_unit(line, "", None, None, described) for line in lines if "{layer}" not in line.name]
     for depth, (prefix, layer) in depths:
@@ -180,7 +180,7 @@ def _depths(decoder: Decoder) -> Iterator[tuple[str, int | None]]:
 
 
 def _unit(
-    line: Line, prefix: str, depth: int | None, layer: int | None, described: Mapping[str, Description]
+    line: TableEntry, prefix: str, depth: int | None, layer: int | None, described: Mapping[str, Description]
 ) -> Unit | None:
     """The unit of a line at one depth, or None where the model has no such parameters, or they have other axes."""
     ours = [prefix + name for name in line.ours]

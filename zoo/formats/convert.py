@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from ...layers.spec import unknown
-from .load import Plan, open_source
+from .load import LoadPlan, open_source
 from .save import write_folder
 from .source import Progress, Source, WithProgress
 
@@ -49,7 +49,7 @@ def convert(
     if destination.is_file() or (to_gguf and destination.exists()):
         raise ValueError(f"{destination} exists already; choose another place")
     opened = open_source(source, ignore=ignore, text_only=text_only)
-    Plan(opened)  # every tensor is accounted for, as in loading
+    LoadPlan(opened)  # every tensor is accounted for, as in loading
     opened = opened if progress is None else WithProgress(opened, progress)
     if to_gguf:
         from .gguf import save_gguf  # which needs the `gguf` extra

@@ -129,7 +129,7 @@ def runs_of(source: str | Path) -> Runs:
 def model_of(source: Source, *, dtype: Any = None, mesh: Mesh | None = None) -> DecoderModel:
     """The model of an open source; arguments and errors as of `load`."""
     dtype = None if dtype is None else floating(dtype)
-    plan = Plan(source)
+    plan = LoadPlan(source)
     dtypes = plan.dtypes(dtype)
     places = shardings(plan.described, mesh) if mesh is not None else dict.fromkeys(plan.described, _one_device())
     parameters: Parameters = {}
@@ -144,7 +144,7 @@ def model_of(source: Source, *, dtype: Any = None, mesh: Mesh | None = None) -> 
     return merge(plan.abstract, parameters)
 
 
-class Plan:
+class LoadPlan:
     """How the tensors of a source become the parameters of its model.
 
     Raises ValueError where the config has no family or an option that is not supported, and with every tensor that is

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 from flaxzoo.zoo import Attention, Block, Decoder, GatedMLP
-from flaxzoo.zoo.families.names import Line, units
+from flaxzoo.zoo.families.names import TableEntry, units
 from flaxzoo.zoo.parameters import describe
 
 SIZES = {"N": 4, "K": 2, "H": 3, "D": 5, "F": 7, "E": 2, "R": 6}
 
 
-def check(line: Line, shape: tuple[int, ...], wanted: list[tuple[str, object]], sizes=None) -> None:
+def check(line: TableEntry, shape: tuple[int, ...], wanted: list[tuple[str, object]], sizes=None) -> None:
     """Cuts a tensor of counted numbers and compares each part's axes and values; joins them again."""
     sizes = sizes or [SIZES] * len(line.ours)
     assert line.shape(sizes) == shape
@@ -23,14 +23,14 @@ def check(line: Line, shape: tuple[int, ...], wanted: list[tuple[str, object]], 
 
 
 def test_flattened_axes():
-    check(Line("q", "NH D", ("q",)), (12, 5), [("NHD", lambda t: t.reshape(4, 3, 5))])
-    check(Line("o", "D NH", ("o",)), (5, 12), [("DNH", lambda t: t.reshape(5, 4, 3))])
-    check(Line("norm", "D", ("s",)), (5,), [("D", lambda t: t)])
+    check(TableEntry("q", "NH D", ("q",)), (12, 5), [("NHD", lambda t: t.reshape(4, 3, 5))])
+    check(TableEntry("o", "D NH", ("o",)), (5, 12), [("DNH", lambda t: t.reshape(5, 4, 3))])
+    check(TableEntry("norm", "D", ("s",)), (5,), [("D", lambda t: t)])
 
 
 def test_parts_side_by_side():
     check(
-        Line("qkv", "NH+KH+KH D", ("q", "k", "v")),
+        TableEntry("qkv", "NH+KH+KH D", ("q", "k", "v")),
         (24, 5),
         [
             ("NHD", lambda t: t[:12].reshape(4, 3, 5)),
@@ -39,20 +39,20 @@ def test_parts_side_by_side():
         ],
     )
     check(
-        Line("c_attn", "D NH+KH", ("q", "k")),
+        TableEntry("c_attn", "D NH+KH", ("q", "k")),
         (5, 18),
         [("DNH", lambda t: t[:, :12].reshape(5, 4, 3)), ("DKH", lambda t: t[:, 12:].reshape(5, 2, 3))],
     )
-    check(Line("b", "F+F", ("gate", "up")), (14,), [("F", lambda t: t[:7]), ("F", lambda t: t[7:])])
+    check(TableEntry("b", "F+F", ("gate", "up")), (14,), [("F", lambda t: t[:7]), ("F", lambda t: t[7:])])
 
 
 def test_interleaved_parts():
-    line = Line("gate_up", "E D F(1+1)", ("gate", "up"))
+    line = TableEntry("gate_up", "E D F(1+1)", ("gate", "up"))
     check(line, (2, 5, 14), [("EDF", lambda t: t[..., ::2]), ("EDF", lambda t: t[..., 1::2])])
 
 
 def test_parts_within_each_head():
-    line = Line("kv_b", "N(H+H) R", ("k", "v"))
+    line = TableEntry("kv_b", "N(H+H) R", ("k", "v"))
     check(
         line,
         (20, 6),
@@ -64,7 +64,7 @@ def test_parts_within_each_head():
 @pytest.mark.parametrize("axes", ["NH+KH D", "NH D", "F+F F+F+F", "F(1+1", "f d", "N-H", ""])
 def test_lines_that_make_no_sense(axes):
     with pytest.raises(ValueError, match="a tensor is cut on one axis|axes are written"):
-        Line("x", axes, ("a", "b", "c"))
+        TableEntry("x", axes, ("a", "b", "c"))
 
 
 DECODER = Decoder(

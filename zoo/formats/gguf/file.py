@@ -15,7 +15,7 @@ from .architectures import ARCHITECTURES
 from .blocks import decode
 from .config import Metadata
 from .header import Header, Stored, read_header
-from .rules import Made
+from .rules import ConvertedTensor
 from .tokenizer import read_tokenizer
 
 SPECIAL = {"bos_token_id": ("bos",), "eos_token_id": ("eos", "eot", "eom"), "pad_token_id": ("padding",)}
@@ -147,7 +147,7 @@ def _control_tokens(metadata: Mapping[str, Any]) -> dict[str, int]:
     return {tokens[index]: int(index) for index in np.flatnonzero(np.asarray(types) == CONTROL)}
 
 
-def _made(file: GgufFile) -> dict[str, Made]:
+def _made(file: GgufFile) -> dict[str, ConvertedTensor]:
     """Every Hugging Face tensor; all tensors of the file are accounted for."""
     architecture, stored = file.architecture, file.stored
     layers = int(file.header.metadata[f"{architecture.name}.block_count"])

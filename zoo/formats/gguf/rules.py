@@ -25,7 +25,7 @@ class Tensors(Protocol):
 
 
 @dataclass(frozen=True)
-class Made:
+class ConvertedTensor:
     """A tensor of one side that is made of tensors of the other when it is read."""
 
     name: str
@@ -92,11 +92,11 @@ class Rule(Protocol):
     Where a rule speaks of tensors that a checkpoint does not have, it yields nothing.
     """
 
-    def to_hf(self, file: Tensors, config: Config) -> Iterator[Made]:
+    def to_hf(self, file: Tensors, config: Config) -> Iterator[ConvertedTensor]:
         """The Hugging Face tensors, from those of a GGUF file."""
         ...
 
-    def to_gguf(self, checkpoint: Tensors, config: Config) -> Iterator[Made]:
+    def to_gguf(self, checkpoint: Tensors, config: Config) -> Iterator[ConvertedTensor]:
         """The tensors of a GGUF file, from those of a Hugging Face checkpoint."""
         ...
 
@@ -115,18 +115,18 @@ class Pair:
     written: bool = True
     """False for a layout that files had once."""
 
-    def to_hf(self, file: Tensors, config: Config) -> Iterator[Made]:
+    def to_hf(self, file: Tensors, config: Config) -> Iterator[ConvertedTensor]:
         """See Rule."""
         return self._made(file, config, self.gguf, self.hf, self.change.to_hf)
 
-    def to_gguf(self, checkpoint: Tensors, config: Config) -> Iterator[Made]:
+    def to_gguf(self, checkpoint: Tensors, config: Config) -> Iterator[ConvertedTensor]:
         """See Rule."""
         return self._made(checkpoint, config, self.hf, self.gguf, self.change.to_gguf) if self.written else iter(())
 
-    def _made(self, tensors: Tensors, config: Config, old: str, new: str, change: Any) -> Iterator[Made]:
+    def _made(self, tensors: Tensors, config: Config, old: str, new: str, change: Any) -> Iterator[ConvertedTensor]:
         if (info := tensors.tensors.get(old)) is not None:
             shape = _shape(old, lambda: self.change.shape(info.shape, config))
-            yield Made(new, TensorInfo(shape, info.dtype), (old,), lambda: change(tensors.read(old), config))
+            yield ConvertedTensor(new, TensorInfo(shape, info.dtype), (old,), lambda: change(tensors.read(old), config))
 
     def at(self, gguf: str, hf: str) -> "Pair":
         """See Rule."""
@@ -140,7 +140,7 @@ class Stacked:
     gguf: str
     hf: str
 
-    def to_hf(self, file: Tensors, config: Config) -> Iterator[Made]:
+    def to_hf(self, file: Tensors, config: Config) -> Iterator[ConvertedTensor]:
         """See Rule."""
         if (info := file.tensors.get(self.gguf)) is None:
             return
@@ -152,9 +152,9 @@ class Stacked:
                 return file.read(self.gguf, expert)
 
             name = self.hf.replace("{expert}", str(expert))
-            yield Made(name, TensorInfo(info.shape[1:], info.dtype), (self.gguf,), read)
+            yield ConvertedTensor(name, TensorInfo(info.shape[1:], info.dtype), (self.gguf,), read)
 
-    def to_gguf(self, checkpoint: Tensors, config: Config) -> Iterator[Made]:
+    def to_gguf(self, checkpoint: Tensors, config: Config) -> Iterator[ConvertedTensor]:
         """See Rule."""
         names: list[str] = []
         while (name := self.hf.replace("{expert}", str(len(names)))) in checkpoint.tensors:
@@ -162,7 +162,9 @@ class Stacked:
         if names:
             first = checkpoint.tensors[names[0]]
             info = TensorInfo((len(names), *first.shape), first.dtype)
-            yield Made(self.gguf, info, tuple(names), lambda: np.stack([checkpoint.read(name) for name in names]))
+            yield ConvertedTensor(
+                self.gguf, info, tuple(names), lambda: np.stack([checkpoint.read(name) for name in names])
+            )
 
     def at(self, gguf: str, hf: str) -> "Stacked":
         """See Rule."""
@@ -181,7 +183,7 @@ class Joined:
     split: Callable[[np.ndarray, Config], tuple[np.ndarray, np.ndarray]]
     """Views of the one."""
 
-    def to_hf(self, file: Tensors, config: Config) -> Iterator[Made]:
+    def to_hf(self, file: Tensors, config: Config) -> Iterator[ConvertedTensor]:
         """See Rule."""
         if not all(name in file.tensors for name in self.gguf):
             return
@@ -192,9 +194,9 @@ class Joined:
         def read() -> np.ndarray:
             return self.join(*(file.read(name).astype(info.dtype, copy=False) for name in self.gguf))
 
-        yield Made(self.hf, info, self.gguf, read)
+        yield ConvertedTensor(self.hf, info, self.gguf, read)
 
-    def to_gguf(self, checkpoint: Tensors, config: Config) -> Iterator[Made]:
+    def to_gguf(self, checkpoint: Tensors, config: Config) -> Iterator[ConvertedTensor]:
         """See Rule."""
         if (info := checkpoint.tensors.get(self.hf)) is None:
             return
@@ -204,7 +206,7 @@ class Joined:
             def read(index: int = index) -> np.ndarray:
                 return self.split(checkpoint.read(self.hf), config)[index]
 
-            yield Made(name, TensorInfo(view.shape, info.dtype), (self.hf,), read)
+            yield ConvertedTensor(name, TensorInfo(view.shape, info.dtype), (self.hf,), read)
 
     def at(self, gguf: str, hf: str) -> "Joined":
         """See Rule."""

@@ -17,7 +17,7 @@ from .architecture import Architecture
 from .architectures import ARCHITECTURES
 from .blocks import Format, encode, format_of, package
 from .file import SPECIAL, listed
-from .rules import Made
+from .rules import ConvertedTensor
 from .tokenizer_out import write_tokenizer
 
 FILE_TYPES = {"F16": 1, "Q8_0": 7}
@@ -103,7 +103,7 @@ def complete_config(config: dict[str, Any], architecture: Architecture, ignore: 
 
 def _tensors(
     source: Source, architecture: Architecture, config: dict[str, Any]
-) -> tuple[list[Made], dict[str, np.ndarray]]:
+) -> tuple[list[ConvertedTensor], dict[str, np.ndarray]]:
     """Every tensor of the file; all tensors of the source are accounted for."""
     layers = next(item for item in architecture.fields if item.key == "block_count").write(config)
     checkpoint = _Whole(source)
@@ -160,7 +160,7 @@ def _write(
     path: Path,
     architecture: str,
     values: dict[str, Any],
-    made: list[Made],
+    made: list[ConvertedTensor],
     extra: dict[str, np.ndarray],
     quantization: str,
 ) -> None:
@@ -189,5 +189,5 @@ def _write(
                 raise ValueError(f"the tensor {one.name} cannot be written: {error}") from error
 
 
-def _table(name: str, table: np.ndarray) -> Made:
-    return Made(name, TensorInfo(table.shape, table.dtype), (), lambda: table)
+def _table(name: str, table: np.ndarray) -> ConvertedTensor:
+    return ConvertedTensor(name, TensorInfo(table.shape, table.dtype), (), lambda: table)
