@@ -15,21 +15,21 @@ from ..zoo.decoder import Decoder
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Spec):
-    """The text to train on, and how it becomes tokens."""
+    """The text to train on and its tokenization."""
 
     source: tuple[str, ...] = ("shakespeare",)
-    """Where text comes from: 'shakespeare', 'tfds:NAME', or a file, folder or glob of .txt, .jsonl(.gz), .parquet."""
+    """Sources of text: 'shakespeare', 'tfds:NAME', or a file, folder or glob of .txt, .md, .jsonl(.gz), .parquet."""
     weights: tuple[float, ...] = ()
-    """Share of each source in the mixture, in their order; empty: by size."""
+    """Share of each source in the mixture, in the order of the sources; if empty, by size."""
     text_field: str = "text"
     """The field of a JSONL, parquet or TFDS record that holds the text."""
     heldout: float = ranged(0.05, Range(0, 1, below=True))
-    """Fraction of each source kept for evaluation, where it has no validation split of its own."""
+    """Fraction of the bytes of each source held out for evaluation, unless the source has a validation split."""
     heldout_bytes: int = ranged(1_000_000, NON_NEGATIVE)
-    """At most so many bytes of text are evaluated on."""
+    """Largest number of bytes of held-out text to evaluate on."""
     tokenizer: str = ""
-    """Path of a tokenizer.json; empty: that of the run's weights, or a byte-level BPE of the model's vocabulary that is
-    trained on the text and cached."""
+    """Path of a tokenizer.json. If empty, the tokenizer of the run's weights, or a byte-level BPE with the size of the
+    model's vocabulary, trained on the text and cached."""
     special_tokens: bool = False
     """Read text that spells a special token, such as <|endoftext|>, as that token: for text that is meant to hold them.
     Otherwise it is plain text."""

@@ -1,4 +1,4 @@
-"""Text in, batches of tokens out: `load` is all that training needs."""
+"""Text to batches of tokens. `load` is the entry point."""
 
 from pathlib import Path
 
@@ -24,16 +24,16 @@ def load(
     verify: bool = False,
     progress: Progress | None = None,
 ) -> Batches:
-    """The text that `data` names, tokenized (once: it is kept in the cache) and ready to be read in batches.
+    """The text that `data` names, in batches of tokens. Tokens are cached, so that text is tokenized once.
 
     Args:
         data: where the text comes from and how it becomes tokens.
-        vocab: the model's vocabulary (V): a trained tokenizer has at most, a given one must have at most so many ids.
+        vocab: size of the model's vocabulary (V), which is the largest number of ids a tokenizer may have.
         length: tokens in a row (T).
         batch: rows in a global batch (B).
-        seed: of the order of rows.
+        seed: seed of the order of rows.
         cache: the cache folder; by default $FLAXZOO_CACHE, else ~/.cache/flaxzoo.
-        own: which rows of a batch are read here; all if empty.
+        own: rows of a batch that this process reads; all if empty.
         verify: compare the checksums of cached tokens, as a run that resumes does.
         progress: told the bytes of text tokenized and about how many there are, source by source.
 

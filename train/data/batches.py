@@ -30,12 +30,12 @@ class Batches:
     Attributes:
         tokenizer: ids to text and back.
         stores: the tokenized sources.
-        weights: share of each source in a batch; empty: every row of every source once an epoch.
-        heldout_texts: what is evaluated on, by source.
+        weights: share of each source in a batch; if empty, an epoch has every row of every source once.
+        heldout_texts: texts to evaluate on, by source.
         length: tokens in a row (T).
         batch: rows in a global batch (B).
-        seed: of the order.
-        own: which rows of a batch are read here; all if empty.
+        seed: seed of the order of rows.
+        own: rows of a batch that this process reads; all if empty.
         special_tokens: text that spells a special token is that token.
     """
 
@@ -130,12 +130,12 @@ class Batches:
 
     @property
     def order(self) -> str:
-        """Names the endless order of rows: tokens, weights, length and seed."""
+        """A digest of the order of rows, which tokens, weights, length and seed determine."""
         return digest([store.digest for store in self.stores], list(self.weights), self.length, self.seed)
 
 
 class TrainIterator(Iterator[Batch]):
-    """Batches of a run from a step on, read ahead by threads."""
+    """Iterator over the batches of a run; threads read ahead."""
 
     def __init__(self, batches: Batches):
         """From step 0 on."""
@@ -162,7 +162,7 @@ class TrainIterator(Iterator[Batch]):
         return {"step": step["next_index"], "batch": self._batches.batch, "order": self._batches.order}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on where `get_state` was taken.
+        """Resume at the batch that `get_state` named.
 
         Raises:
             ValueError: it was taken with another batch, text, tokenizer, mixture, length or seed. A state of "step"

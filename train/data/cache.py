@@ -1,4 +1,4 @@
-"""The cache folder: every entry is filled aside under a lock, then renamed, so that it is whole or not there."""
+"""The cache folder. An entry is written under another name, behind a lock, and renamed when it is complete."""
 
 import hashlib
 import json
@@ -33,16 +33,16 @@ def digest(*parts: Any) -> str:
 
 
 def filled(entry: Path, fill: Callable[[Path], None]) -> Path:
-    """`entry`, made by `fill(aside)` where it does not exist yet.
+    """The cache entry, written by `fill(aside)` if it does not exist yet.
 
-    Of several processes one fills and the others wait for it. What a killed process left aside is removed.
+    If several processes need it, one writes it and the others wait. Remains of a killed process are removed.
 
     Args:
-        entry: a file or folder to be.
+        entry: path of the file or folder.
         fill: writes a file or folder at the path it is given; OSErrors that are not the cache's it turns into others.
 
     Returns:
-        The entry, whole.
+        The path of the complete entry.
 
     Raises:
         CacheError: the entry cannot be written.

@@ -1,4 +1,4 @@
-"""Packing: a stream of tokens as rows of fixed length, with nothing dropped and nothing doubled."""
+"""Packing: a stream of tokens as rows of fixed length, in which each token is an input once and a target once."""
 
 import numpy as np
 
@@ -12,13 +12,13 @@ class Rows:
     """Rows of T tokens of a stream, at random access.
 
     Row r has the inputs `stream[rT : rT+T]` and the targets `stream[rT+1 : rT+T+1]`: over all rows every token but the
-    last is an input once, and every token but the first a target once. Documents in a row are told apart by `segments`
+    last is an input once, and every token but the first a target once. Documents in a row differ in `segments`
     (1, 2, ... from begin to begin; 0 is padding) and `positions` (0, 1, ... from each begin and from the row's).
     `weights` are 1 where there is something to predict, and 0 on the padding of the last row.
 
-    Where documents begin with another token than they end with, each row does so as well, since models that know such a
-    token are lost without it: rows move on by T - 1 tokens then. Nothing is predicted at a row's begin, where the token
-    is that of the row before, nor after an end, where it is always the same.
+    If documents begin with a BOS token other than the separator, each row begins with it too, because models trained
+    with BOS need it: rows then move by T - 1 tokens. Two targets have weight 0 then: that of a row's first position,
+    which the row before has, and that of a separator, which is always BOS.
     """
 
     def __init__(self, stream: np.ndarray, length: int, ends: Ends):

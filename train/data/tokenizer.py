@@ -1,4 +1,4 @@
-"""Tokenizers: a byte-level BPE trained on the text and kept, or any tokenizer.json; and how documents become ids."""
+"""Tokenizers: a byte-level BPE trained on the text and cached, or a tokenizer.json."""
 
 import hashlib
 import re
@@ -15,7 +15,7 @@ from .sources import Source
 from .split import place, split
 
 TRAINING_BYTES = 256 * 2**20
-"""A BPE is trained on about so much text, spread evenly over more."""
+"""Largest amount of text that a BPE is trained on, in bytes: a sample spread evenly over the text."""
 
 _PIECE = 2**16  # characters
 _LONG_RUN = re.compile(r"\S{64}(?=\S)")
@@ -47,25 +47,28 @@ def separator(tokenizer: Tokenizer) -> int:
 
 
 class Ends(NamedTuple):
-    """The ids that stand before and after a document: one and the same, unless the tokenizer has two."""
+    """The ids before and after a document, which are the same unless the tokenizer has a BOS token."""
 
     begin: int
     end: int
 
 
 def ends(tokenizer: Tokenizer) -> Ends:
-    """What the tokenizer puts before a text, where it does, and the separator after it. Raises as `separator`."""
+    """The token that the tokenizer adds before a text, by default the separator, and the separator after it.
+
+    Raises as `separator`.
+    """
     end = separator(tokenizer)
     return Ends(next(iter(added_ids(tokenizer)), end), end)
 
 
 def ids(tokenizer: Tokenizer) -> int:
-    """How many ids a model needs to embed all that the tokenizer gives: the highest id and one."""
+    """Rows that an embedding needs for this tokenizer: its highest id plus one."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """A name for what a tokenizer does."""
+    """A digest of the tokenizer."""
     return hashlib.blake2b(tokenizer.to_str().encode(), digest_size=10).hexdigest()
 
 
@@ -79,9 +82,9 @@ def trained_tokenizer(
     special_tokens: bool = False,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Tokenizer:
-    """A byte-level BPE of the text that is trained on, kept in the cache.
+    """A byte-level BPE trained on the training text, cached.
 
-    It encodes any text without loss. Where there is little text it stays smaller than asked for.
+    It encodes any text without loss. On little text it has fewer tokens than asked for.
 
     Args:
         sources: the text.

@@ -1,4 +1,4 @@
-"""The token store: a source is tokenized once, into a memory-mapped file that later runs share."""
+"""The token store: each source is tokenized once, into a memory-mapped file that later runs share."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from .split import Sample, split
 from .tokenizer import cuttable, ends, ids, pieces, tokenizer_digest
 
 Progress = Callable[[int, int | None], None]
-"""Called with the bytes of text done so far and about how many there are in all, where that is known."""
+"""Called with the bytes of text processed so far and, if known, about how many there are in all."""
 
 _FORMAT = 4  # of the store and the rules that fill it
 _BATCH = 2**22  # characters encoded at once
@@ -28,11 +28,11 @@ class Store:
     """A tokenized source.
 
     Attributes:
-        tokens: the stream trained on, on disk.
-        heldout: texts that are held out, spread evenly over all that are, about as many bytes as were asked for.
+        tokens: the training stream, memory-mapped.
+        heldout: a sample of the held-out texts, spread evenly over them, of about the size that was asked for.
         documents: documents trained on.
         bytes: their exact size in UTF-8.
-        digest: names the tokens.
+        digest: checksum of the tokens.
         heldout_bytes: size of all text that is held out, of which `heldout` is a sample.
         left_out: files and documents that are neither trained on nor held out, with reasons.
     """
@@ -58,7 +58,7 @@ def token_store(
     verify: bool = False,
     progress: Progress | None = None,
 ) -> Store:
-    """A source in tokens, from the cache or made now.
+    """The tokens of a source, from the cache or computed now.
 
     Args:
         source: what to read.
