@@ -1,4 +1,4 @@
-"""Experts kept equally busy: losses, the corrections that routers add in their choice, and what is reported."""
+"""Load balancing of experts: losses, corrections of router scores, and reports."""
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,16 @@ from ..zoo.parameters import Parameters
 
 
 def loads(router_stats: dict[str, RouterStats]) -> dict[str, Array]:
-    """How often each expert was chosen."""
+    """Tokens routed to each expert, by router."""
     return {name: router["load"] for name, router in router_stats.items()}
 
 
 def loss(
     balance: Balance, router_stats: dict[str, RouterStats], loads: dict[str, Array], tokens: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """The part of the training loss that routers get.
+    """The routers' part of the training loss.
 
-    It adds up over parts of a batch where `loads` and `tokens` are those of the whole batch.
+    Sums over micro-batches are exact if `loads` and `tokens` are those of the whole batch.
     """
     even, z = _means(router_stats, loads, tokens)
     return balance.loss * even + balance.router_z_loss * z

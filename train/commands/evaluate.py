@@ -28,9 +28,9 @@ def prefix_of(writer: TextModel) -> int:
 def score_files(
     writer: TextModel, names: Sequence[str], *, length: int, stride: int, batch: int, field: str, console: Console
 ) -> dict[str, Score]:
-    """The score of each source of text by its name.
+    """The score of each source of text, by name.
 
-    Raises ValueError where there is none, or its text can't be read.
+    Raises ValueError if a source does not exist or its text cannot be read.
     """
     sources = [open_source(name, field, cache_folder(None)) for name in names]
     limit = writer.model.spec.max_positions
@@ -64,8 +64,12 @@ def show(found: dict[str, Score], console: Console) -> None:
     console.print(table)
     for name, score in rows:
         if score.changed:
-            console.print(f"{name}: the tokenizer changes {score.changed} of {score.documents} documents, so bits per ")
-            console.print("byte leave out what it drops, and do not compare with another tokenizer's")
+            console.print(
+                f"{name}: encoding and decoding changes {score.changed} of {score.documents} documents. Bits per "
+            )
+            console.print(
+                "byte do not include what the tokenizer drops, so do not compare them with another tokenizer's."
+            )
 
 
 def as_json(found: dict[str, Score]) -> str:
@@ -80,7 +84,7 @@ def as_json(found: dict[str, Score]) -> str:
 def run_tasks(
     writer: TextModel, tasks: Sequence[str], folder: Path | None, *, length: int, batch: int, limit: int
 ) -> Any:
-    """Results of tasks of lm-evaluation-harness by name; `folder` has YAML files of more of them."""
+    """Results of lm-evaluation-harness, by task. `folder` holds YAML files of additional tasks."""
     limit_of_model = writer.model.spec.max_positions
     backend = HarnessBackend(
         writer.model,
