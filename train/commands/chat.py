@@ -7,27 +7,36 @@ from contextlib import contextmanager
 
 from ...zoo.generation.chat import Conversation
 
-HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer."
+HELP = """/help shows this, /reset starts a new conversation, /exit or Ctrl-D ends the program.
+Ctrl-C stops a reply or clears the line; twice in a row it ends the program.
+A message that begins with "/" is sent as "//...": "//etc" sends "/etc"."""
 
 
 def converse(conversation: Conversation, max_tokens: int) -> None:
-    """Reads messages from standard input until it ends or /exit, and writes the answers as they come."""
+    """Reads messages from standard input until it ends or /exit, and writes each reply as it is generated."""
     print(HELP, file=sys.stderr)
+    interrupted = False
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt) as end:
             print(file=sys.stderr)
-            return
+            if interrupted or isinstance(end, EOFError):
+                return
+            interrupted = True
+            continue
+        interrupted = False
         if text == "/exit":
             return
-        if text == "/reset":
+        if text == "/help":
+            print(HELP, file=sys.stderr)
+        elif text == "/reset":
             conversation.reset()
-            print("(forgotten)", file=sys.stderr)
-        elif text.startswith("/"):
-            print(f"{text.split()[0]} is no command. {HELP}", file=sys.stderr)
+            print("(new conversation)", file=sys.stderr)
+        elif text.startswith("/") and not text.startswith("//"):
+            print(f"error: {text.split()[0]} is not a command, and nothing was sent.\n{HELP}", file=sys.stderr)
         elif text:
-            answer(conversation, text, max_tokens)
+            answer(conversation, text.removeprefix("/"), max_tokens)
 
 
 def answer(conversation: Conversation, text: str, max_tokens: int) -> None:

@@ -286,12 +286,19 @@ def test_chat(say: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.M
     assert "no chat template; give one by --template FILE" in error_of(say("chat", trained))
     template = tmp_path / "plain.jinja"
     template.write_text("{% for message in messages %}{{ message.content }} {% endfor %}")
-    lines = iter(["the cat", "/reset", "/what", "the cat", "/exit"])
-    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    lines = iter(["the cat", "/reset", "/what", KeyboardInterrupt, "the cat", "/help", "/exit"])
+
+    def read(_: str) -> str:
+        if isinstance(line := next(lines), str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", read)
     said = say("chat", trained, "--template", template, "--temperature", "0", "--max-tokens", "6")
     first, second = said.out.splitlines()
     assert first == second != ""
-    assert "/what is no command" in said.err
+    assert "error: /what is not a command, and nothing was sent" in said.err
+    assert said.err.count("/help shows this") == 3
     assert said.err.count("tokens/s, first token after") == 2
 
 
