@@ -216,7 +216,7 @@ def test_a_folder_without_a_config_and_no_folder_are_told(llama):
     (llama / "config.json").unlink()
     with pytest.raises(ValueError, match="has no config.json"):
         zoo.load(llama)
-    with pytest.raises(ValueError, match="does not exist, and is no name on the hub"):
+    with pytest.raises(ValueError, match="does not exist, and is not a name on the hub"):
         zoo.load("no/such/folder")
 
 
