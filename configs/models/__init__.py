@@ -1,6 +1,6 @@
 """Named models, one module a family. Each function returns a `Decoder` and cites the source of its sizes.
 
-The names in brackets are repositories on the Hugging Face hub, whose config.json has the same numbers.
+`hub.py` has the repository of each on the Hugging Face hub, whose config.json has the same numbers.
 """
 
 from .gemma import gemma2_2b as gemma2_2b

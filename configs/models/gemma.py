@@ -16,12 +16,12 @@ def _gemma(
 
 
 def gemma_2b() -> Decoder:
-    """Gemma 2B (2403.08295, table 1; google/gemma-2b)."""
+    """Gemma 2B (2403.08295, table 1)."""
     return _gemma(2048, 18, 8, 1, 16_384)
 
 
 def gemma_7b() -> Decoder:
-    """Gemma 7B (2403.08295, table 1; google/gemma-7b)."""
+    """Gemma 7B (2403.08295, table 1)."""
     return _gemma(3072, 28, 16, 16, 24_576)
 
 
@@ -33,17 +33,17 @@ def _gemma2(decoder: Decoder, scale: float | None = None) -> Decoder:
 
 
 def gemma2_2b() -> Decoder:
-    """Gemma 2 2B (2408.00118, table 1; google/gemma-2-2b)."""
+    """Gemma 2 2B (2408.00118, table 1)."""
     return _gemma2(_gemma(2304, 26, 8, 4, 9216))
 
 
 def gemma2_9b() -> Decoder:
-    """Gemma 2 9B (2408.00118, table 1; google/gemma-2-9b)."""
+    """Gemma 2 9B (2408.00118, table 1)."""
     return _gemma2(_gemma(3584, 42, 16, 8, 14_336))
 
 
 def gemma2_27b() -> Decoder:
-    """Gemma 2 27B (2408.00118, table 1; google/gemma-2-27b)."""
+    """Gemma 2 27B (2408.00118, table 1)."""
     return _gemma2(_gemma(4608, 46, 32, 16, 36_864, head_dim=128), scale=144**-0.5)
 
 
@@ -57,26 +57,26 @@ def _gemma3(decoder: Decoder, window: int, *, factor: float | None = None, scale
 
 
 def gemma3_270m() -> Decoder:
-    """Gemma 3 270M (google/gemma-3-270m)."""
+    """Gemma 3 270M."""
     return _gemma3(_gemma(640, 18, 4, 1, 2048, vocab=262_144), 512)
 
 
 def gemma3_1b() -> Decoder:
-    """Gemma 3 1B (2503.19786, table 1; google/gemma-3-1b-pt)."""
+    """Gemma 3 1B (2503.19786, table 1)."""
     return _gemma3(_gemma(1152, 26, 4, 1, 6912, vocab=262_144), 512)
 
 
 def gemma3_4b() -> Decoder:
-    """The text part of Gemma 3 4B (2503.19786, table 1; google/gemma-3-4b-pt)."""
+    """The text part of Gemma 3 4B (2503.19786, table 1)."""
     return _gemma3(_gemma(2560, 34, 8, 4, 10_240, vocab=262_208), 1024, factor=8.0)
 
 
 def gemma3_12b() -> Decoder:
-    """The text part of Gemma 3 12B (2503.19786, table 1; google/gemma-3-12b-pt)."""
+    """The text part of Gemma 3 12B (2503.19786, table 1)."""
     return _gemma3(_gemma(3840, 48, 16, 8, 15_360, vocab=262_208), 1024, factor=8.0)
 
 
 def gemma3_27b() -> Decoder:
-    """The text part of Gemma 3 27B (2503.19786, table 1; google/gemma-3-27b-pt)."""
+    """The text part of Gemma 3 27B (2503.19786, table 1)."""
     plain = _gemma(5376, 62, 32, 16, 21_504, head_dim=128, vocab=262_208)
     return _gemma3(plain, 1024, factor=8.0, scale=168**-0.5)

@@ -1,6 +1,6 @@
 """Named models of Llama's shape: Llama 2 and 3, Mistral, SmolLM, OLMo 2, Phi-3 and Phi-4.
 
-The names in brackets are repositories on the Hugging Face hub, whose config.json has the same numbers.
+`hub.py` has the repository of each on the Hugging Face hub, whose config.json has the same numbers.
 """
 
 from ...layers.positions.scaling import Llama3Scaling
@@ -31,17 +31,17 @@ def _windowed(decoder: Decoder, window: int) -> Decoder:
 
 
 def llama2_7b() -> Decoder:
-    """Llama 2 7B (2307.09288, table 1; meta-llama/Llama-2-7b-hf)."""
+    """Llama 2 7B (2307.09288, table 1)."""
     return _llama(32_000, 4096, 32, 32, 32, 11_008, rope=Rope())
 
 
 def llama2_13b() -> Decoder:
-    """Llama 2 13B (2307.09288, table 1; meta-llama/Llama-2-13b-hf)."""
+    """Llama 2 13B (2307.09288, table 1)."""
     return _llama(32_000, 5120, 40, 40, 40, 13_824, rope=Rope())
 
 
 def llama2_70b() -> Decoder:
-    """Llama 2 70B (2307.09288, table 1; meta-llama/Llama-2-70b-hf)."""
+    """Llama 2 70B (2307.09288, table 1)."""
     return _llama(32_000, 8192, 80, 64, 8, 28_672, rope=Rope())
 
 
@@ -55,67 +55,67 @@ def _llama3(
 
 
 def llama3_8b() -> Decoder:
-    """Llama 3 8B (2407.21783, table 3; meta-llama/Meta-Llama-3-8B)."""
+    """Llama 3 8B (2407.21783, table 3)."""
     return _llama3(dim=4096, layers=32, heads=32, hidden=14_336)
 
 
 def llama3_70b() -> Decoder:
-    """Llama 3 70B (2407.21783, table 3; meta-llama/Meta-Llama-3-70B)."""
+    """Llama 3 70B (2407.21783, table 3)."""
     return _llama3(dim=8192, layers=80, heads=64, hidden=28_672)
 
 
 def llama3_1_8b() -> Decoder:
-    """Llama 3.1 8B, and the R1 distill of it (meta-llama/Llama-3.1-8B, deepseek-ai/DeepSeek-R1-Distill-Llama-8B)."""
+    """Llama 3.1 8B, and the R1 distill of it (deepseek-ai/DeepSeek-R1-Distill-Llama-8B)."""
     return _llama3(dim=4096, layers=32, heads=32, hidden=14_336, factor=8.0)
 
 
 def llama3_1_70b() -> Decoder:
-    """Llama 3.1 and 3.3 70B, and the R1 distill (meta-llama/Llama-3.1-70B)."""
+    """Llama 3.1 and 3.3 70B, and the R1 distill."""
     return _llama3(dim=8192, layers=80, heads=64, hidden=28_672, factor=8.0)
 
 
 def llama3_1_405b() -> Decoder:
-    """Llama 3.1 405B (2407.21783, table 3; meta-llama/Llama-3.1-405B)."""
+    """Llama 3.1 405B (2407.21783, table 3)."""
     return _llama3(dim=16_384, layers=126, heads=128, hidden=53_248, factor=8.0)
 
 
 def llama3_2_1b() -> Decoder:
-    """Llama 3.2 1B (meta-llama/Llama-3.2-1B)."""
+    """Llama 3.2 1B."""
     return _llama3(dim=2048, layers=16, heads=32, hidden=8192, factor=32.0, tied=True)
 
 
 def llama3_2_3b() -> Decoder:
-    """Llama 3.2 3B (meta-llama/Llama-3.2-3B)."""
+    """Llama 3.2 3B."""
     return _llama3(dim=3072, layers=28, heads=24, hidden=8192, factor=32.0, tied=True)
 
 
 def mistral_7b_v0_1() -> Decoder:
-    """Mistral 7B v0.1, with its window (2310.06825, table 1; mistralai/Mistral-7B-v0.1)."""
+    """Mistral 7B v0.1, with its window (2310.06825, table 1)."""
     return _windowed(_llama(32_000, 4096, 32, 32, 8, 14_336, rope=Rope()), 4096)
 
 
 def mistral_7b_v0_3() -> Decoder:
-    """Mistral 7B v0.3, without a window (mistralai/Mistral-7B-v0.3)."""
+    """Mistral 7B v0.3, without a window."""
     return _llama(32_768, 4096, 32, 32, 8, 14_336, rope=Rope(theta=1_000_000.0))
 
 
 def smollm2_135m() -> Decoder:
-    """SmolLM2 135M (2502.02737; HuggingFaceTB/SmolLM2-135M)."""
+    """SmolLM2 135M (2502.02737)."""
     return _llama(49_152, 576, 30, 9, 3, 1536, rope=Rope(theta=100_000.0), tied=True)
 
 
 def smollm2_360m() -> Decoder:
-    """SmolLM2 360M (2502.02737; HuggingFaceTB/SmolLM2-360M)."""
+    """SmolLM2 360M (2502.02737)."""
     return _llama(49_152, 960, 32, 15, 5, 2560, rope=Rope(theta=100_000.0), tied=True)
 
 
 def smollm2_1_7b() -> Decoder:
-    """SmolLM2 1.7B (2502.02737; HuggingFaceTB/SmolLM2-1.7B)."""
+    """SmolLM2 1.7B (2502.02737)."""
     return _llama(49_152, 2048, 24, 32, 32, 8192, rope=Rope(theta=130_000.0), tied=True)
 
 
 def smollm3_3b() -> Decoder:
-    """SmolLM3 3B, every fourth layer without position embedding (HuggingFaceTB/SmolLM3-3B)."""
+    """SmolLM3 3B, every fourth layer without position embedding."""
     decoder = _llama(128_256, 2048, 36, 16, 4, 11_008, rope=Rope(theta=5_000_000.0), eps=1e-6, tied=True)
     (block,) = decoder.block
     return decoder.replace(block=(block, block, block, block.replace(**{"mixer.rope": None})))
@@ -129,35 +129,35 @@ def _olmo2(dim: int, layers: int, heads: int, kv_heads: int, hidden: int) -> Dec
 
 
 def olmo2_1b() -> Decoder:
-    """OLMo 2 1B (allenai/OLMo-2-0425-1B)."""
+    """OLMo 2 1B."""
     return _olmo2(2048, 16, 16, 16, 8192)
 
 
 def olmo2_7b() -> Decoder:
-    """OLMo 2 7B (2501.00656, table 1; allenai/OLMo-2-1124-7B)."""
+    """OLMo 2 7B (2501.00656, table 1)."""
     return _olmo2(4096, 32, 32, 32, 11_008)
 
 
 def olmo2_13b() -> Decoder:
-    """OLMo 2 13B (2501.00656, table 1; allenai/OLMo-2-1124-13B)."""
+    """OLMo 2 13B (2501.00656, table 1)."""
     return _olmo2(5120, 40, 40, 40, 13_824)
 
 
 def olmo2_32b() -> Decoder:
-    """OLMo 2 32B (allenai/OLMo-2-0325-32B)."""
+    """OLMo 2 32B."""
     return _olmo2(5120, 64, 40, 8, 27_648)
 
 
 def phi3_mini_4k() -> Decoder:
-    """Phi-3 mini (2404.14219, section 2; microsoft/Phi-3-mini-4k-instruct)."""
+    """Phi-3 mini (2404.14219, section 2)."""
     return _windowed(_llama(32_064, 3072, 32, 32, 32, 8192, rope=Rope()), 2047)
 
 
 def phi3_medium_4k() -> Decoder:
-    """Phi-3 medium (2404.14219, section 2; microsoft/Phi-3-medium-4k-instruct)."""
+    """Phi-3 medium (2404.14219, section 2)."""
     return _windowed(_llama(32_064, 5120, 40, 40, 10, 17_920, rope=Rope()), 2047)
 
 
 def phi4() -> Decoder:
-    """Phi-4 14B (2412.08905; microsoft/phi-4)."""
+    """Phi-4 14B (2412.08905)."""
     return _llama(100_352, 5120, 40, 40, 10, 17_920, rope=Rope(theta=250_000.0))

@@ -5,7 +5,7 @@ from ...zoo import MLA, Attention, Block, Decoder, GatedMLP, Groups, MoE, RMSNor
 
 
 def mixtral_8x7b() -> Decoder:
-    """Mixtral 8x7B (2401.04088, table 1; mistralai/Mixtral-8x7B-v0.1)."""
+    """Mixtral 8x7B (2401.04088, table 1)."""
     norm = RMSNorm(eps=1e-5)
     block = Block(
         mixer=Attention(heads=32, kv_heads=8, head_dim=128, rope=Rope(theta=1_000_000.0)),
@@ -26,12 +26,12 @@ def _qwen3_moe(dim: int, layers: int, heads: int, expert: int) -> Decoder:
 
 
 def qwen3_30b_a3b() -> Decoder:
-    """Qwen3 30B-A3B (2505.09388, table 2; Qwen/Qwen3-30B-A3B)."""
+    """Qwen3 30B-A3B (2505.09388, table 2)."""
     return _qwen3_moe(dim=2048, layers=48, heads=32, expert=768)
 
 
 def qwen3_235b_a22b() -> Decoder:
-    """Qwen3 235B-A22B (2505.09388, table 2; Qwen/Qwen3-235B-A22B)."""
+    """Qwen3 235B-A22B (2505.09388, table 2)."""
     return _qwen3_moe(dim=4096, layers=94, heads=64, expert=1536)
 
 
@@ -62,17 +62,17 @@ def _deepseek_v2(mscale: float) -> Decoder:
 
 
 def deepseek_v2() -> Decoder:
-    """DeepSeek-V2 236B (2405.04434, 3.1.2; deepseek-ai/DeepSeek-V2)."""
+    """DeepSeek-V2 236B (2405.04434, 3.1.2)."""
     return _deepseek_v2(mscale=0.707)
 
 
 def deepseek_coder_v2() -> Decoder:
-    """DeepSeek-Coder-V2 236B (2406.11931, 3.1; deepseek-ai/DeepSeek-Coder-V2-Base): V2's shape."""
+    """DeepSeek-Coder-V2 236B (2406.11931, 3.1): V2's shape."""
     return _deepseek_v2(mscale=1.0)
 
 
 def deepseek_v2_lite() -> Decoder:
-    """DeepSeek-V2-Lite 16B (2405.04434, appendix B; deepseek-ai/DeepSeek-V2-Lite)."""
+    """DeepSeek-V2-Lite 16B (2405.04434, appendix B)."""
     ffn = MoE(
         experts=64,
         expert=GatedMLP(hidden=1408),
@@ -83,12 +83,12 @@ def deepseek_v2_lite() -> Decoder:
 
 
 def deepseek_coder_v2_lite() -> Decoder:
-    """DeepSeek-Coder-V2-Lite 16B (2406.11931, 3.1; deepseek-ai/DeepSeek-Coder-V2-Lite-Base): V2-Lite's shape."""
+    """DeepSeek-Coder-V2-Lite 16B (2406.11931, 3.1): V2-Lite's shape."""
     return deepseek_v2_lite()
 
 
 def deepseek_v3() -> Decoder:
-    """DeepSeek-V3 and R1 671B (2412.19437, 4.2; deepseek-ai/DeepSeek-V3), without multi-token prediction."""
+    """DeepSeek-V3 and R1 671B (2412.19437, 4.2), without multi-token prediction."""
     groups = Groups(groups=8, chosen=4, group_score="best_two")
     ffn = MoE(
         experts=256,
@@ -120,10 +120,10 @@ def _gpt_oss(layers: int, experts: int) -> Decoder:
 
 
 def gpt_oss_20b() -> Decoder:
-    """gpt-oss 20b (2508.10925, table 1; openai/gpt-oss-20b)."""
+    """gpt-oss 20b (2508.10925, table 1)."""
     return _gpt_oss(layers=24, experts=32)
 
 
 def gpt_oss_120b() -> Decoder:
-    """gpt-oss 120b (2508.10925, table 1; openai/gpt-oss-120b)."""
+    """gpt-oss 120b (2508.10925, table 1)."""
     return _gpt_oss(layers=36, experts=128)

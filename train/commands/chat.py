@@ -2,8 +2,10 @@
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from rich.console import Console
 
 from ...zoo.generation.chat import Conversation
 
@@ -40,25 +42,39 @@ def converse(conversation: Conversation, max_tokens: int) -> None:
 
 
 def answer(conversation: Conversation, text: str, max_tokens: int) -> None:
-    """Writes one answer; Ctrl-C stops it, between two pieces."""
+    """Writes one reply. Ctrl-C stops it between two pieces."""
     try:
-        with _interruptible() as stopped:
+        with _interruptible() as interrupts, waiting() as stop_waiting:
             for piece in conversation.say(text, max_tokens=max_tokens):
+                stop_waiting()
                 print(piece, end="", flush=True)
-                if stopped:
+                if interrupts:
                     break
-        print(" ..." if stopped else "")
+        print(" ..." if interrupts else "")
         print(f"({conversation.speed})", file=sys.stderr)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
 
 
 @contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """A list that Ctrl-C puts something in: an exception anywhere would leave caches half written."""
-    stopped: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: stopped.append(number))
+def waiting() -> Iterator[Callable[[], None]]:
+    """Shows that the model compiles and reads, on standard error if that is a terminal. Yields what ends it earlier."""
+    console = Console(stderr=True)
+    status = console.status("compiling and reading the prompt ...")
+    if console.is_terminal:
+        status.start()
     try:
-        yield stopped
+        yield status.stop
+    finally:
+        status.stop()
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """A list that receives the signals of Ctrl-C: an exception at any point would leave caches partly written."""
+    interrupts: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    try:
+        yield interrupts
     finally:
         signal.signal(signal.SIGINT, before)

@@ -1,9 +1,10 @@
-"""The commands of `zoo` that a model answers: generate, chat, eval."""
+"""The commands that run a model: `zoo generate`, `zoo chat` and `zoo eval`."""
 
 import contextlib
 import dataclasses
+import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.text import Text
 
 from ... import zoo
+from ...configs.models.hub import REPOSITORIES
 from ...layers.spec import unknown
 from ...zoo.decoder import Decoder
 from ...zoo.generation.chat import Conversation
@@ -26,57 +28,65 @@ from ..distributed import processes
 from ..runs import loop
 from ..runs.folder import Folder, is_named
 from . import evaluate
-from .chat import converse
+from .chat import converse, waiting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draw:
-    """How tokens are drawn."""
+class SamplingFlags:
+    """How tokens are sampled. A flag that is left out takes its value from generation_config.json, if it is there."""
 
-    temperature: float = 0.8
-    """0 takes the most likely token each time; higher is more varied."""
-    top_k: int = 0
-    """Draw from so many of the most likely tokens only; 0: from all."""
-    top_p: float = 1.0
-    """Draw from the most likely tokens that together have this probability."""
-    min_p: float = 0.0
-    """Draw from tokens at least this times as likely as the most likely one."""
-    repetition_penalty: float = 1.0
-    """Makes tokens that were there already less likely."""
+    temperature: float | None = None
+    """0 selects the most likely token each time; higher values vary more. Default: 0.8."""
+    top_k: int | None = None
+    """Sample from the N most likely tokens; 0: from all. Default: 0."""
+    top_p: float | None = None
+    """Sample from the most likely tokens that together have this probability. Default: 1."""
+    min_p: float | None = None
+    """Sample from tokens at least this fraction as likely as the most likely one. Default: 0."""
+    repetition_penalty: float | None = None
+    """Makes tokens that have occurred less likely; 1: off. Default: 1."""
     seed: int = 0
-    """Of the random draws."""
+    """Random seed of sampling."""
 
-    @property
-    def sampling(self) -> zoo.Sampling:
-        """The same without the seed."""
-        values = {name: value for name, value in dataclasses.asdict(self).items() if name != "seed"}
-        return zoo.Sampling(**values)
+    def over(self, defaults: zoo.Sampling) -> zoo.Sampling:
+        """The sampling settings: the flags that were given, and for the others the defaults."""
+        flags = dataclasses.asdict(self)
+        return defaults.replace(**{name: x for name, x in flags.items() if name != "seed" and x is not None})
+
+    def describe(self, defaults: zoo.Sampling, recommended: Collection[str]) -> str:
+        """The settings in a line; `recommended` are the fields of `defaults` that generation_config.json sets."""
+        sampling, plain = self.over(defaults), zoo.Sampling()
+        shown = [f"temperature {sampling.temperature:g}"] if sampling.temperature else ["greedy"]
+        for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
+            if (value := getattr(sampling, name)) != getattr(plain, name):
+                shown.append(f"{name} {value:g}")
+        used = any(getattr(self, name) is None for name in recommended)
+        return ", ".join(shown) + (" (from generation_config.json)" if used else "")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where and in what the model computes."""
+class ModelFlags:
+    """Which weights are loaded, on which devices, and in which dtype."""
 
     step: int | None = None
-    """Of a run: the checkpoint to use; the latest one if not given."""
+    """The checkpoint of a run; the latest by default."""
     mesh: str = ""
-    """Axes and sizes to place the model on, e.g. 'tensor=4'."""
+    """Mesh axes and sizes to shard the model over, e.g. 'tensor=4'."""
     dtype: str = ""
-    """float32, bfloat16 or float16; by default float32 for a run, for others what they are stored in."""
+    """float32, bfloat16 or float16; by default float32 for a run, for others the dtype they are stored in."""
     cache_dtype: str = ""
-    """Of keys and values; int8 stores them quantized."""
+    """The dtype of the KV cache; int8 stores it quantized."""
     ignore: tuple[str, ...] = ()
     """Fields of the checkpoint's config (keys, for a .gguf file) that are unknown here and that change nothing."""
     text_only: bool = False
     """Load the text model of a multimodal checkpoint."""
 
     def open(self, source: str) -> TextModel:
-        """The model of a source."""
+        """The text model of a source."""
         if self.cache_dtype and self.cache_dtype not in ("int8", *DTYPES):
             raise unknown("cache_dtype", self.cache_dtype, ("int8", *DTYPES))
         loop.use_compilation_cache()
-        if is_named(path := Path(source)):
-            Folder(path).run()  # the error for a mistyped run lists the runs beside it
+        source = _located(source)
         with bytes_shown("loading ") as progress:
             return zoo.open(
                 source,
@@ -92,9 +102,31 @@ class Place:
         return meshes.for_parameters(model, self.mesh)
 
 
+def _located(source: str) -> str:
+    """The source, or the hub repository of a named model.
+
+    Raises ValueError if neither a file, a run nor a model has this name, with what is close to it.
+    """
+    path = Path(source)
+    if not path.exists() and source in REPOSITORIES:
+        if not processes.quiet():
+            print(f"{source} is {REPOSITORIES[source]} on the Hugging Face hub", file=sys.stderr)
+        return REPOSITORIES[source]
+    if not path.exists() and path.name == source and path.suffix != ".gguf":
+        raise unknown("model (no file or folder has this name, either)", source, [*REPOSITORIES, *_runs()])
+    if is_named(path):
+        Folder(path).run()  # the error for a mistyped run lists the runs beside it
+    return source
+
+
+def _runs() -> list[str]:
+    """The runs of the folder in which `zoo train` creates them."""
+    return [f"runs/{path.parent.name}" for path in Path("runs").glob("*/config.json")]
+
+
 @contextlib.contextmanager
 def bytes_shown(what: str = "") -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, if that is a terminal; gives what to tell bytes done and bytes in all."""
+    """A progress bar on standard error, if that is a terminal. Yields a function of the bytes done and the total."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True, quiet=processes.quiet())
     disable = not console.is_terminal
@@ -108,9 +140,9 @@ def generate(
     prompt: str = "\n",
     max_tokens: int = 300,
     samples: int = 1,
-    draw: tyro.conf.OmitArgPrefixes[Draw] = Draw(),
-    place: tyro.conf.OmitArgPrefixes[Place] = Place(),
-    guess: int = 0,
+    sampling: tyro.conf.OmitArgPrefixes[SamplingFlags] = SamplingFlags(),
+    model: tyro.conf.OmitArgPrefixes[ModelFlags] = ModelFlags(),
+    speculate: int = 0,
     special_tokens: bool | None = None,
 ) -> None:
     """Continue a prompt.
@@ -118,44 +150,54 @@ def generate(
     Example: `zoo generate runs/shakespeare --prompt "JULIET." --temperature 0.7`
 
     Args:
-        source: the folder of a run, a Hugging Face folder, a .gguf file, or a name on the hub.
+        source: the folder of a run, a Hugging Face folder, a .gguf file, a hub name, or a named model.
         prompt: the text to continue.
-        max_tokens: how many tokens to write at most.
-        samples: how many texts to write; a single one is written as it comes.
-        draw: how tokens are drawn.
-        place: where and in what the model computes.
-        guess: so many tokens are guessed at a time from the text so far, which changes nothing but the speed.
+        max_tokens: the largest number of tokens to generate.
+        samples: number of texts; a single one is streamed.
+        sampling: how tokens are sampled.
+        model: which weights are loaded, and where.
+        speculate: speculative decoding with N tokens at a time, predicted from the text so far. Changes only the speed.
         special_tokens: read text of the prompt that spells a special token as that token; by default as the run was
             trained (data.special_tokens), and as plain text for other models.
     """
     prompt = unescaped(prompt)
-    writer = place.open(source).optimize_for_decoding()
+    text_model = model.open(source).optimize_for_decoding()
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
-        "sampling": draw.sampling,
-        "stop": writer.end_ids,
-        "seed": draw.seed,
-        "dtype": writer.dtype,
-        "cache_dtype": place.cache_dtype or None,
-        "speculation": zoo.Speculation(tokens=guess) if guess else None,
-        "special_tokens": writer.special_tokens if special_tokens is None else special_tokens,
+        "sampling": sampling.over(text_model.sampling),
+        "stop": text_model.end_ids,
+        "seed": sampling.seed,
+        "dtype": text_model.dtype,
+        "cache_dtype": model.cache_dtype or None,
+        "speculation": zoo.Speculation(tokens=speculate) if speculate else None,
+        "special_tokens": text_model.special_tokens if special_tokens is None else special_tokens,
     }
+    _note(f"sampling: {sampling.describe(text_model.sampling, text_model.recommended)}")
     bold = Console(soft_wrap=True, highlight=False, markup=False)
     shown = prompt.lstrip("\n")
     if samples == 1:
-        streamed = zoo.stream(writer.model, writer.tokenizer, prompt, **options)
-        bold.print(shown, style="bold", end="")
-        for piece in streamed:
-            print(piece, end="", flush=True)
+        stream = zoo.stream(text_model.model, text_model.tokenizer, prompt, **options)
+        with waiting() as stop_waiting:
+            for index, piece in enumerate(itertools.chain(stream, [""])):
+                if not index:
+                    stop_waiting()
+                    bold.print(shown, style="bold", end="")
+                print(piece, end="", flush=True)
         print("\n")
-        speed = streamed.completion.speed
+        speed = stream.completion.speed
     else:
-        found = zoo.complete(writer.model, writer.tokenizer, [prompt] * samples, **options)
-        for one in found:
-            bold.print(Text(shown, style="bold") + Text(f"{one.text}\n", style="not bold"))
-        speed = found[0].speed
+        with waiting():
+            completions = zoo.complete(text_model.model, text_model.tokenizer, [prompt] * samples, **options)
+        for completion in completions:
+            bold.print(Text(shown, style="bold") + Text(f"{completion.text}\n", style="not bold"))
+        speed = completions[0].speed
+    _note(f"({speed})")
+
+
+def _note(text: str) -> None:
+    """Writes a line to standard error, if that is a terminal."""
     if sys.stderr.isatty() and not processes.quiet():
-        print(f"({speed})", file=sys.stderr)
+        print(text, file=sys.stderr)
 
 
 def chat(
@@ -163,40 +205,41 @@ def chat(
     system: str = "",
     max_tokens: int = 1000,
     template: Path | None = None,
-    draw: tyro.conf.OmitArgPrefixes[Draw] = Draw(),
-    place: tyro.conf.OmitArgPrefixes[Place] = Place(),
-    guess: int = 0,
+    sampling: tyro.conf.OmitArgPrefixes[SamplingFlags] = SamplingFlags(),
+    model: tyro.conf.OmitArgPrefixes[ModelFlags] = ModelFlags(),
+    speculate: int = 0,
 ) -> None:
-    """Talk with a model: messages from standard input, answers as they come.
+    """Chat with a model. Replies stream, and the KV cache is reused across turns.
 
     Example: `zoo chat SmolLM2-135M-Instruct.gguf --temperature 0.2`
 
     Args:
-        source: a Hugging Face folder, a .gguf file, a name on the hub, or the folder of a run.
-        system: the first message, from "system".
-        max_tokens: how many tokens an answer has at most.
+        source: a Hugging Face folder, a .gguf file, a hub name, or the folder of a run.
+        system: the system message.
+        max_tokens: the largest number of tokens of a reply.
         template: a file with the Jinja chat template; by default the model's own.
-        draw: how tokens are drawn.
-        place: where and in what the model computes.
-        guess: so many tokens are guessed at a time from the text so far, which changes nothing but the speed.
+        sampling: how tokens are sampled.
+        model: which weights are loaded, and where.
+        speculate: speculative decoding with N tokens at a time, predicted from the text so far. Changes only the speed.
     """
-    writer = place.open(source).optimize_for_decoding()
+    text_model = model.open(source).optimize_for_decoding()
     if template is not None:
-        writer = writer.with_template(template.read_text(encoding="utf-8"))
-    if writer.template is None:
+        text_model = text_model.with_template(template.read_text(encoding="utf-8"))
+    if text_model.template is None:
         raise ValueError(f"{source} has no chat template; give one by --template FILE, or use `zoo generate`")
     conversation = Conversation(
-        writer.model,
-        writer.tokenizer,
-        writer.template,
-        stop=writer.end_ids,
+        text_model.model,
+        text_model.tokenizer,
+        text_model.template,
+        stop=text_model.end_ids,
         system=unescaped(system) or None,
-        sampling=draw.sampling,
-        seed=draw.seed,
-        dtype=writer.dtype,
-        cache_dtype=place.cache_dtype or None,
-        speculation=zoo.Speculation(tokens=guess) if guess else None,
+        sampling=sampling.over(text_model.sampling),
+        seed=sampling.seed,
+        dtype=text_model.dtype,
+        cache_dtype=model.cache_dtype or None,
+        speculation=zoo.Speculation(tokens=speculate) if speculate else None,
     )
+    _note(f"sampling: {sampling.describe(text_model.sampling, text_model.recommended)}")
     converse(conversation, max_tokens)
 
 
@@ -212,38 +255,38 @@ def eval_(
     limit: int = 0,
     json: bool = False,
     special_tokens: bool | None = None,
-    place: tyro.conf.OmitArgPrefixes[Place] = Place(),
+    model: tyro.conf.OmitArgPrefixes[ModelFlags] = ModelFlags(),
 ) -> None:
     """Perplexity and bits per byte of text, and tasks of lm-evaluation-harness.
 
     Example: `zoo eval runs/shakespeare --text my_book.txt 'notes/*.jsonl'`
 
     Args:
-        source: the folder of a run, a Hugging Face folder, a .gguf file, or a name on the hub.
+        source: the folder of a run, a Hugging Face folder, a .gguf file, a hub name, or a named model.
         text: files, folders or globs of .txt, .jsonl or .parquet, or a dataset as in training.
-        tasks: names of tasks (with the `eval` extra).
-        task_folder: a folder of YAML files of more tasks.
-        length: tokens that the model reads at once, at most.
-        stride: tokens that windows move by, at most the length. 0: half of the length.
-        batch: windows at a time.
+        tasks: names of lm-evaluation-harness tasks (needs the `eval` extra).
+        task_folder: a folder with YAML files of further tasks.
+        length: the largest number of tokens that the model reads at once.
+        stride: tokens between the starts of windows, at most the length. 0: half of the length.
+        batch: number of windows in a batch.
         text_field: the field of a record that holds the text.
-        limit: only so many examples of a task.
+        limit: the largest number of examples of a task.
         json: print JSON.
         special_tokens: read text that spells a special token as that token; by default as the run was trained
             (data.special_tokens), and as plain text for other models.
-        place: where and in what the model computes.
+        model: which weights are loaded, and where.
     """
     if not text and not tasks:
         raise ValueError("there is nothing to evaluate: give --text FILES or --tasks NAMES")
-    writer = place.open(source)
+    text_model = model.open(source)
     if special_tokens is not None:
-        writer = dataclasses.replace(writer, special_tokens=special_tokens)
+        text_model = dataclasses.replace(text_model, special_tokens=special_tokens)
     console = Console(soft_wrap=True, highlight=False)
     if text:
         shown = Console(stderr=True, quiet=processes.quiet())
         sizes = {"length": length, "stride": stride, "batch": batch}
-        scores = evaluate.score_files(writer, text, **sizes, field=text_field, console=shown)
+        scores = evaluate.score_files(text_model, text, **sizes, field=text_field, console=shown)
         print(evaluate.as_json(scores)) if json else evaluate.show(scores, console)
     if tasks:
-        found = evaluate.run_tasks(writer, tasks, task_folder, length=length, batch=batch, limit=limit)
-        console.print_json(data=found, default=str)
+        results = evaluate.run_tasks(text_model, tasks, task_folder, length=length, batch=batch, limit=limit)
+        console.print_json(data=results, default=str)
