@@ -36,6 +36,6 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     for block in blocks:
         exec(compile(block.replace(name, "tiny"), PAGE.name, "exec"), names)
     assert "bits_per_byte" in capsys.readouterr().out
-    assert len(names["talk"].messages) == 4
-    assert names["talk"].reused > 20
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(names["model"]))
+    assert len(names["chat"].messages) == 4
+    assert names["chat"].reused > 20
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(names["text"].model))
