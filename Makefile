@@ -64,7 +64,7 @@ bench-gpu: .venv/.test ## measure training, generation and attention on a GPU (j
 	.venv/bin/python benchmarks/gpu.py $(ARGS)
 
 docs: .venv/.train ## train from scratch, and put the picture and the report into docs/
-	.venv/bin/zoo train shakespeare --fresh
+	.venv/bin/zoo train shakespeare --fresh --yes
 	cp runs/shakespeare/loss.png docs/shakespeare.png
 	sed 's/(loss.png)/(shakespeare.png)/' runs/shakespeare/report.md > docs/shakespeare.md
 
