@@ -17,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.text import Text
 
 from ... import zoo
+from ...configs import RUNS
 from ...configs.models.hub import REPOSITORIES
 from ...layers.spec import unknown
 from ...zoo.decoder import Decoder
@@ -112,6 +113,8 @@ def _located(source: str) -> str:
         if not processes.quiet():
             print(f"{source} is {REPOSITORIES[source]} on the Hugging Face hub", file=sys.stderr)
         return REPOSITORIES[source]
+    if not path.exists() and source in RUNS:
+        raise ValueError(f"{source} is a run to train: `zoo train {source}` first, then use runs/{source}")
     if not path.exists() and path.name == source and path.suffix != ".gguf":
         raise unknown("model (no file or folder has this name, either)", source, [*REPOSITORIES, *_runs()])
     if is_named(path):

@@ -330,7 +330,7 @@ def test_chat(say: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.M
         ("train shakespeare --model.vocab 200", "a byte-level vocabulary must be at least 257"),
         ("train shakespeare --step 7", "shakespeare has no checkpoint of step 7, nor any other; leave out --step"),
         ("generate runs/none", "runs/none holds no run: it has no config.json; `zoo train NAME` makes one"),
-        ("generate shakespeare", "shakespeare holds no run: it has no config.json; `zoo train NAME` makes one"),
+        ("generate shakespeare", "shakespeare is a run to train: `zoo train shakespeare` first, then use runs/shakespeare"),
     ],
 )
 def test_mistakes(say: Command, tmp_path: Path, arguments: str, message: str) -> None:
@@ -380,7 +380,9 @@ def test_a_run_by_a_name_close_to_it(say: Command, trained: Path) -> None:
 def test_what_is_not_there(say: Command, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')  # is no run to name
-    assert error_of(say("generate", "mine")) == "mine holds no run: it has no config.json; `zoo train NAME` makes one"
+    assert error_of(say("generate", "mine")).startswith(
+        "unknown model (no file or folder has this name, either) 'mine'. Known: "
+    )
     assert error_of(say("chat", "mine.gguf")) == "there is no file mine.gguf"
 
 
