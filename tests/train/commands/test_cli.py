@@ -330,7 +330,7 @@ def test_chat(say: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.M
         ("train shakespeare --model.vocab 200", "a byte-level vocabulary must be at least 257"),
         ("train shakespeare --step 7", "shakespeare has no checkpoint of step 7, nor any other; leave out --step"),
         ("generate runs/none", "runs/none holds no run: it has no config.json; `zoo train NAME` makes one"),
-        ("generate shakespeare", "shakespeare is a run to train: `zoo train shakespeare` first, then use runs/shakespeare"),
+        ("generate shakespeare", "is a run to train: `zoo train shakespeare` first, then use runs/shakespeare"),
     ],
 )
 def test_mistakes(say: Command, tmp_path: Path, arguments: str, message: str) -> None:
