@@ -21,7 +21,7 @@ from ...layers.spec import missing_package
 from ...zoo.decoder import Decoder
 from ...zoo.parameters import describe, partitions
 from ..distributed import mesh as meshes
-from ..runs.progress import amount, print_whole
+from ..runs.progress import memory_size, print_whole
 
 MOST_CELLS = 8
 """Rows and columns of shards that are drawn of a tensor."""
@@ -133,14 +133,14 @@ def show(found: Layout, console: Console, *, drawn: bool = True) -> None:
             tensor.dtype,
             str(tensor.shards),
             str(tensor.copies),
-            amount(tensor.bytes, "B"),
-            amount(tensor.bytes_per_device, "B"),
+            memory_size(tensor.bytes),
+            memory_size(tensor.bytes_per_device),
         )
     print_whole(console, rows)
     mesh = ",".join(f"{name}={size}" for name, size in found.mesh.items())
     share = found.bytes_per_device * found.devices / found.bytes
     console.print(
-        f"\n{found.name} on {mesh}: {amount(found.bytes, 'B')} of parameters, {amount(found.bytes_per_device, 'B')} on "
+        f"\n{found.name} on {mesh}: {memory_size(found.bytes)} of parameters, {memory_size(found.bytes_per_device)} on "
         f"each of {found.devices} devices ({share:.2f} copies of the model in all)\n",
         highlight=False,
     )
@@ -170,7 +170,7 @@ def plot(found: Layout, file: Path) -> None:
     lines = math.ceil(len(kinds) / columns)
     figure = Figure(figsize=(4.4 * columns, 2.6 * lines), layout="constrained", dpi=110)
     mesh = ",".join(f"{name}={size}" for name, size in found.mesh.items())
-    figure.suptitle(f"{found.name} on {mesh}: {amount(found.bytes_per_device, 'B')} of parameters on each device")
+    figure.suptitle(f"{found.name} on {mesh}: {memory_size(found.bytes_per_device)} of parameters on each device")
     for place, (title, tensor) in enumerate(kinds.items()):
         grid, (down, across) = _grid(tensor, found.mesh)
         axes = figure.add_subplot(lines, columns, place + 1)

@@ -15,7 +15,7 @@ from ...layers.spec import Spec
 from ...zoo.decoder import Decoder
 from ...zoo.parameters import Description, describe, partitions
 from ..distributed import mesh as meshes
-from ..runs.progress import amount, print_whole
+from ..runs.progress import amount, memory_size, print_whole
 from .shard import tensor_of
 
 
@@ -61,19 +61,19 @@ def table(title: str, found: Decoder | Run, mesh_text: str, length: int, console
         rows.add_column(heading, justify="right" if heading == "bytes" else "left", no_wrap=True)
     tensors = [tensor_of(name, what.axes, what.shape, what.dtype, splits[name], mesh) for name, what in known.items()]
     for tensor in tensors:
-        rows.add_row(tensor.name, tensor.layout, tensor.dtype, amount(tensor.bytes, "B"))
+        rows.add_row(tensor.name, tensor.layout, tensor.dtype, memory_size(tensor.bytes))
     print_whole(console, rows)
     total = sum(what.size for what in known.values())
     weights = sum(tensor.bytes for tensor in tensors)
     unused = model.unused()
     active = f", {total - unused:,} active in a token" if unused else ""
-    console.print(f"\n{title}: {total:,} parameters{active}, {amount(weights, 'B')}", highlight=False)
+    console.print(f"\n{title}: {total:,} parameters{active}, {memory_size(weights)}", highlight=False)
     if sizes:
         share = sum(tensor.bytes_per_device for tensor in tensors)
-        console.print(f"on each of {math.prod(sizes.values())} devices: {amount(share, 'B')}", highlight=False)
+        console.print(f"on each of {math.prod(sizes.values())} devices: {memory_size(share)}", highlight=False)
     forward = model.flops(length)
     console.print(f"FLOPs per token at {length} tokens: {amount(forward)} forward, {amount(3 * forward)} training")
-    console.print(f"KV cache per token: {amount(cache_bytes(model), 'B')} in bfloat16", highlight=False)
+    console.print(f"KV cache per token: {memory_size(cache_bytes(model))} in bfloat16", highlight=False)
 
 
 def difference(a: str, first: Spec, b: str, second: Spec, console: Console) -> None:

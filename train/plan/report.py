@@ -17,7 +17,7 @@ from ... import configs
 from ...configs.run import Run
 from ...layers.sharding import stages
 from ...layers.spec import missing_package
-from ..runs.progress import amount, print_whole
+from ..runs.progress import memory_size, print_whole
 from .chips import Chip
 from .plan import Memory, Plan, SlicePlan, first_that_fits, plan
 from .search import pareto, picture, search
@@ -268,7 +268,7 @@ def time_table(time: Time, chip: Chip, console: Console) -> None:
     for (kind, axis), part in sorted(time.traffic.items(), key=lambda item: -item[1].seconds):
         speed = "HBM" if axis == "HBM" else "link"
         how = f"{part.count} over {axis}: bytes at {speed} bandwidth, a lower bound"
-        rows.add_row(kind, f"{part.seconds:.4f}", f"{part.exposed:.4f}", amount(part.bytes, "B"), how)
+        rows.add_row(kind, f"{part.seconds:.4f}", f"{part.exposed:.4f}", memory_size(part.bytes), how)
     print_whole(console, rows)
 
 

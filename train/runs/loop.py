@@ -36,7 +36,7 @@ from . import changes, report
 from .folder import Folder
 from .metrics import NullRecorder, Recorder
 from .pretrained import Pretrained, open_pretrained
-from .progress import ProgressDisplay, amount, duration, replace_unencodable
+from .progress import ProgressDisplay, amount, duration, memory_size, replace_unencodable
 
 
 class Diverged(ValueError):
@@ -183,7 +183,7 @@ def _first_state(run: Run, mesh: Mesh, pretrained: Pretrained | None, console: C
     with console.status("reading the weights ...") as status:
 
         def progress(done: int, total: int) -> None:
-            status.update(f"reading the weights: {amount(done, 'B')} of {amount(total, 'B')}")
+            status.update(f"reading the weights: {memory_size(done)} of {memory_size(total)}")
 
         return initial_state(run, mesh, pretrained.parameters(mesh, progress))
 
@@ -367,7 +367,7 @@ class Job:
         peak = hardware.peak_flops(device)
         if peak:
             facts["MFU"] = f"{3 * self.run.model.flops(self.run.length) * speed / peak / self.mesh.size:.1%}"
-        facts["memory"] = amount(hardware.memory_bytes(device), "B")
+        facts["memory"] = memory_size(hardware.memory_bytes(device))
         facts["left"] = duration((self.run.steps - step) * pace)
         if "max_violation" in values:
             facts["MaxVio"] = f"{values['max_violation']:.2f}"

@@ -38,6 +38,15 @@ def amount(number: float, unit: str = "") -> str:
     raise AssertionError
 
 
+def memory_size(size: float) -> str:
+    """Bytes in memory in three digits, in units of 1024: 12.3 KiB, 4.56 MiB, 7.89 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB" if abs(size) < 999.5 else f"{size:.0f} TiB"
+
+
 def print_whole(console: Console, rows: Table) -> None:
     """Prints all of a table, also where it is wider than the console says it is."""
     wide = Measurement.get(console, console.options.update(max_width=1000), rows).maximum

@@ -116,9 +116,9 @@ def test_show_counts_parameters(say: Command, name: str, parameters: str) -> Non
 
 def test_show(say: Command) -> None:
     said = say("show", "gpt2", "--length", "1024")
-    assert re.search(r"^embedding\.table +V=50257 D=768 +float32 +154 MB$", said.out, re.MULTILINE)
-    assert re.search(r"^stack\.0\.mixer\.query\.bias +L=12 N=12 H=64 +float32 +36\.9 kB$", said.out, re.MULTILINE)
-    assert "\nKV cache per token: 36.9 kB in bfloat16\n" in said.out  # 12 layers x 2 x 768 x 2 bytes
+    assert re.search(r"^embedding\.table +V=50257 D=768 +float32 +147 MiB$", said.out, re.MULTILINE)
+    assert re.search(r"^stack\.0\.mixer\.query\.bias +L=12 N=12 H=64 +float32 +36 KiB$", said.out, re.MULTILINE)
+    assert "\nKV cache per token: 36 KiB in bfloat16\n" in said.out  # 12 layers x 2 x 768 x 2 bytes
     # 2 x (12 x 7,077,888 + 50,257 x 768) in matmuls, 12 x 4 x 512.5 x 768 in attention
     assert "\nFLOPs per token at 1024 tokens: 266M forward, 798M training\n" in said.out
 
@@ -127,7 +127,7 @@ def test_show_on_a_mesh(say: Command) -> None:
     said = say("show", "llama3_8b", "--mesh", "fsdp=4,tensor=8")
     assert (said.code, said.err) == (0, "")
     assert re.search(r"^stack\.0\.ffn\.gate\.weight +L=32 D=4096/fsdp F=14336/tensor +float32", said.out, re.MULTILINE)
-    assert "\nllama3_8b: 8,030,261,248 parameters, 32.1 GB\non each of 32 devices: 1 GB\n" in said.out
+    assert "\nllama3_8b: 8,030,261,248 parameters, 29.9 GiB\non each of 32 devices: 958 MiB\n" in said.out
     assert error_of(say("show", "llama3_8b", "--mesh", "tensor=16")) == (
         "mesh axis tensor=16 does not divide K=8 of parameter stack.0.mixer.key.weight (L D K H); "
         "tensor may be 1, 2, 4, 8"
@@ -138,9 +138,9 @@ def test_show_on_a_mesh(say: Command) -> None:
 def test_shard(say: Command) -> None:
     said = say("shard", "mixtral_8x7b", "--mesh", "expert=4,fsdp=2,tensor=2")
     assert (said.code, said.err) == (0, "")
-    row = "L=32 E=8/expert D=4096/fsdp F=14336/tensor +32 2 2048 7168 +float32 +16 +1 +60.1 GB +3.76 GB"
+    row = "L=32 E=8/expert D=4096/fsdp F=14336/tensor +32 2 2048 7168 +float32 +16 +1 +56 GiB +3.5 GiB"
     assert re.search(rf"^stack\.0\.ffn\.experts\.gate\.weight +{row}$", said.out, re.MULTILINE)
-    assert "187 GB of parameters, 12.9 GB on each of 16 devices (1.10 copies of the model in all)" in said.out
+    assert "174 GiB of parameters, 12 GiB on each of 16 devices (1.10 copies of the model in all)" in said.out
     drawn = "  D=4096/fsdp down, K=8/tensor across\n  | 0,4,8,12  | 1,5,9,13  |\n  | 2,6,10,14 | 3,7,11,15 |\n"
     assert f"\nstack.0.mixer.key.weight, stack.0.mixer.value.weight\n{drawn}" in said.out
     assert (
