@@ -368,7 +368,8 @@ class Job:
         if peak:
             facts["MFU"] = f"{3 * self.run.model.flops(self.run.length) * speed / peak / self.mesh.size:.1%}"
         facts["memory"] = memory_size(hardware.memory_bytes(device))
-        facts["left"] = duration((self.run.steps - step) * pace)
+        if self.recent:
+            facts["left"] = duration((self.run.steps - step) * pace)
         if "max_violation" in values:
             facts["MaxVio"] = f"{values['max_violation']:.2f}"
         if values["skipped"]:

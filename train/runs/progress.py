@@ -62,7 +62,7 @@ class ProgressDisplay:
         self._bar = Progress(
             BarColumn(bar_width=None), TextColumn("{task.description}"), console=self.console, expand=True
         )
-        self._task: TaskID = self._bar.add_task("", total=steps, completed=start)
+        self._task: TaskID = self._bar.add_task("compiling ...", total=steps, completed=start)
         self._live = Live(self._bar, console=self.console, refresh_per_second=4, transient=True)
         self._printed = 0.0
 

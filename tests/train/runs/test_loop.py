@@ -84,7 +84,7 @@ def test_what_is_shown(done: tuple[Run, Path, loop.Result, str]) -> None:
         r"^model   28\.2k parameters, 181 kFLOP a trained token$",
         r"^data    \S+words\.txt: 1 document, 0\.02 MB, [\d,]+ tokens of 300 \(\d\.\d\d bytes each\); held out ",
         r"^devices fsdp=1 on 1 x cpu \(7 more left idle\)$",
-        r"^step 1/12  loss 5\.\d+  tokens/s \S+  memory \S+ [MG]B  left \d+:\d\d$",
+        r"^step 1/12  loss 5\.\d+  tokens/s \S+  memory \S+ [MG]iB$",
         r"^step 4: held-out \d\.\d{4} bits per byte$",
         r"^--- sample at step 6\nthe cat",
         rf"^held-out {result.heldout_bits_per_byte:.4f} bits per byte after 12 steps; report in {folder}/report.md$",
