@@ -172,7 +172,7 @@ def test_run_finetune(tmp_path: Path, text: Path, source: Path) -> None:
     assert done.pictures == 1
     trained, _ = zoo.load(tmp_path / "exported")
     assert trained.spec == zoo.load(source)[0].spec
-    assert zoo.open_source(tmp_path / "exported.gguf").config["eos_token_id"] == 258
+    assert zoo.open_source(tmp_path / "exported.gguf").config["eos_token_id"] == [257, 258]
 
 
 # For TPUs.

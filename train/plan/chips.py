@@ -265,7 +265,7 @@ def peak_flops(device_kind: str) -> float | None:
 def compiler_options() -> dict[str, Any]:
     """Compiler options of a step on the devices of the ambient mesh. Empty unless there are several TPU devices."""
     mesh = jax.sharding.get_mesh()
-    if mesh.size == 1:
+    if mesh.empty or mesh.size == 1:
         return {}
     chip = chips().get(canonical_kind(mesh.devices.flat[0].device_kind) or "")
     return {} if chip is None else chip.options

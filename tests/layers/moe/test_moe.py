@@ -246,7 +246,10 @@ def test_flops_and_unused_parameters():
         ({"router": Router(top_k=0)}, "top_k=0"),
         ({"router": Router(top_k=5, groups=BEST_TWO)}, "top_k=5, groups=4, chosen=2"),
         ({"experts": 6, "router": Router(top_k=2, groups=BEST_TWO)}, "experts=6, top_k=2, groups=4"),
-        ({"experts": 4, "router": Router(top_k=2, groups=BEST_TWO)}, "two experts, got experts=4, groups=4"),
+        (
+            {"experts": 4, "router": Router(top_k=2, groups=BEST_TWO)},
+            "two experts in each group, got experts=4, groups=4",
+        ),
     ],
     ids=str,
 )

@@ -33,8 +33,10 @@ LIMIT = 300
 WORKER = """
 import json, os, signal, sys, time, zlib
 from pathlib import Path
-from flaxzoo.train import cluster, folder, loop, manifest, mesh
+from flaxzoo.train.checkpoints import manifest
 from flaxzoo.train.commands.cli import main
+from flaxzoo.train.distributed import cluster, mesh
+from flaxzoo.train.runs import folder, loop
 
 place, taken = mesh.place, []
 

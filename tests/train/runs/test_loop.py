@@ -146,7 +146,7 @@ def test_the_report(done: tuple[Run, Path, loop.Result, str]) -> None:
         "| steps | 12 of 8 x 32 tokens (3.07k tokens) |",
         "| skipped steps | 0 |",
         "| devices | fsdp=1 on 1 x cpu (7 more left idle) |",
-        "![Training loss and held-out bits per byte by step](loss.png)",
+        "![Training and held-out loss in bits per byte, by step](loss.png)",
         "After 6 steps:",
         "After 12 steps:",
     ):

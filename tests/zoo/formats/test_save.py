@@ -145,7 +145,7 @@ BLOCK = zoo.Block(mixer=ATTENTION, ffn=zoo.GatedMLP(hidden=24))
         ({"norm": None}, None, "norm.kind=None .only 'RMSNorm'."),
         ({"max_positions": 8}, "llama", "max_positions=8 .only 0."),
         ({"block": (BLOCK, BLOCK.replace(**{"mixer.heads": 2}))}, None, "layer 1: mixer.heads=2 .only 4."),
-        ({}, "llamma", "unknown model_type 'llamma'; did you mean 'llama'"),
+        ({}, "llamma", "no family has the model_type 'llamma'; did you mean 'llama'"),
     ],
 )
 def test_what_no_family_expresses_is_told(changes, model_type, message):

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flaxzoo.layers.random import random_key
@@ -128,18 +129,24 @@ NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     [
         {"temperature": -1.0},
         {"top_k": -1},
-        {"top_k": 1.5},
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"min_p": 1.1},
         {"min_p": -0.1},
         {"repetition_penalty": 0.0},
-        {"temperature": "hot"},
-        *({name: value} for name in NAMES for value in (math.nan, math.inf, -math.inf)),
+        *({name: value} for name in NAMES if name != "top_k" for value in (math.nan, math.inf, -math.inf)),
     ],
     ids=str,
 )
 def test_what_cannot_be_is_refused(change):
+    (name,) = change
+    with pytest.raises(ValueError, match=f"{name} must be .*got "):
+        Sampling(**change)
+
+
+@pytest.mark.parametrize("change", [{"top_k": 1.5}, {"top_k": math.nan}, {"temperature": "hot"}], ids=str)
+def test_what_is_of_another_type_is_refused(change, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users have it
     (name,) = change
     with pytest.raises(ValueError, match=f"{name} must be .*got "):
         Sampling(**change)
@@ -185,6 +192,7 @@ def test_seeds_of_64_bits_differ():
 
 
 @pytest.mark.parametrize("seed", [-1, -(2**63), 2**64, 1.5, math.nan, "1", None], ids=str)
-def test_other_seeds_are_refused(seed):
+def test_other_seeds_are_refused(seed, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users have it
     with pytest.raises(ValueError, match="a seed must be an integer of at least 0 and below"):
         random_key(seed)
