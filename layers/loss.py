@@ -1,4 +1,4 @@
-"""Cross-entropy that never holds the logits of all tokens at once."""
+"""Cross-entropy in chunks, so that the logits of all tokens never exist at once."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,12 +12,13 @@ from .sharding.axes import names_of, spec, spec_of, used_axes
 from .sharding.collectives import gather_shard
 
 LOGITS_BYTES = 2**28
-"""Float32 logits that may exist at a time in any case: 523 tokens of a vocabulary of 128,256."""
+"""Lower bound of the bytes of float32 logits in a chunk: 523 tokens of a vocabulary of 128,256."""
 
 
 def tokens_at_a_time(vocab: int, dim: int) -> int:
-    """As many as fit 256 MiB, or D / 2 if these are more: each chunk reads and writes the float32 gradient of the head,
-    which is twice their logits then.
+    """The number of tokens in a chunk: as many as fit 256 MiB, or D / 2 if that is more.
+
+    Each chunk reads and writes the float32 gradient of the head, which for D / 2 tokens is twice their logits.
     """
     return max(1, LOGITS_BYTES // (4 * vocab), dim // 2)
 
@@ -35,17 +36,17 @@ def cross_entropy(
     """Weighted sums over all tokens of the training loss and of the plain negative log-likelihood, in nats.
 
     loss = nll + z_loss * log(Z)^2 (PaLM, 2204.02311, section 5), nll = log(Z) - logit of the target.
-    Tokens are taken `chunk` at a time (on each device), and the gradient is computed along with the loss, so that the
-    logits, B x T x V, are neither stored nor computed twice. The likelihood is for reporting: it has no gradient.
+    Each device processes `chunk` tokens at a time and computes the gradient with the loss, so that the logits,
+    B x T x V, are neither stored nor computed twice. The likelihood is for reporting and has no gradient.
 
     Args:
         hidden: final hidden states; the matmuls run in their dtype, everything else in float32.
         head: the output embedding.
         targets: the next token of each position.
-        weights: 0 masks a position out. They are given, not learned: they get no gradient.
+        weights: weight of each token; 0 masks it. They have no gradient.
         soft_cap: logits become cap tanh(logits / cap).
         z_loss: weight of the squared log-partition.
-        chunk: tokens whose logits exist at a time (one of each row at least); `tokens_at_a_time` if not given.
+        chunk: number of tokens whose logits exist at a time (at least one of each row); default `tokens_at_a_time`.
     """
     chunk = tokens_at_a_time(*head.shape) if chunk is None else chunk
     return _sums(hidden, head, targets, weights, soft_cap, z_loss, chunk)
@@ -94,7 +95,7 @@ def _forward(
 def _backward(
     soft_cap: float | None, z_loss: float, chunk: int, saved: tuple[Array, Array], cotangents: tuple[Array, Array]
 ) -> tuple[Any, ...]:
-    # The scale, often 1 / tokens, is not rounded to the dtype of a gradient: all of it would be off by as much.
+    # The scale, often 1 / tokens, is not rounded to the dtype of the gradient: that would bias the whole gradient.
     scaled = [(gradient.astype(jnp.float32) * cotangents[0]).astype(gradient.dtype) for gradient in saved]
     return *scaled, None, None
 
@@ -103,13 +104,13 @@ _sums.defvjp(_forward, _backward)
 
 
 class _Split:
-    """How the mesh splits hidden states, head and tokens."""
+    """The partitions of hidden states, head and tokens."""
 
     def __init__(self, hidden: Array, head: Array, targets: Array):
         self.hidden, self.head = spec_of(hidden), spec_of(head)
         self.head_used = tuple(map(used_axes, self.head))
         self.vocab = self.head_used[0]
-        """The mesh axes that split the vocabulary; a sum over it is one over them."""
+        """The mesh axes that split the vocabulary: sums over it are sums over them."""
         batch, time, dim = self.hidden
         self.hidden_used = batch, tuple(name for name in names_of(time) if name not in self.vocab), dim
         self.targets = spec_of(targets)
@@ -117,7 +118,7 @@ class _Split:
         """The mesh axes that split the tokens."""
 
     def run(self, local: Callable[..., Any], arrays: tuple[Array, ...], out: Callable[["_Split"], Any]) -> Any:
-        """`local(self, hidden, head, targets, weights)` on each device, with all that its tokens and words need."""
+        """`local(self, hidden, head, targets, weights)` on each device, with hidden states and head gathered for it."""
 
         def gathered(hidden: Array, head: Array, targets: Array, weights: Array) -> Any:
             hidden = gather_shard(hidden, self.hidden, self.hidden_used)
@@ -130,18 +131,18 @@ class _Split:
         return jax.shard_map(gathered, in_specs=in_specs, out_specs=out(self), check_vma=False)(*arrays)
 
     def to_hidden(self, gradient: Array) -> Array:
-        """The sum over the vocabulary of the gradient of hidden states, split as they are."""
+        """The sum over the vocabulary of the gradient of hidden states, split like them."""
         if self.hidden_used[1] == names_of(self.hidden[1]):
             return _summed(gradient, self.vocab)
         return jax.lax.psum_scatter(gradient, self.vocab, scatter_dimension=1, tiled=True)
 
     def to_head(self, gradient: Array) -> Array:
-        """The sum over all tokens of the gradient of the head, split as it is at rest."""
+        """The sum over all tokens of the gradient of the head, split like the head at rest."""
         left = self.tokens
         for dim, (entry, used) in enumerate(zip(self.head, self.head_used, strict=True)):
             over = names_of(entry)[len(used) :]
             if over:
-                if not set(over) <= set(left):  # each device has the whole sum
+                if not set(over) <= set(left):  # each device has the total
                     gradient = gradient / jax.lax.axis_size(over)
                 gradient = jax.lax.psum_scatter(gradient, over, scatter_dimension=dim, tiled=True)
                 left = tuple(name for name in left if name not in over)
@@ -153,10 +154,10 @@ def _summed(array: Array, over: tuple[str, ...]) -> Array:
 
 
 def _pieces(chunk: int, *arrays: Array) -> Any:
-    """Cuts B T ... into P B size ..., to be scanned over, of about `chunk` tokens each and padded with nothing."""
+    """Splits B T ... into P B size ... for a scan, with about `chunk` tokens each, padded with zeros."""
     batch, length = arrays[0].shape[:2]
-    parts = max(1, -(-batch * length // chunk))
-    size = -(-length // parts)
+    count = max(1, -(-batch * length // chunk))
+    size = -(-length // count)
 
     def cut(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, -length % size), *[(0, 0)] * (x.ndim - 2)))
@@ -176,7 +177,7 @@ def _piece(
 ) -> tuple[Array, Array, Array]:
     """Loss and likelihood summed over some tokens, and the gradient of the loss in the logits (before the cap).
 
-    `head` has a part of the vocabulary where mesh axes split it.
+    `head` is a shard of the vocabulary if mesh axes split it.
     """
     logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
     if soft_cap is not None:

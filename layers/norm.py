@@ -15,13 +15,13 @@ from .spec import Spec
 
 @dataclass(frozen=True, kw_only=True)
 class Norm(Spec):
-    """A normalisation of the last axis, or of the last few together."""
+    """A normalisation of the last axis, or of several last axes together."""
 
     eps: float = 1e-6
 
     @abc.abstractmethod
     def build(self, axes: str, *sizes: int) -> nnx.Module:
-        """The layer for the last axes, with these letters and sizes: one or, normalised together, more."""
+        """The layer for the last axes, with these letters and sizes; several axes are normalised together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class LayerNormLayer(nnx.Module):
 
 @partial(jax.checkpoint, static_argnums=(3, 4))
 def _normalise(x: Array, scale: Array, bias: Array | None, eps: float, centre: bool) -> Array:
-    """Recomputed in the backward pass, which so stores `x` in its own dtype, and nothing in float32."""
+    """Recomputed in the backward pass, so that only `x` is saved, in its own dtype, and nothing in float32."""
     wide, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
     if centre:
         wide = wide - jnp.mean(wide, axis=axes, keepdims=True)

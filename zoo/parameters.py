@@ -1,4 +1,4 @@
-"""A model as a flat dictionary of named arrays, and back: the form that is optimised, saved and sharded."""
+"""Models as flat dictionaries of named arrays, the form that is optimised, saved and sharded."""
 
 import contextlib
 import math
@@ -18,8 +18,9 @@ Parameters = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FlatModel:
-    """A model as a list, for functions that are called often: jit takes a list apart in microseconds, a module in more
-    than a millisecond.
+    """A model as a list of arrays, for functions that are called often.
+
+    `jax.jit` flattens a list in microseconds, a module in more than a millisecond.
     """
 
     arrays: list[jax.Array]
@@ -27,7 +28,7 @@ class FlatModel:
 
     @classmethod
     def of(cls, model: nnx.Module) -> "FlatModel":
-        """A model taken apart."""
+        """The flat form of a model."""
         return cls(*jax.tree.flatten(model))
 
     @property
@@ -37,31 +38,31 @@ class FlatModel:
 
     @property
     def platform(self) -> str:
-        """What the arrays are on, e.g. "tpu"."""
+        """The platform of the devices that hold the arrays, e.g. "tpu"."""
         return next(iter(self.arrays[0].sharding.device_set)).platform
 
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
-        """To compute on the mesh the arrays live on, if they live on one."""
+        """A context with the mesh of the arrays, if they are on one."""
         mesh = getattr(self.arrays[0].sharding, "mesh", None)
         return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of a parameter without its values."""
+    """Shape, dtype and axes of a parameter."""
 
     axes: str
     """Axis letters, e.g. "L D N H"."""
     shape: tuple[int, ...]
     dtype: Any
     inputs: int
-    """How many letters, after those that stack (L and E), are the input of a matrix; 0 for vectors."""
+    """The number of letters, after those that stack (L and E), that are the input of a matrix; 0 for vectors."""
     exact: bool = False
-    """Whether it is used in float32, whatever the model computes in."""
+    """Whether it is used in float32, whatever dtype the model computes in."""
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
@@ -96,7 +97,7 @@ def split(model: nnx.Module) -> Parameters:
 
 
 def merge(abstract: Any, parameters: Parameters) -> Any:
-    """The model of these arrays; `abstract` is a model of the same spec."""
+    """The model with these arrays; `abstract` is a model of the same spec. Raises ValueError if names differ."""
     names = [name for name, _ in _named(abstract)]
     if set(names) != set(parameters):
         missing, extra = sorted(set(names) - set(parameters)), sorted(set(parameters) - set(names))
@@ -105,12 +106,12 @@ def merge(abstract: Any, parameters: Parameters) -> Any:
 
 
 def partitions(descriptions: dict[str, Description], mesh: Mesh | AbstractMesh) -> dict[str, PartitionSpec]:
-    """How each parameter is split at rest. Raises ValueError where a dimension is not a multiple of its mesh axis."""
-    for name, known in descriptions.items():
-        check_divides(name, known.axes, known.shape, mesh)
-    return {name: partition(known.axes, mesh) for name, known in descriptions.items()}
+    """The partition of each parameter at rest. Raises ValueError if a dimension is not divisible by its mesh axis."""
+    for name, description in descriptions.items():
+        check_divides(name, description.axes, description.shape, mesh)
+    return {name: partition(description.axes, mesh) for name, description in descriptions.items()}
 
 
 def shardings(descriptions: dict[str, Description], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Where each parameter lives at rest."""
+    """The sharding of each parameter at rest."""
     return {name: NamedSharding(mesh, spec) for name, spec in partitions(descriptions, mesh).items()}

@@ -16,7 +16,7 @@ from .linear import is_few, rows_product
 
 
 def to_logits(x: Float[Array, "B T D"], head: Float[Array, "V D"]) -> Float[Array, "B T V"]:
-    """Float32 products of hidden states with every row of the output embedding."""
+    """Float32 logits: the products of hidden states with every row of the output embedding."""
 
     def product(x: Array, head: Array) -> Array:
         return einsum("B T D, V D -> B T V", x, head, preferred_element_type=jnp.float32)
@@ -28,18 +28,18 @@ def to_logits(x: Float[Array, "B T D"], head: Float[Array, "V D"]) -> Float[Arra
 
 
 class Embedding(nnx.Module):
-    """A table of vectors, looked up by id and, transposed, the map from hidden states to logits."""
+    """A table of vectors that are looked up by id; its transpose maps hidden states to logits."""
 
     def __init__(self, axes: str, rows: int, dim: int, *, rngs: nnx.Rngs, std: float = 0.02):
         self.table = parameter(axes, jax.random.normal(rngs.params(), (rows, dim), jnp.float32) * std, inputs=1)
 
     def __call__(self, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-        """The rows of `ids`, in `dtype`, as the residual stream is split."""
+        """The vectors of `ids`, in `dtype`, split like the residual stream."""
         return _lookup(self.table[...], ids, dtype)
 
 
 def _lookup(table: Float[Array, "V D"], ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-    """The rows of ids. Where the vocabulary is split, each device looks for all ids in its part."""
+    """The vectors of ids. If the vocabulary is split, each device looks up all ids in its shard."""
     before = spec_of(table)
     after = tuple(map(used_axes, before))
     over = after[0]

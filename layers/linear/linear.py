@@ -22,7 +22,7 @@ from .matmul import Kind
 class Linear(nnx.Module):
     """y = x W + b between named axes: `Linear("D -> N H", {"D": 64, "N": 4, "H": 16}, ...)` maps B T D to B T N H.
 
-    W starts normal with standard deviation 1 / sqrt of the input size, b at zero.
+    The initial W is normal with standard deviation 1 / sqrt(input size), the initial b zero.
     """
 
     def __init__(self, axes: str, sizes: Mapping[str, int], *, rngs: nnx.Rngs, bias: bool = False):
@@ -39,7 +39,7 @@ class Linear(nnx.Module):
         return apply_linears((self,), x, kind=kind)[0]
 
     def with_bias(self, y: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-        """X W + b from y = x W."""
+        """The output x W + b, given y = x W."""
         # Remat policies save y by this name: they see no matmul inside a function with a custom gradient.
         y = checkpoint_name(y, "product")
         return y if self.bias is None else add_bias(y, self.bias[...])

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 MESH_AXES = ("dcn", "pipeline", "data", "fsdp", "expert", "context", "tensor")
-"""The mesh axes there are, slowest first: dcn is over slices or hosts, all others within one."""
+"""All mesh axes, slowest first: dcn spans slices or hosts, all others are within one."""
 
 AXES: dict[str, tuple[str, ...]] = {
     "B": ("dcn", "data", "fsdp", "expert"),
@@ -28,51 +28,51 @@ AXES: dict[str, tuple[str, ...]] = {
     "E": ("expert",),
     "L": ("pipeline",),
 }
-"""The mesh axes that split each letter. Letters that are not here are never split.
+"""The mesh axes that split each letter. Other letters are never split.
 
-A letter gives way where its axis splits another letter of the same product. So parameters, split by D and E at rest,
-are gathered to be used: B is split over the same axes. And T is split over tensor in the residual stream and its norms
-alone: between them, heads, features or the vocabulary are.
+In one matmul a mesh axis splits one letter. Parameters, which D and E split at rest, are therefore gathered for use,
+because B is split over the same axes. T is split over tensor only in the residual stream and its norms: in between,
+tensor splits heads, features or the vocabulary.
 """
 
 GATHERED = (*AXES["D"], *AXES["E"])
-"""The mesh axes that split parameters at rest alone."""
+"""The mesh axes that split parameters only at rest."""
 
 
 def partition(axes: str, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """How a parameter with these axis letters ("D N H") is split at rest; vectors are not split over fsdp."""
+    """The partition at rest of a parameter with these axis letters ("D N H"); vectors are not split over fsdp."""
     letters = axes.split()
-    names = [_there(AXES.get(letter, ()), mesh) if letter not in "BT" else () for letter in letters]
+    names = [_present(AXES.get(letter, ()), mesh) if letter not in "BT" else () for letter in letters]
     if len(letters) - stacked(axes) <= 1:
         names = [tuple(name for name in each if name not in AXES["D"]) for each in names]
     return spec(*names)
 
 
 def stacked(axes: str) -> int:
-    """How many leading letters only stack parameters that are alike: those of layers (L) and of experts (E)."""
+    """The number of leading letters that stack parameters of the same kind: of layers (L) and of experts (E)."""
     letters = axes.split()
-    return next((place for place, letter in enumerate(letters) if letter not in "LE"), len(letters))
+    return next((index for index, letter in enumerate(letters) if letter not in "LE"), len(letters))
 
 
 def batch_partition(mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """How tokens, B T, and what comes with them are split."""
-    return spec(_there(AXES["B"], mesh), _there(("context",), mesh))
+    """The partition of tokens, B T, and of arrays that accompany them."""
+    return spec(_present(AXES["B"], mesh), _present(("context",), mesh))
 
 
 def stream_partition(mesh: Mesh | AbstractMesh, length: int) -> PartitionSpec:
-    """How the residual stream, B T D, is split: as tokens are, and along T over tensor too, if that divides it."""
-    time = _there(AXES["T"], mesh)
-    return spec(_there(AXES["B"], mesh), time) if length % shard_count(time, mesh) == 0 else batch_partition(mesh)
+    """The partition of the residual stream, B T D: that of tokens, and T over tensor too if it is divisible."""
+    time = _present(AXES["T"], mesh)
+    return spec(_present(AXES["B"], mesh), time) if length % shard_count(time, mesh) == 0 else batch_partition(mesh)
 
 
-def _there(names: tuple[str, ...], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+def _present(names: tuple[str, ...], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     return tuple(name for name in names if mesh.shape.get(name, 1) > 1)
 
 
 def spec(*entries: Any) -> PartitionSpec:
-    """A partition of arrays from a name, a tuple of names or nothing for each dimension."""
-    each = (names_of(entry) for entry in entries)
-    return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in each))
+    """The partition with a mesh axis, a tuple of mesh axes or None for each dimension."""
+    axes = (names_of(entry) for entry in entries)
+    return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in axes))
 
 
 def names_of(entry: Any) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ def names_of(entry: Any) -> tuple[str, ...]:
 
 
 def shard_count(entry: Any, mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts an entry of a partition splits."""
+    """The number of shards that an entry of a partition makes."""
     return math.prod(mesh.shape.get(name, 1) for name in names_of(entry))
 
 
@@ -94,17 +94,17 @@ def parameter_axes(name: str, variable: Any) -> str:
 
 
 def parameter(axes: str, value: Float[Array, "..."], inputs: int = 0, *, exact: bool = False) -> nnx.Param:
-    """An NNX parameter that knows its axis letters and, if it is a matrix, how many of them are its input.
+    """An NNX parameter with axis letters; `inputs` is how many of them are the input of a matrix, 0 for vectors.
 
-    These are its first letters, or those after a leading E that stacks one matrix for each expert. One that is `exact`
-    is used in float32, also in a model that is cast to compute in less.
+    The input letters come first, or after a leading E that stacks the matrices of experts. An `exact` parameter stays
+    float32 in a model that is cast to a narrower dtype.
     """
     assert value.ndim == len(axes.split()), (axes, value.shape)
     return nnx.Param(value, axes=axes, inputs=inputs, exact=exact)
 
 
 def check_divides(name: str, axes: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> None:
-    """Raises ValueError where a dimension of a parameter is not a multiple of the mesh axis that splits it."""
+    """Raises ValueError if a dimension of a parameter is not divisible by the mesh axis that splits it."""
     for letter, size, axis in zip(axes.split(), shape, partition(axes, mesh), strict=False):
         if size % shard_count(axis, mesh):
             fits = [n for n in range(1, max(mesh.size, 64) + 1) if size % n == 0]
@@ -115,43 +115,43 @@ def check_divides(name: str, axes: str, shape: tuple[int, ...], mesh: Mesh | Abs
 
 
 def spec_of(array: Array | jax.ShapeDtypeStruct) -> tuple[Any, ...]:
-    """The sharding of an array's type, one entry a dimension."""
+    """The partition in the type of an array, with one entry per dimension."""
     spec = tuple(jax.typeof(array).sharding.spec)
     return spec + (None,) * (array.ndim - len(spec))
 
 
 def used_axes(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of an entry that split a parameter also while it is used."""
+    """The mesh axes of an entry that split a parameter also during use."""
     return tuple(name for name in names_of(entry) if name not in GATHERED)
 
 
 def time_after(entry: Any, length: int, over: tuple[str, ...]) -> tuple[str, ...]:
-    """What splits T after `reduce_shard` along it, where `entry` did before."""
+    """The mesh axes that split T after `reduce_shard` along it, if `entry` did before."""
     names = (*names_of(entry), *over)
     return names if length % shard_count(names, jax.sharding.get_abstract_mesh()) == 0 else names_of(entry)
 
 
 def shards(array: Array, dim: int) -> int:
-    """Into how many parts a dimension of an array is split."""
+    """The number of shards of a dimension of an array."""
     return shard_count(spec_of(array)[dim], jax.typeof(array).sharding.mesh)
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, spec: tuple[Any, ...]) -> Array:
-    """Zeros split as `spec` says."""
+    """Zeros with the partition `spec`."""
     return jnp.zeros(shape, dtype, out_sharding=split_as(*spec))
 
 
 def zeros_like(tree: Any, *leading: int) -> Any:
-    """Zeros with the shapes of arrays, after leading dimensions, and split as they are; shapes alone will do."""
+    """Zeros with the shapes, dtypes and partitions of arrays (or shapes of arrays), after leading dimensions."""
     return jax.tree.map(lambda x: zeros((*leading, *x.shape), x.dtype, (*[None] * len(leading), *spec_of(x))), tree)
 
 
 def split_as(*spec: Any) -> PartitionSpec | None:
-    """The `out_sharding` of a result with these entries, or None where there is no mesh."""
+    """The `out_sharding` of a result with these entries; None without a mesh."""
     return None if jax.sharding.get_abstract_mesh().empty else PartitionSpec(*spec)
 
 
 def context_axis(array: Float[Array, "B T ..."]) -> str | None:
-    """The mesh axis that splits T outside of the residual stream, where one does."""
+    """The mesh axis that splits T outside of the residual stream; None if none does."""
     names = names_of(spec_of(array)[1])
     return names[0] if names else None

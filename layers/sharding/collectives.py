@@ -1,4 +1,4 @@
-"""What moves arrays between the devices of a mesh, and runs functions on each device's shard."""
+"""Collectives between the devices of a mesh, and functions of each device's shard."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,16 +13,16 @@ from .axes import AXES, names_of, spec, spec_of, split_as, used_axes
 
 
 def gather(weight: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
-    """A parameter made ready for use outside of `einsums`: cast, then gathered over fsdp and expert."""
+    """A parameter for use outside of `einsums`: cast to `dtype`, then gathered over fsdp and expert."""
     weight = jnp.asarray(weight, dtype)
     before = spec_of(weight)
     return reshard(weight, spec(*map(used_axes, before))) if any(map(names_of, before)) else weight
 
 
 def gather_shard(array: Array, before: tuple[Any, ...], after: tuple[Any, ...]) -> Array:
-    """Inside `jax.shard_map`: a device's part of an array under one partition, made its part under a coarser one.
+    """Inside `jax.shard_map`: gathers a shard under the partition `before` to the shard under the coarser `after`.
 
-    It has the name "gathered", by which remat policies do not keep it.
+    It has the checkpoint name "gathered", so that remat policies do not save it.
     """
     for dim, (old, new) in enumerate(zip(before, after, strict=True)):
         more = names_of(old)[len(names_of(new)) :]
@@ -33,7 +33,7 @@ def gather_shard(array: Array, before: tuple[Any, ...], after: tuple[Any, ...]) 
 
 
 def reduce_shard(array: Array, over: tuple[str, ...], dim: int) -> Array:
-    """Inside `jax.shard_map`: the sum over mesh axes, split over them along a dimension if they divide it."""
+    """Inside `jax.shard_map`: the sum over mesh axes, scattered over them along a dimension if it is divisible."""
     if not over:
         return array
     if array.shape[dim] % jax.lax.axis_size(over):
@@ -42,16 +42,16 @@ def reduce_shard(array: Array, over: tuple[str, ...], dim: int) -> Array:
 
 
 def reshard_like(array: Array, like: Array) -> Array:
-    """An array, split as another one of its shape is."""
+    """An array, resharded to the partition of another one of its shape."""
     spec = split_as(*spec_of(like))
     return array if spec is None else reshard(array, spec)
 
 
 def per_device(function: Callable[..., Array], *arrays: Array) -> Array:
-    """Calls `function` on each device's own part of the arrays; the result is split like the first of them.
+    """Calls `function` on each device's shards of the arrays; the result is split like the first of them.
 
-    Arrays that every device has whole are no exception: a kernel may be among what it calls, of which XLA does not know
-    that all devices do the same (nor over which axes results differ: hence `check_vma`).
+    Replicated arrays are mapped too: `function` may call a kernel, and XLA cannot infer that all devices compute the
+    same in it, nor over which axes results differ (hence `check_vma=False`).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if all(mesh.shape[name] == 1 for name in mesh.explicit_axes):
@@ -61,26 +61,26 @@ def per_device(function: Callable[..., Array], *arrays: Array) -> Array:
 
 
 def between_norms(array: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-    """An array that is split along T as the residual stream is, split as what depends on positions is."""
+    """An array whose T is split like the residual stream, resharded to the T of arrays between norms."""
     batch, time, *rest = spec_of(array)
     outside = tuple(name for name in names_of(time) if name not in AXES["N"])
     return array if outside == names_of(time) else reshard(array, spec(batch, outside, *rest))
 
 
-def with_layer(stack: Float[Array, "L ..."], one: Float[Array, "..."], index: Any) -> Float[Array, "L ..."]:
-    """A stack with one of its layers filled in, by the devices that hold it."""
+def with_layer(stack: Float[Array, "L ..."], layer: Float[Array, "..."], index: Any) -> Float[Array, "L ..."]:
+    """A stack with one layer replaced, on the devices that hold it."""
     split, mesh = spec_of(stack), jax.typeof(stack).sharding.mesh
     if not names_of(split[0]):
-        return jax.lax.dynamic_update_index_in_dim(stack, one, index, 0)
+        return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
 
-    def put(stack: Array, one: Array, index: Array) -> Array:
-        place = index - jax.lax.axis_index(split[0]) * stack.shape[0]
-        nearest = jnp.clip(place, 0, stack.shape[0] - 1)
+    def replace(stack: Array, layer: Array, index: Array) -> Array:
+        local = index - jax.lax.axis_index(split[0]) * stack.shape[0]
+        nearest = jnp.clip(local, 0, stack.shape[0] - 1)
         old = jax.lax.dynamic_index_in_dim(stack, nearest, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(stack, jax.lax.select(place == nearest, one, old), nearest, 0)
+        return jax.lax.dynamic_update_index_in_dim(stack, jax.lax.select(local == nearest, layer, old), nearest, 0)
 
     specs = spec(*split), spec(*split[1:]), PartitionSpec()
-    return jax.shard_map(put, mesh=mesh, in_specs=specs, out_specs=specs[0])(stack, one, jnp.asarray(index))
+    return jax.shard_map(replace, mesh=mesh, in_specs=specs, out_specs=specs[0])(stack, layer, jnp.asarray(index))
 
 
 def replicate(array: Array) -> Array:

@@ -1,4 +1,4 @@
-"""A function whose gradient is taken later: what is kept until then is a list of arrays, which can wait in a queue."""
+"""A function whose backward pass runs later, from residuals that are a list of arrays."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,44 +9,44 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 
 class DeferredGradient:
-    """`function(weights, x, given)`, differentiable in weights and x, in two halves.
+    """The forward and backward pass of `function(weights, x, constants)`, differentiable in weights and x.
 
-    Between them is kept what the gradient needs and what depends on x: no weight, nothing that is made of weights or of
-    `given` alone, such as a cast matrix or a table of angles. These are made again. A `jax.checkpoint` in the function
-    says what of the rest is kept, as it does elsewhere.
+    Residuals are the values that the backward pass needs and that depend on x. Values that depend only on weights or
+    `constants`, such as a cast matrix or a table of angles, are recomputed. A `jax.checkpoint` inside the function
+    selects what else is recomputed.
     """
 
-    def __init__(self, function: Callable[[Any, Any, Any], Any], weights: Any, x: Any, given: Any):
-        """Traces `function`; the arguments stand for all that will come."""
+    def __init__(self, function: Callable[[Any, Any, Any], Any], weights: Any, x: Any, constants: Any):
+        """Traces `function` for arguments of these shapes and dtypes."""
 
-        def both(weights: Any, given: Any, x: Any) -> tuple[Any, Any]:
-            return jax.vjp(lambda weights, x: function(weights, x, given), weights, x)
+        def both(weights: Any, constants: Any, x: Any) -> tuple[Any, Any]:
+            return jax.vjp(lambda weights, x: function(weights, x, constants), weights, x)
 
-        self._jaxpr, (result, back) = jax.make_jaxpr(both, return_shape=True)(weights, given, x)
+        self._jaxpr, (result, back) = jax.make_jaxpr(both, return_shape=True)(weights, constants, x)
         self._result, self._back = jax.tree.structure(result), jax.tree.structure(back)
-        known = set(self._jaxpr.jaxpr.invars[: len(jax.tree.leaves((weights, given)))])
-        known.update(self._jaxpr.jaxpr.constvars)
+        without_x = set(self._jaxpr.jaxpr.invars[: len(jax.tree.leaves((weights, constants)))])
+        without_x.update(self._jaxpr.jaxpr.constvars)
         for equation in self._jaxpr.jaxpr.eqns:
-            if all(isinstance(value, Literal) or value in known for value in equation.invars):
-                known.update(equation.outvars)
+            if all(isinstance(value, Literal) or value in without_x for value in equation.invars):
+                without_x.update(equation.outvars)
         residuals = self._jaxpr.jaxpr.outvars[self._result.num_leaves :]
-        self._again = [isinstance(value, Literal) or value in known for value in residuals]
-        """Which of the arrays that the gradient needs are made again."""
+        self._recomputed = [isinstance(value, Literal) or value in without_x for value in residuals]
+        """Which of the values that the backward pass needs are recomputed."""
 
-    def forward(self, weights: Any, x: Any, given: Any) -> tuple[Any, list[Any]]:
-        """The result, and what to keep."""
-        found = jaxpr_as_fun(self._jaxpr)(*jax.tree.leaves((weights, given, x)))
+    def forward(self, weights: Any, x: Any, constants: Any) -> tuple[Any, list[Any]]:
+        """The result, and the residuals."""
+        outputs = jaxpr_as_fun(self._jaxpr)(*jax.tree.leaves((weights, constants, x)))
         count = self._result.num_leaves
-        kept = [leaf for leaf, again in zip(found[count:], self._again, strict=True) if not again]
-        return self._result.unflatten(found[:count]), kept
+        residuals = [leaf for leaf, again in zip(outputs[count:], self._recomputed, strict=True) if not again]
+        return self._result.unflatten(outputs[:count]), residuals
 
-    def backward(self, weights: Any, given: Any, kept: list[Any], cotangent: Any) -> tuple[Any, Any]:
-        """The gradients in weights and x, from what was kept and the gradient of the result."""
-        used = [False] * self._result.num_leaves + self._again
+    def backward(self, weights: Any, constants: Any, residuals: list[Any], cotangent: Any) -> tuple[Any, Any]:
+        """The gradients in weights and x, from the residuals and the gradient of the result."""
+        used = [False] * self._result.num_leaves + self._recomputed
         jaxpr, needed = dce_jaxpr(self._jaxpr.jaxpr, used)
-        leaves = jax.tree.leaves((weights, given))
-        arguments = [leaf for leaf, each in zip(leaves, needed, strict=False) if each]
-        made = iter(jaxpr_as_fun(self._jaxpr.replace(jaxpr=jaxpr))(*arguments))
-        rest = iter(kept)
-        leaves = [next(made if again else rest) for again in self._again]
+        leaves = jax.tree.leaves((weights, constants))
+        arguments = [leaf for leaf, is_needed in zip(leaves, needed, strict=False) if is_needed]
+        recomputed = iter(jaxpr_as_fun(self._jaxpr.replace(jaxpr=jaxpr))(*arguments))
+        saved = iter(residuals)
+        leaves = [next(recomputed if again else saved) for again in self._recomputed]
         return self._back.unflatten(leaves)(cotangent)
