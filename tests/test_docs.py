@@ -14,7 +14,8 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 def blocks(page: Path, language: str) -> list[str]:
     """The fenced blocks of a page in a language; the empty string stands for blocks without one."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [text for name, text in fenced if name == language]
 
 
 def run(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
