@@ -144,7 +144,14 @@ def test_what_cannot_be_is_refused(change):
         Sampling(**change)
 
 
-@pytest.mark.parametrize("change", [{"top_k": 1.5}, {"top_k": math.nan}, {"temperature": "hot"}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"top_k": value} for value in (1.5, math.nan, math.inf, -math.inf)),
+        {"temperature": "hot"},
+    ],
+    ids=str,
+)
 def test_what_is_of_another_type_is_refused(change, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users have it
     (name,) = change
