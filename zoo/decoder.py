@@ -24,6 +24,15 @@ Caches = dict[str, Any]
 """The caches of all blocks: `{"stack": one per block of the pattern, "rest": one per remaining block}`."""
 
 
+def refuse_64_bits() -> None:
+    """Raises ValueError if JAX's 64-bit mode is on: it changes the dtypes of positions, parameters and sums."""
+    if jax.config.jax_enable_x64:
+        raise ValueError(
+            "flaxzoo computes in 32 bits and fewer, and JAX's 64-bit mode is on; unset JAX_ENABLE_X64, or call "
+            'jax.config.update("jax_enable_x64", False)'
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Decoder(Spec):
     """A decoder-only language model.
@@ -121,6 +130,7 @@ class DecoderModel(nnx.Module):
     """Embedding, blocks, final norm and head."""
 
     def __init__(self, spec: Decoder, *, rngs: nnx.Rngs):
+        refuse_64_bits()
         dim, std = spec.dim, 1 / math.sqrt(spec.dim) if spec.scale_embedding else 0.02
         self.spec = spec
         self.embedding = Embedding("V D", spec.vocab, dim, rngs=rngs, std=std)
@@ -158,6 +168,7 @@ class DecoderModel(nnx.Module):
         Without `positions`, each row is one document that starts at position 0. Raises ValueError if a row is longer
         than the table of learned positions.
         """
+        refuse_64_bits()
         stages.check_none()
         positions = self._positions(tokens, positions, caches)
         x = self._embed(tokens, positions, dtype)

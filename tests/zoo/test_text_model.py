@@ -5,10 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
-from chat_checkpoint import checkpoint, tokenizer_of_bytes
+from chat_checkpoint import TEMPLATE, checkpoint, tokenizer_of_bytes
+from flax import nnx
 from flaxzoo import zoo
-from flaxzoo.zoo.formats.text_ends import end_ids, ends_among, known_end_ids, named_special_tokens
+from flaxzoo.zoo.end_tokens import ends_among, known_end_ids
+from flaxzoo.zoo.formats.text_ends import end_ids, named_special_tokens
 from tokenizers import AddedToken, Tokenizer, models
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -136,3 +140,26 @@ def test_what_is_not_opened(tmp_path):
     (source / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="has no tokenizer"):
         zoo.open(source)
+
+
+def test_64_bits_are_refused_wherever_a_model_is_made_or_called(tmp_path):
+    tokenizer = tokenizer_of_bytes("<s>", "<|im_end|>")
+    source = checkpoint(tmp_path / "source", tokenizer)
+    zoo.convert(source, tmp_path / "model.gguf")
+    model = zoo.load(source)[0]
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    calls = {
+        "load": lambda: zoo.load(source),
+        "load a GGUF file": lambda: zoo.load(tmp_path / "model.gguf"),
+        "open": lambda: zoo.open(source),
+        "build": lambda: model.spec.build(rngs=nnx.Rngs(0)),
+        "call": lambda: model(tokens),
+        "generate": lambda: zoo.generate(model, tokenizer, ["a"], max_tokens=2),
+        "stream": lambda: list(zoo.stream(model, tokenizer, "a", max_tokens=2)),
+        "chat": lambda: list(zoo.Conversation(model, tokenizer, zoo.ChatTemplate(TEMPLATE), stop=[258]).say("a")),
+        "score": lambda: zoo.Scorer(model).text(tokenizer, ["a"], start=257),
+        "optimize": lambda: zoo.optimize_for_decoding(model, jnp.float32),
+    }
+    for call in calls.values():
+        with jax.enable_x64(True), pytest.raises(ValueError, match="unset JAX_ENABLE_X64"):
+            call()

@@ -24,6 +24,7 @@ from ...configs.run import Run
 from ...layers.linear.matmul import Kind
 from ...layers.spec import unknown
 from ...layers.stack import Remat
+from ...zoo.decoder import refuse_64_bits
 from ...zoo.families import registry
 from ...zoo.formats.load import is_run
 from ..checkpoints import step_folders
@@ -339,7 +340,7 @@ def dispatch(arguments: list[str]) -> None:
     elif command == "--version":
         print(f"flaxzoo {importlib.metadata.version('flaxzoo')}")
     elif command in COMMANDS:
-        hardware.refuse_64_bits()
+        refuse_64_bits()
         tyro.cli(COMMANDS[command], args=arguments[1:], prog=f"zoo {command}")
     else:
         raise unknown("command", command, [*COMMANDS, "train"])

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ...zoo.end_tokens import END_OF_TEXT, SEPARATORS, separator_id
 from ...zoo.formats.tokenizer_file import read_tokenizer_file
-from ...zoo.text_encoding import END_OF_TEXT, SEPARATORS, added_ids, encode
+from ...zoo.text_encoding import added_ids, encode
 from .cache import DamagedEntryError, digest, filled
 from .sources import Source
 from .split import place, split
@@ -37,9 +38,8 @@ def load_tokenizer(file: str | Path) -> Tokenizer:
 
 def separator(tokenizer: Tokenizer) -> int:
     """The id of the token between documents. Raises ValueError where the tokenizer has none of SEPARATORS."""
-    for name in SEPARATORS:
-        if (index := tokenizer.token_to_id(name)) is not None:
-            return index
+    if (index := separator_id(tokenizer)) is not None:
+        return index
     raise ValueError(
         f"a tokenizer must have one of the tokens {', '.join(SEPARATORS)} to separate documents with, and this one has "
         f"none; add {END_OF_TEXT} to it: tokenizer.add_special_tokens([{END_OF_TEXT!r}])"

@@ -5,7 +5,6 @@ import resource
 import sys
 from pathlib import Path
 
-import jax
 from jaxlib._jax import Device
 
 from ..plan import chips
@@ -25,15 +24,6 @@ def without_tpu() -> None:
             ("TPU_WORKER_HOSTNAMES", "localhost"),
         ):
             os.environ.setdefault(name, value)
-
-
-def refuse_64_bits() -> None:
-    """Raises ValueError where JAX's 64-bit mode is on: it would change the dtypes of the training step."""
-    if jax.config.jax_enable_x64:
-        raise ValueError(
-            "flaxzoo computes in 32 bits and fewer, and JAX's 64-bit mode is on; unset JAX_ENABLE_X64, or call "
-            'jax.config.update("jax_enable_x64", False)'
-        )
 
 
 def peak_flops(device: Device) -> float | None:

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from ... import zoo
 from ...configs.run import Run
+from ...zoo.decoder import refuse_64_bits
 from ...zoo.parameters import describe, merge, shardings
 from ...zoo.text_encoding import encode, unescaped
 from .. import data as datasets
@@ -84,7 +85,7 @@ def train(
         OSError: where something can't be written.
         Interrupted: after SIGTERM or Ctrl-C, when the state is saved.
     """
-    hardware.refuse_64_bits()
+    refuse_64_bits()
     if fresh and step is not None:
         raise ValueError(f"fresh starts anew and step={step} goes on from a checkpoint: leave out one of them")
     options = {"fresh": fresh, "yes": yes, "allow_changes": allow_changes, "step": step}

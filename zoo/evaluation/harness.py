@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from ...layers.spec import missing_package
 from ..decoder import DecoderModel
+from ..formats.tokenizer_file import prepare_tokenizer
 from ..generation.generate import complete
 from ..generation.sampling import GREEDY, Sampling
 from ..generation.template import ChatTemplate
@@ -58,7 +59,7 @@ class HarnessBackend:
         dtype: DTypeLike = jnp.float32,
     ):
         self.scorer = Scorer(model, length=length, batch=batch, dtype=dtype)
-        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.model, self.tokenizer, self.template = model, prepare_tokenizer(tokenizer), template
         self.prefix, self.stop = prefix, tuple(stop)
         self._prefix_text = tokenizer.decode([prefix], skip_special_tokens=False)
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from ...layers.sharding.collectives import replicate
 from ..decoder import DecoderModel
+from ..formats.tokenizer_file import prepare_tokenizer
 from ..generation.session import check_vocabulary, rounded
 from ..generation.state import positions_from
 from ..parameters import FlatModel
@@ -144,6 +145,7 @@ class Scorer:
 
         Raises ValueError if the stride is outside these bounds or there is no token to score.
         """
+        tokenizer = prepare_tokenizer(tokenizer)
         stride = max(1, self.length // 2) if stride is None else stride
         if not 1 <= stride <= self.length:
             raise ValueError(f"stride must be at least 1 and at most the length of {self.length}, got {stride}")

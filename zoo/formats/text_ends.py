@@ -9,18 +9,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from .hugging_face import read_json
+from ..end_tokens import known_end_ids
+from .json_file import read_json
 from .source import token_of
-
-END_TOKENS = (
-    *("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[EOS]", "<|return|>"),
-    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<EOT>", "_<EOT>", "[EOT]"),
-    *("<end_of_utterance>", "<turn|>", "<|call|>", "<|calls|>", "<|flush|>", "<|tool_response>", "[e~["),
-)
-"""Texts of tokens that end a text, a message or a turn: those that llama.cpp (llama-vocab.cpp) knows by their text.
-
-Tokens that end a text come first: the first one that a vocabulary has also begins a text that has no other beginning.
-"""
 
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -44,30 +35,6 @@ def end_ids(source: Any, tokenizer: Tokenizer | None) -> tuple[int, ...]:
     if named is not None and (index := tokenizer.token_to_id(named)) is not None:
         ids.append(index)
     return tuple(dict.fromkeys(ids)) or known_end_ids(tokenizer)
-
-
-def known_end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids of the special tokens whose text is one of `END_TOKENS`, in that order."""
-    return ends_among(special_ids(tokenizer))
-
-
-def ends_among(control_tokens: Mapping[str, int]) -> tuple[int, ...]:
-    """Ids of the control tokens whose text is one of `END_TOKENS`, in that order.
-
-    As in llama.cpp, "<|end|>" only separates messages in vocabularies that have "<|return|>" and "<|call|>" (gpt-oss)
-    or "<|calls|>" and "<|flush|>".
-    """
-    separates = {"<|return|>", "<|call|>"} <= control_tokens.keys() or {
-        "<|calls|>",
-        "<|flush|>",
-    } <= control_tokens.keys()
-    ends = [text for text in END_TOKENS if not (separates and text == "<|end|>")]
-    return tuple(control_tokens[text] for text in ends if text in control_tokens)
-
-
-def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The special tokens of a tokenizer: their ids by their texts."""
-    return {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
 
 def named_special_tokens(source: Any, tokenizer: Tokenizer) -> dict[str, str]:

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from ...layers.random import random_key
 from ..decoder import DecoderModel
+from ..formats.tokenizer_file import prepare_tokenizer
 from ..text_encoding import encode
 from .generate import Generation, StreamInterval, check_length
 from .sampling import Sampling
@@ -48,8 +49,8 @@ class Conversation:
         cache_dtype: Any = None,
         speculation: Speculation | None = None,
     ):
-        self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.stop, self.ends = split_stop(tokenizer, stop)
+        self.model, self.tokenizer, self.template = model, prepare_tokenizer(tokenizer), template
+        self.stop, self.ends = split_stop(self.tokenizer, stop)
         self.first = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, Any]] = [*self.first]
         self._options: dict[str, Any] = {

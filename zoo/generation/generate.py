@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from ...layers.random import random_key
 from ...layers.spec import unknown
 from ..decoder import DecoderModel
-from ..formats.text_ends import known_end_ids
+from ..end_tokens import known_end_ids
+from ..formats.tokenizer_file import prepare_tokenizer
 from ..text_encoding import encode
 from .sampling import Sampling
 from .session import NewTokens, Session, Speed
@@ -171,6 +172,7 @@ def _begin(
 ) -> tuple["Generation", list[list[int]]]:
     """A generation that has not read its prompts yet, and their tokens."""
     _check_names(options)
+    tokenizer = prepare_tokenizer(tokenizer)
     session_options: dict[str, Any] = {"sampling": Sampling(), **options}
     stop = session_options.pop("stop", None)
     stop = known_end_ids(tokenizer) if stop is None else stop

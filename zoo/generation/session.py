@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 from ...layers.mixers.mixer import Cache
 from ...layers.positions.scaling import EVERY_LENGTH
 from ...layers.sharding.collectives import replicate
-from ..decoder import Caches, Decoder, DecoderModel
+from ..decoder import Caches, Decoder, DecoderModel, refuse_64_bits
 from ..parameters import FlatModel
 from .compiling import compiled_for
 from .sampling import Filters, Sampling, row_keys
@@ -118,6 +118,7 @@ class Session:
         speculation: Speculation | None = None,
         draft: DecoderModel | None = None,
     ):
+        refuse_64_bits()
         if draft is not None and draft.spec.vocab != model.spec.vocab:
             raise ValueError(
                 f"a draft model must have the model's vocabulary, got {draft.spec.vocab} and {model.spec.vocab}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from tokenizers import Tokenizer, pre_tokenizers
 
-from ..formats.text_ends import special_ids
+from ..end_tokens import special_ids
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """Shown for bytes within a text that are not UTF-8."""

@@ -1,17 +1,26 @@
 """What tokenizer files say about themselves: the ids of transformers and SentencePiece, and no text cut or padded."""
 
 import contextlib
+import importlib
 import importlib.util
+import inspect
 import json
+import pkgutil
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_checkpoint import TEMPLATE, checkpoint, tokenizer_of_bytes
 from flaxzoo import zoo
 from flaxzoo.train.data.tokenizer import load_tokenizer
+from flaxzoo.zoo.evaluation.harness import HarnessBackend
+from flaxzoo.zoo.evaluation.windows import adds_prefix, prefix_token
+from flaxzoo.zoo.formats.gguf.tokenizer_out import write_tokenizer
 from flaxzoo.zoo.formats.hub import PATTERNS
 from flaxzoo.zoo.formats.tokenizer_file import prepare_tokenizer, read_folder_tokenizer
+from flaxzoo.zoo.text_encoding import added_ids, encode, encode_batch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 TRUTH = Path(__file__).parents[2] / "truth"
@@ -108,10 +117,10 @@ def test_tokens_without_a_row_are_left_out(tmp_path: Path, caplog: pytest.LogCap
     assert "'[Y]' with the id 296, beyond the 296 rows of the embedding: left out" in caplog.text
 
 
-def limited(tokenizer: Tokenizer) -> Tokenizer:
-    """With all that a saved tokenizer may do to a text."""
-    tokenizer.enable_truncation(16)
-    tokenizer.enable_padding(length=64)
+def limited(tokenizer: Tokenizer, longest: int = 16, padded: int = 64) -> Tokenizer:
+    """The tokenizer with all that a saved tokenizer may do to a text."""
+    tokenizer.enable_truncation(longest)
+    tokenizer.enable_padding(length=padded)
     tokenizer.model.dropout = 0.5
     return tokenizer
 
@@ -155,3 +164,73 @@ def test_no_entry_obeys_truncation_padding_or_dropout(tmp_path: Path) -> None:
     small.add_special_tokens([AddedToken("<eos>", special=True)])
     small.save(str(tmp_path / "own.json"))
     assert load_tokenizer(tmp_path / "own.json").encode(LONG).ids == ids
+
+
+LINE = "ten tokens"
+OPTIONS: Any = {"sampling": zoo.GREEDY, "max_tokens": 4}
+ENCODING_FUNCTIONS: dict[str, Callable[[Any, Tokenizer], Any]] = {
+    "evaluation.harness.HarnessBackend": lambda model, own: HarnessBackend(model, own, prefix=257).loglikelihood(
+        [(LINE, " and so on")]
+    ),
+    "evaluation.score.Scorer.text": lambda model, own: zoo.Scorer(model).text(own, [LINE], start=257).to_dict(),
+    "evaluation.windows.adds_prefix": lambda _, own: adds_prefix(own, 257),
+    "evaluation.windows.prefix_token": lambda _, own: prefix_token(own, None, ["<|im_end|>"]),
+    "formats.gguf.tokenizer_out.write_tokenizer": lambda _, own: write_tokenizer(own, 272, {"eos_token_id": 258}),
+    "generation.chat.Conversation": lambda model, own: list(
+        zoo.Conversation(model, own, zoo.ChatTemplate(TEMPLATE), stop=[258], sampling=zoo.GREEDY).say(
+            LINE, max_tokens=4
+        )
+    ),
+    "generation.generate.generate": lambda model, own: zoo.generate(model, own, [LINE], **OPTIONS),
+    "generation.generate.complete": lambda model, own: zoo.complete(model, own, [LINE], **OPTIONS)[0].ids,
+    "generation.generate.stream": lambda model, own: "".join(zoo.stream(model, own, LINE, **OPTIONS)),
+    "text_encoding.encode": lambda _, own: encode(own, LINE, add_special_tokens=True),
+    "text_encoding.encode_batch": lambda _, own: encode_batch(own, [LINE, "a"]),
+    "text_encoding.added_ids": lambda _, own: added_ids(own),
+    "text_model.TextModel": lambda model, own: [
+        (text := zoo.TextModel(model, own, (258,), None, "float32")).prefix,
+        text.generate([LINE], **OPTIONS),
+    ],
+}
+"""All public functions that encode text with a tokenizer of the caller."""
+OTHER_FUNCTIONS = {
+    *("end_tokens.separator_id", "end_tokens.special_ids", "end_tokens.known_end_ids", "formats.save.save"),
+    *("formats.save.ModelSource", "formats.sentencepiece.add_special_tokens", "formats.source.token_of"),
+    *("formats.text_ends.end_ids", "formats.text_ends.named_special_tokens", "formats.tokenizer_file.put_around"),
+    *("formats.tokenizer_file.prepare_tokenizer", "generation.stream.split_stop", "generation.stream.TokenDecoder"),
+    *("generation.stream.TextStream", "formats.load.Runs"),
+}
+"""Public functions with a tokenizer that only look up or decode tokens, or whose tokenizers are tested above."""
+
+
+def functions_of_a_tokenizer() -> Iterator[str]:
+    for info in pkgutil.walk_packages(zoo.__path__, "flaxzoo.zoo."):
+        module = importlib.import_module(info.name)
+        for name, value in vars(module).items():
+            if name.startswith("_") or getattr(value, "__module__", "") != info.name:
+                continue
+            methods = {f"{name}.{key}": method for key, method in vars(value).items()} if inspect.isclass(value) else {}
+            for full, function in ({name: value} | methods).items():
+                full = full.removesuffix(".__init__")
+                if not inspect.isfunction(function) or "._" in full:
+                    continue
+                if any(
+                    "tokenizers.Tokenizer" in str(p.annotation) for p in inspect.signature(function).parameters.values()
+                ):
+                    yield f"{info.name}.{full}".removeprefix("flaxzoo.zoo.")
+
+
+def test_each_function_that_encodes_is_tested() -> None:
+    assert {*functions_of_a_tokenizer()} == {*ENCODING_FUNCTIONS, *OTHER_FUNCTIONS}
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_no_function_obeys_truncation_padding_or_dropout(tmp_path: Path) -> None:
+    """Whatever function gets a tokenizer, it reads whole texts, and the caller's tokenizer is unchanged."""
+    tokenizer = tokenizer_of_bytes("<s>", "<|im_end|>")
+    model = zoo.load(checkpoint(tmp_path / "model", tokenizer))[0]
+    own = limited(Tokenizer.from_str(tokenizer.to_str()), 6, 12)
+    before = own.to_str()
+    for name, function in ENCODING_FUNCTIONS.items():
+        assert function(model, own) == function(model, tokenizer), name
+    assert own.to_str() == before

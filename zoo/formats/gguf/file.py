@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from ...end_tokens import ends_among
 from ..sentencepiece import CONTROL
 from ..source import TensorInfo
-from ..text_ends import ends_among
 from .architecture import Architecture
 from .architectures import ARCHITECTURES
 from .blocks import decode

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from ...end_tokens import known_end_ids
 from ...families.registry import read, write
 from ..source import Source, TensorInfo
-from ..text_ends import end_ids, known_end_ids
+from ..text_ends import end_ids
 from ..tokenizer_file import tokenizer_of
 from .architecture import Architecture
 from .architectures import ARCHITECTURES

@@ -6,6 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers
 
+from ...text_encoding import added_ids
 from ..sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, merges_of
 from .tokenizer import strips_spaces_after
 from .words import WORDS
@@ -133,7 +134,7 @@ def _scores(tokens: list[str], types: list[int], merges: list[tuple[str, ...]]) 
 
 
 def _ends(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str, bool]:
-    added = tokenizer.encode("").ids
+    added = added_ids(tokenizer)
     eos = config.get("eos_token_id")
     begin, end = config.get("bos_token_id"), eos[0] if isinstance(eos, list) else eos
     for begins, ends in ((False, False), (True, False), (False, True), (True, True)):
