@@ -17,7 +17,7 @@ from .evaluation.windows import prefix_token
 from .families.registry import read
 from .formats.load import is_run, load, open_source, runs_of
 from .formats.source import Progress, Source
-from .formats.text_ends import end_ids, named_special_tokens, sampling_settings
+from .formats.text_ends import end_ids, generation_config, named_special_tokens, sampling_origin, sampling_settings
 from .generation.chat import Conversation
 from .generation.generate import Completion, Options, Prompt, complete, generate, stream
 from .generation.optimize import optimize_for_decoding
@@ -148,22 +148,22 @@ def open(
     tokens = named_special_tokens(described, tokenizer)
     template = getattr(described, "chat_template", None)
     stored = jax.tree.leaves(model)[0].dtype
-    settings = sampling_settings(described)
+    settings = sampling_settings(generation_config(described))
     return TextModel(
         model,
         tokenizer,
         end_ids(described, tokenizer),
         None if template is None else ChatTemplate(template, tokens),
         dtype or (jnp.dtype("float32") if stored == jnp.float16 else stored),
-        _sampling(settings),
+        _sampling(settings, sampling_origin(described)),
         tuple(settings),
         tokens,
         getattr(described, "special_tokens", False),
     )
 
 
-def _sampling(settings: Mapping[str, Any]) -> Sampling:
+def _sampling(settings: Mapping[str, Any], origin: str) -> Sampling:
     try:
         return Sampling(**dict(settings))
     except ValueError as error:
-        raise ValueError(f"generation_config.json: {error}") from error
+        raise ValueError(f"{origin}: {error}") from error

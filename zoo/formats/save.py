@@ -23,7 +23,7 @@ from ..parameters import describe, split
 from .hugging_face import CheckpointFolder, read_json
 from .safetensors import NAMES
 from .source import Progress, Source, TensorInfo, WithProgress, check_fits, floating, token_of, widest
-from .text_ends import end_ids
+from .text_ends import GENERATION_CONFIG, end_ids, generation_config
 from .tokenizer_file import prepare_tokenizer, tokenizer_of
 
 SHARD_BYTES = 5_000_000_000
@@ -192,6 +192,8 @@ def write_description(source: Source | CheckpointFolder, folder: Path, dtype: np
     companions: Mapping[str, Path] = getattr(source, "companions", {})
     for name, path in companions.items():
         shutil.copyfile(path, folder / name)
+    if GENERATION_CONFIG not in companions and (fields := generation_config(source)):
+        _write_json(folder / GENERATION_CONFIG, fields)
     template = getattr(source, "chat_template", None)
     if template is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -206,7 +208,7 @@ def _write_tokenizer(source: Source, tokenizer: Tokenizer, folder: Path) -> None
 
 def _write_ends(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes every token that ends a text into generation_config.json, which is where transformers reads them."""
-    path, ids = folder / "generation_config.json", [*end_ids(source, tokenizer)]
+    path, ids = folder / GENERATION_CONFIG, [*end_ids(source, tokenizer)]
     fields = read_json(path) if path.is_file() else {}
     listed = fields.get("eos_token_id")
     if not {*ids} <= {*(listed if isinstance(listed, list) else [listed])}:

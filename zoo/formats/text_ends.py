@@ -13,6 +13,7 @@ from ..end_tokens import known_end_ids
 from .json_file import read_json
 from .source import token_of
 
+GENERATION_CONFIG = "generation_config.json"
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -54,22 +55,29 @@ def named_special_tokens(source: Any, tokenizer: Tokenizer) -> dict[str, str]:
     return named
 
 
-def generation_config(source: Any) -> dict[str, Any]:
-    """The fields of generation_config.json; empty if the source has no such file."""
-    return _companion(source, "generation_config.json")
+def generation_config(source: Any) -> Mapping[str, object]:
+    """The fields of generation_config.json, or those that the metadata of a GGUF file correspond to."""
+    return _companion(source, GENERATION_CONFIG) or getattr(source, "generation_config", {})
 
 
-def sampling_settings(source: Any) -> dict[str, float]:
-    """The sampling settings of generation_config.json by their names in `Sampling`.
+def sampling_origin(source: Any) -> str:
+    """Where the sampling settings of a source are written, for errors."""
+    return GENERATION_CONFIG if hasattr(source, "companions") else "general.sampling"
 
-    `do_sample: false` is temperature 0. Raises ValueError where a setting is not a number.
+
+def sampling_settings(fields: Mapping[str, object]) -> dict[str, float]:
+    """The sampling settings among the fields of a generation_config.json by their names in `Sampling`.
+
+    `do_sample: false` is temperature 0. Raises ValueError if a setting is not a number.
     """
-    config = generation_config(source)
-    settings = {name: config[name] for name in SAMPLING_FIELDS if config.get(name) is not None}
-    for name, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"generation_config.json: {name} must be a number, got {value!r:.60}")
-    if config.get("do_sample") is False:
+    settings: dict[str, float] = {}
+    for name in SAMPLING_FIELDS:
+        value = fields.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise ValueError(f"{GENERATION_CONFIG}: {name} must be a number, got {value!r:.60}")
+        if value is not None:
+            settings[name] = value
+    if fields.get("do_sample") is False:
         settings["temperature"] = 0.0
     return settings
 

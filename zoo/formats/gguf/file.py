@@ -16,10 +16,13 @@ from .blocks import decode
 from .config import Metadata
 from .header import Header, Stored, read_header
 from .rules import ConvertedTensor
+from .sampling import read_sampling
 from .tokenizer import read_tokenizer
 
 SPECIAL = {"bos_token_id": ("bos",), "eos_token_id": ("eos", "eot", "eom"), "pad_token_id": ("padding",)}
 """Fields of the config that are keys `tokenizer.ggml.*_token_id`; a text, a turn and a message may end differently."""
+MORE_ENDS = "eos_token_ids"
+"""The key `tokenizer.ggml.*` for more tokens that end a text: Ollama reads it, llama.cpp does not."""
 
 
 class GgufFile:
@@ -70,6 +73,11 @@ class GgufFile:
         """The Jinja template that turns messages into a prompt."""
         template = self.header.metadata.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
+
+    @property
+    def generation_config(self) -> dict[str, object]:
+        """The recommended sampling settings as fields of a generation_config.json; ValueError if one is no number."""
+        return read_sampling(self.header.metadata)
 
     @property
     def name(self) -> str | None:
@@ -132,11 +140,24 @@ def _config(file: GgufFile, metadata: Metadata, ignore: Collection[str]) -> dict
     config["tie_word_embeddings"] = "output.weight" not in file.header.tensors
     config["torch_dtype"] = file.header.tensors["token_embd.weight"].format.dtype.name
     for field, names in SPECIAL.items():
-        ids = [metadata.values.get(f"tokenizer.ggml.{name}_token_id") for name in names]
-        ids += ends_among(_control_tokens(file.header.metadata)) if field == "eos_token_id" else ()
-        if found := list(dict.fromkeys(index for index in ids if isinstance(index, int))):
-            config[field] = found if len(found) > 1 else found[0]
+        ids = [index for name in names for index in _token_ids(metadata.values, f"{name}_token_id")]
+        if field == "eos_token_id":
+            ids += [*_token_ids(metadata.values, MORE_ENDS), *ends_among(_control_tokens(file.header.metadata))]
+        if ids := list(dict.fromkeys(ids)):
+            config[field] = ids if len(ids) > 1 else ids[0]
     return config
+
+
+def _token_ids(metadata: Mapping[str, Any], name: str) -> list[int]:
+    """The ids in a key `tokenizer.ggml.*`, which may hold one, an array of them, or be absent. Negative ones mean none.
+
+    Raises ValueError if the key holds anything else.
+    """
+    value = metadata.get(f"tokenizer.ggml.{name}", [])
+    ids = value.tolist() if isinstance(value, np.ndarray) else value if isinstance(value, list) else [value]
+    if not all(type(index) is int for index in ids):
+        raise ValueError(f"tokenizer.ggml.{name} must hold token ids, got {value!r:.100}")
+    return [index for index in ids if 0 <= index < 2**31]
 
 
 def _control_tokens(metadata: Mapping[str, Any]) -> dict[str, int]:

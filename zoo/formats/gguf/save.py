@@ -1,6 +1,7 @@
 """GGUF files written from any source of weights."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -12,19 +13,21 @@ from tokenizers import Tokenizer
 from ...end_tokens import known_end_ids
 from ...families.registry import read, write
 from ..source import Source, TensorInfo
-from ..text_ends import end_ids
+from ..text_ends import end_ids, generation_config, named_special_tokens
 from ..tokenizer_file import tokenizer_of
 from .architecture import Architecture
 from .architectures import ARCHITECTURES
 from .blocks import Format, encode, format_of, package
-from .file import SPECIAL, listed
+from .file import MORE_ENDS, SPECIAL, listed
 from .rules import ConvertedTensor
+from .sampling import write_sampling
 from .tokenizer_out import write_tokenizer
 
 FILE_TYPES = {"F16": 1, "Q8_0": 7}
 LENGTH = "max_position_embeddings"
 CARRIED = (*SPECIAL, LENGTH, "intermediate_size")
 """Fields that a config need not have for the model to be the same."""
+_log = logging.getLogger(__name__)
 _FLOAT32 = ("position_embd.", "ffn_gate_inp.")
 
 
@@ -65,12 +68,12 @@ def save_gguf(
     values = {f"{architecture.name}.{key}": value for key, value in architecture.metadata(config).items()}
     rows = next((one.info.shape[0] for one in made if one.name == "token_embd.weight"), 0)
     tokenizer = tokenizer_of(source)
-    if ends := [*end_ids(source, tokenizer)]:
-        config = config | {"eos_token_id": ends}
+    config = config | _token_ids(source, tokenizer)
     values |= {"tokenizer.ggml.model": "none"} if tokenizer is None else write_tokenizer(tokenizer, rows, config, name)
     values |= {f"{architecture.name}.vocab_size": rows, **_special(config, tokenizer)}
     template = chat_template if chat_template is not None else getattr(source, "chat_template", None)
     values |= {} if template is None else {"tokenizer.chat_template": template}
+    values |= write_sampling(generation_config(source))
     values |= {"general.name": name, "general.file_type": FILE_TYPES[quantization], "general.quantization_version": 2}
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -128,23 +131,40 @@ class _Whole:
         return x if index is None else x[index]
 
 
-def _special(config: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, int]:
-    """The ids of special tokens; several ends of a text take the keys that GGUF has for ends of turns and messages.
+def _token_ids(source: Source, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The special tokens that the config, generation_config.json or the tokenizer's files name, as config fields."""
+    fields: dict[str, Any] = {}
+    named = {} if tokenizer is None else named_special_tokens(source, tokenizer)
+    for name in ("bos_token", "pad_token"):
+        ids = [source.config.get(f"{name}_id"), generation_config(source).get(f"{name}_id")]
+        ids += [tokenizer.token_to_id(named[name])] if tokenizer is not None and name in named else []
+        if ids := [index for index in ids if type(index) is int and index >= 0]:
+            fields[f"{name}_id"] = ids[0]
+    return fields | ({"eos_token_id": ends} if (ends := [*end_ids(source, tokenizer)]) else {})
 
-    Where these do not suffice, ends that readers know by their text have no key.
+
+def _special(config: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The keys of special tokens; several ends of a text take the keys that GGUF has for ends of turns and messages.
+
+    Where these do not suffice, ends that readers know by their text have no key. If they still do not, the key
+    `MORE_ENDS` has all of them, which is logged.
     """
     known = set() if tokenizer is None else {*known_end_ids(tokenizer)}
-    keys: dict[str, int] = {}
+    keys: dict[str, Any] = {}
     for field, names in SPECIAL.items():
         value = config.get(field)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         ids = list(dict.fromkeys(index for index in ids if index != -1))  # which stands for none
         if len(ids) > len(names):
             ids = [index for place, index in enumerate(ids) if place == 0 or index not in known]
+        if len(ids) > len(names) and field != "eos_token_id":
+            raise ValueError(f"GGUF has room for {len(names)} token as {field}, got {ids}: name one in config.json")
         if len(ids) > len(names):
-            raise ValueError(
-                f"GGUF has room for {len(names)} tokens as {field}, got {ids}: name fewer in config.json and "
-                "generation_config.json"
+            keys[f"tokenizer.ggml.{MORE_ENDS}"] = ids
+            _log.warning(
+                "llama.cpp reads %d tokens that end a text, and this model has %d: it will not end texts at %s; Ollama "
+                "and flaxzoo will, by tokenizer.ggml.%s",
+                *(len(names), len(ids), ids[len(names) :], MORE_ENDS),
             )
         keys |= {f"tokenizer.ggml.{name}_token_id": index for name, index in zip(names, ids, strict=False)}
     return keys
@@ -168,6 +188,7 @@ def _write(
     gguf = package()
     writer = gguf.GGUFWriter(path, architecture)
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add[np.int32] = writer.add_int32
     for key, value in values.items():
         add.get(type(value), writer.add_array)(key, value)
     tensors = [*made, *(_table(name, table) for name, table in extra.items())]

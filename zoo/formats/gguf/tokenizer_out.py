@@ -29,7 +29,7 @@ def write_tokenizer(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any], 
     model = state["model"]
     if model["type"] != "BPE":
         raise ValueError(f"GGUF can hold tokenizers of type BPE, got {model['type']}")
-    _check_flags(state, name)
+    _check_flags(tokenizer, state, name)
     tokens, types = _tokens(tokenizer, state, rows)
     metadata: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
@@ -43,10 +43,20 @@ def write_tokenizer(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any], 
     return metadata | _ends(tokenizer, config)
 
 
-def _check_flags(state: dict[str, Any], name: str) -> None:
+def _check_flags(tokenizer: Tokenizer, state: dict[str, Any], name: str) -> None:
     """Raises ValueError where special tokens treat the text around them in a way that GGUF has no key for."""
+    normalizer = tokenizer.normalizer
+    normalized = (lambda text: text) if normalizer is None else normalizer.normalize_str
     texts = [token["content"] for token in state["added_tokens"]]
     strips = strips_spaces_after(name, texts)
+    changed = [
+        t["content"] for t in state["added_tokens"] if t["normalized"] and normalized(t["content"]) != t["content"]
+    ]
+    if changed:
+        raise ValueError(
+            "GGUF has no key for normalized=true of tokens, and without it these would match other text: "
+            f"{', '.join(map(repr, changed[:5]))}; set normalized to false in tokenizer.json"
+        )
     for flag, wanted in (("lstrip", set()), ("rstrip", strips), ("single_word", set())):
         unlike = [t["content"] for t in state["added_tokens"] if t[flag] != (t["content"] in wanted)]
         if unlike:

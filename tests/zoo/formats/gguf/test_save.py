@@ -137,7 +137,7 @@ WRONG = {
         "RoPE scaling cannot be said",
     ),
     "missing": ({"hidden_size": None}, {}, "'llama': the config has no hidden_size"),
-    "ends": ({"eos_token_id": [1, 2, 3, 4]}, {}, "room for 3 tokens as eos_token_id"),
+    "pads": ({"pad_token_id": [1, 2]}, {}, "room for 1 token as pad_token_id"),
     "left over": ({}, {"model.extra.weight": np.zeros(3)}, "1 tensors are not known .* llama: model.extra.weight"),
     "large": (
         {},
@@ -156,6 +156,28 @@ def test_wrong(name: str, memory: Any, arrays: dict[str, np.ndarray], tmp_path: 
     with pytest.raises(ValueError, match=message):
         save_gguf(memory(CONFIG | config, arrays | more), path)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["before"]
+
+
+def test_more_ends_than_llama_cpp_reads(
+    memory: Any, arrays: dict[str, np.ndarray], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are in the key that Ollama reads, and come back; llama.cpp's first three have their own keys."""
+    save_gguf(memory(CONFIG | {"eos_token_id": [4, 1, 2, 3]}, arrays), tmp_path / "model.gguf")
+    assert "it will not end texts at [3]" in caplog.text
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot", "eom")] == [4, 1, 2]
+    assert GgufFile(tmp_path / "model.gguf").config["eos_token_id"] == [4, 1, 2, 3]
+    save_gguf(GgufFile(tmp_path / "model.gguf"), tmp_path / "again.gguf", name="model")
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "model.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("value", ["two", 2.0, True, ["two"]])
+def test_ids_of_special_tokens_must_be_ids(
+    value: Any, make: Any, llama: dict[str, Any], weights: dict[str, np.ndarray]
+) -> None:
+    for name in ("eos_token_id", "eos_token_ids", "bos_token_id", "padding_token_id"):
+        with pytest.raises(ValueError, match=f"tokenizer.ggml.{name} must hold token ids"):
+            GgufFile(make({**llama, f"tokenizer.ggml.{name}": value}, weights))
 
 
 def test_wrong_quantization(memory: Any, arrays: dict[str, np.ndarray], tmp_path: Path) -> None:

@@ -203,6 +203,25 @@ def test_what_gguf_cannot_hold() -> None:
         write_tokenizer(found, rows, {"bos_token_id": 7, "eos_token_id": [1, 2]})
 
 
+def test_normalized_tokens() -> None:
+    """Tokens that the normalizer changes match other text in GGUF; those that it leaves alone do not."""
+    for tokenizer, token, refused in (
+        (sentencepiece(True), AddedToken("<x>", normalized=True, special=True), True),
+        (sentencepiece(False), AddedToken("<x y>", normalized=True), True),
+        (sentencepiece(False), AddedToken("<x>", normalized=True, special=True), False),
+        (byte_level(WORDS["qwen2"]), AddedToken("<e\u0301>", normalized=True, special=True), True),
+        (byte_level(WORDS["gpt-2"]), AddedToken("<e\u0301 >", normalized=True, special=True), False),
+    ):
+        tokenizer.add_tokens([token])
+        rows = tokenizer.get_vocab_size()
+        if refused:
+            with pytest.raises(ValueError, match="no key for normalized=true of tokens, .* '<"):
+                write_tokenizer(tokenizer, rows, CONFIG)
+        else:
+            texts = [f"a{token.content}b", f" {token.content} "]
+            assert ids(again(tokenizer, rows, CONFIG), texts) == ids(tokenizer, texts)
+
+
 def test_order_of_merges() -> None:
     vocab = {piece: index for index, piece in enumerate(["<unk>", *"abc", "ab", "bc", "abc"])}
     merges = [("a", "bc"), ("b", "c"), ("ab", "c"), ("a", "b")]  # those of one token are apart
