@@ -13,7 +13,7 @@ VENV = PYTHON='$(PYTHON)' GOAL='$(GOAL)' .ci/venv
 .NOTPARALLEL:
 .PHONY: help train test test-slow test-real test-oldest check format constraints clean
 .PHONY: wheel bench-train bench-attention tune-attention bench-generate bench-gpu
-.PHONY: docs docs-attention docs-zoo docs-site
+.PHONY: docs docs-attention docs-zoo docs-site catalog
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -73,6 +73,9 @@ docs-attention: .venv/.train ## draw the masks of docs/attention.md
 
 docs-zoo: .venv/.train ## measure every family against its reference, and write the tables of docs/zoo.md
 	.venv/bin/python docs/zoo_table.py
+
+catalog: .venv/.train ## write configs/catalog.json, which `zoo list` prints
+	.venv/bin/python -m flaxzoo.configs.catalog
 
 docs-site: .venv-docs/.docs ## build the documentation as a site into build/site; broken links are errors
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build $(ARGS)

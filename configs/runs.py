@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from ..zoo import open_source
+from ..zoo.decoder import Decoder
 from ..zoo.families import registry
 from . import models
 from .run import Data, Optimizer, Run
@@ -60,6 +61,27 @@ def bench_cpu() -> Run:
         steps=20,
         batch=8,
         length=512,
+    )
+
+
+def from_scratch(model: Decoder, *, devices: int = 1, accelerator: bool = False) -> Run:
+    """The usual run of a named model, from random initial parameters; `zoo train` and `zoo plan` use it.
+
+    zoo train gpt2 --data.source my_book.txt
+
+    Layers compute in bfloat16 on accelerators and in float32 on CPUs. The batch is the smallest multiple of the devices
+    that has at least 8 sequences, each of at most 1024 tokens.
+
+    Args:
+        model: the model.
+        devices: number of JAX devices that share a batch.
+        accelerator: whether they are TPUs or GPUs.
+    """
+    return Run(
+        model=model,
+        batch=devices * -(-8 // devices),
+        length=min(1024, model.max_positions or 1024),
+        dtype="bfloat16" if accelerator else "float32",
     )
 
 

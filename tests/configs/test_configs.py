@@ -86,12 +86,19 @@ def test_configs_say_what_they_are(name):
 def test_misspelled_names_get_a_suggestion():
     with pytest.raises(ValueError, match=r"unknown model or run 'lama3_8b'; did you mean 'llama3_8b'"):
         get("lama3_8b")
-    with pytest.raises(ValueError, match=r"unknown run 'shakespear'; did you mean 'shakespeare'\?"):
+    with pytest.raises(ValueError, match=r"unknown model or run 'shakespear'; did you mean 'shakespeare'\?"):
         get_run("shakespear")
 
 
-def test_a_model_is_a_run_with_the_usual_settings():
-    assert get_run("gpt2") == Run(model=get_model("gpt2"))
+@pytest.mark.parametrize(
+    ("devices", "accelerator", "batch", "dtype"),
+    [(1, False, 8, "float32"), (1, True, 8, "bfloat16"), (6, True, 12, "bfloat16"), (64, True, 64, "bfloat16")],
+)
+def test_a_model_is_a_run_with_the_usual_settings(devices, accelerator, batch, dtype):
+    run = get_run("gpt2", devices=devices, accelerator=accelerator)
+    assert run == Run(model=get_model("gpt2"), batch=batch, length=1024, dtype=dtype)
+    limited = get_model("gpt2").replace(max_positions=256)
+    assert configs.runs.from_scratch(limited).length == 256
 
 
 def test_a_run_has_a_model():

@@ -3,8 +3,9 @@
 import math
 
 import pytest
-from flaxzoo.configs import _named, get_model, models
+from flaxzoo.configs import get_model, models
 from flaxzoo.configs.models import moe
+from flaxzoo.configs.named import functions_returning
 from flaxzoo.zoo import Decoder
 from flaxzoo.zoo.families import registry
 from flaxzoo.zoo.parameters import describe
@@ -83,5 +84,7 @@ def test_its_family_can_express_it(name):
 
 
 def test_every_model_of_these_files_is_here():
-    named = set(_named(models, Decoder)) - set(_named(moe, Decoder))  # those are in test_moe_models.py
+    named = set(functions_returning(Decoder, models)) - set(
+        functions_returning(Decoder, moe)
+    )  # those are in test_moe_models.py
     assert named - {"small"} == set(PUBLISHED)

@@ -3,8 +3,9 @@
 import functools
 
 import pytest
-from flaxzoo.configs import _named, get_model
+from flaxzoo.configs import get_model
 from flaxzoo.configs.models import moe as moe_models
+from flaxzoo.configs.named import functions_returning
 from flaxzoo.train.commands import show
 from flaxzoo.zoo import Decoder
 from flaxzoo.zoo.families.registry import read, write
@@ -37,7 +38,7 @@ def rounded(count: int, like: str) -> str:
 
 
 def test_every_model_has_a_case() -> None:
-    assert set(_named(moe_models, Decoder)) == PUBLISHED.keys()
+    assert set(functions_returning(Decoder, moe_models)) == PUBLISHED.keys()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -2,16 +2,72 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
+import tyro
 
+from ... import zoo
 from ...zoo.generation.chat import Conversation
+from ...zoo.text_encoding import unescaped
+from ..runs.status import compiling_shown
+from .flags import parse_flags
+from .inference import SOURCE, ModelFlags, SamplingFlags, note
 
 HELP = """/help shows this, /reset starts a new conversation, /exit or Ctrl-D ends the program.
 Ctrl-C stops a reply or clears the line; twice in a row it ends the program.
 A message that begins with "/" is sent as "//...": "//etc" sends "/etc"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """Chat with a model. Replies stream, and the KV cache is reused across turns.
+
+    Example: `zoo chat SmolLM2-135M-Instruct.gguf --temperature 0.2`
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=SOURCE)]
+    system: str = ""
+    """The system message."""
+    max_tokens: int = 1000
+    """The largest number of tokens of a reply."""
+    template: Path | None = None
+    """A file with the Jinja chat template; by default the model's own."""
+    speculate: int = 0
+    """Speculative decoding with N tokens at a time, predicted from the text so far. Changes only the speed."""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingFlags] = SamplingFlags()
+    weights: tyro.conf.OmitArgPrefixes[ModelFlags] = ModelFlags()
+
+
+def parse(arguments: Sequence[str]) -> Chat:
+    """The spec that the arguments describe."""
+    return parse_flags(Chat, arguments, "zoo chat")
+
+
+def run(spec: Chat) -> None:
+    """Reads messages from standard input and writes replies to standard output."""
+    text_model = spec.weights.open(spec.model).optimize_for_decoding()
+    if spec.template is not None:
+        text_model = text_model.with_template(spec.template.read_text(encoding="utf-8"))
+    if text_model.template is None:
+        raise ValueError(f"{spec.model} has no chat template; give one by --template FILE, or use `zoo generate`")
+    conversation = Conversation(
+        text_model.model,
+        text_model.tokenizer,
+        text_model.template,
+        stop=text_model.end_ids,
+        system=unescaped(spec.system) or None,
+        sampling=spec.sampling.over(text_model.sampling),
+        seed=spec.sampling.seed,
+        dtype=text_model.dtype,
+        cache_dtype=spec.weights.cache_dtype or None,
+        speculation=zoo.Speculation(tokens=spec.speculate) if spec.speculate else None,
+    )
+    note(f"sampling: {spec.sampling.describe(text_model.sampling, text_model.recommended)}")
+    converse(conversation, spec.max_tokens)
 
 
 def converse(conversation: Conversation, max_tokens: int) -> None:
@@ -44,9 +100,9 @@ def converse(conversation: Conversation, max_tokens: int) -> None:
 def answer(conversation: Conversation, text: str, max_tokens: int) -> None:
     """Writes one reply. Ctrl-C stops it between two pieces."""
     try:
-        with _interruptible() as interrupts, waiting() as stop_waiting:
+        with _interruptible() as interrupts, compiling_shown() as stop_showing:
             for piece in conversation.say(text, max_tokens=max_tokens):
-                stop_waiting()
+                stop_showing()
                 print(piece, end="", flush=True)
                 if interrupts:
                     break
@@ -54,19 +110,6 @@ def answer(conversation: Conversation, text: str, max_tokens: int) -> None:
         print(f"({conversation.speed})", file=sys.stderr)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-
-
-@contextmanager
-def waiting() -> Iterator[Callable[[], None]]:
-    """Shows that the model compiles and reads, on standard error if that is a terminal. Yields what ends it earlier."""
-    console = Console(stderr=True)
-    status = console.status("compiling and reading the prompt ...")
-    if console.is_terminal:
-        status.start()
-    try:
-        yield status.stop
-    finally:
-        status.stop()
 
 
 @contextmanager

@@ -1,22 +1,50 @@
-"""Tables of models and runs for people."""
+"""`zoo show`: the parameters and sizes of a model."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import tyro
 from jax.sharding import AbstractMesh
+from jax.typing import DTypeLike
 from rich.console import Console
 from rich.table import Table
 
-from ... import configs
 from ...configs.run import Run
-from ...layers.spec import Spec
 from ...zoo.decoder import Decoder
 from ...zoo.parameters import Description, describe, partitions
 from ..distributed import mesh as meshes
 from ..runs.progress import amount, memory_size, print_whole
+from .flags import parse_flags
 from .shard import tensor_of
+from .source import HELP, SourceFlags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show:
+    """Every parameter of a model with shape, dtype, sharding and bytes; totals, FLOPs and KV-cache bytes per token."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=HELP)]
+    mesh: str = ""
+    """Axes and sizes to split parameters over, e.g. 'fsdp=4,tensor=2'. No devices are needed."""
+    length: int | None = None
+    """Tokens of context for which FLOPs are counted. Default: the run's length, or 2048 if the model has as many
+    positions."""
+    source: tyro.conf.OmitArgPrefixes[SourceFlags] = SourceFlags()
+
+
+def parse(arguments: Sequence[str]) -> Show:
+    """The spec that the arguments describe."""
+    return parse_flags(Show, arguments, "zoo show")
+
+
+def run(spec: Show) -> None:
+    """Prints the table."""
+    (model_or_run,) = spec.source.read(spec.model)
+    table(spec.model, model_or_run, spec.mesh, spec.length, Console())
 
 
 def parameters_of(model: Decoder) -> dict[str, Description]:
@@ -24,8 +52,8 @@ def parameters_of(model: Decoder) -> dict[str, Description]:
     return describe(model.abstract())
 
 
-def cache_bytes(model: Decoder, dtype: Any = jnp.bfloat16) -> float:
-    """Bytes of cache that one more token of a document takes, from the shapes of the caches themselves."""
+def cache_bytes(model: Decoder, dtype: DTypeLike = jnp.bfloat16) -> float:
+    """Bytes of cache for one more token of a document, from the shapes of the caches."""
 
     def size(length: int) -> int:
         leaves = jax.tree.leaves(jax.eval_shape(lambda: model.cache(1, length, dtype)))
@@ -34,36 +62,23 @@ def cache_bytes(model: Decoder, dtype: Any = jnp.bfloat16) -> float:
     return size(2) - size(1)
 
 
-def listing(console: Console) -> None:
-    """Prints the named models and runs."""
-    table = Table("name", "parameters", "what it is", box=None, header_style="bold", pad_edge=False)
-    for title, named in (("models", configs.MODELS), ("runs", configs.RUNS)):
-        table.add_row(f"[bold]{title}[/bold]")
-        for name, made in named.items():
-            found = made()
-            model = found.model if isinstance(found, Run) else found
-            size = sum(known.size for known in parameters_of(model).values())
-            table.add_row(f"  {name}", amount(size), (made.__doc__ or "").splitlines()[0])
-    console.print(table)
-    console.print("\nzoo show NAME tells more; zoo train RUN trains.", highlight=False)
-
-
-def table(title: str, found: Decoder | Run, mesh_text: str, length: int, console: Console) -> None:
+def table(title: str, model_or_run: Decoder | Run, mesh_text: str, length: int | None, console: Console) -> None:
     """Prints every parameter, and the totals."""
-    model = found.model if isinstance(found, Run) else found
-    length = length or (found.length if isinstance(found, Run) else min(2048, model.max_positions or 2048))
-    sizes = meshes.parse(mesh_text or (found.mesh if isinstance(found, Run) else ""))
+    is_run = isinstance(model_or_run, Run)
+    model = model_or_run.model if is_run else model_or_run
+    length = length or (model_or_run.length if is_run else min(2048, model.max_positions or 2048))
+    sizes = meshes.parse(mesh_text or (model_or_run.mesh if is_run else ""))
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    known = parameters_of(model)
-    splits = partitions(known, mesh)
+    parameters = parameters_of(model)
+    splits = partitions(parameters, mesh)
     rows = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("parameter", "shape / mesh axis", "dtype", "bytes"):
         rows.add_column(heading, justify="right" if heading == "bytes" else "left", no_wrap=True)
-    tensors = [tensor_of(name, what.axes, what.shape, what.dtype, splits[name], mesh) for name, what in known.items()]
+    tensors = [tensor_of(name, parameter, splits[name], mesh) for name, parameter in parameters.items()]
     for tensor in tensors:
         rows.add_row(tensor.name, tensor.layout, tensor.dtype, memory_size(tensor.bytes))
     print_whole(console, rows)
-    total = sum(what.size for what in known.values())
+    total = sum(parameter.size for parameter in parameters.values())
     weights = sum(tensor.bytes for tensor in tensors)
     unused = model.unused()
     active = f", {total - unused:,} active in a token" if unused else ""
@@ -74,15 +89,3 @@ def table(title: str, found: Decoder | Run, mesh_text: str, length: int, console
     forward = model.flops(length)
     console.print(f"FLOPs per token at {length} tokens: {amount(forward)} forward, {amount(3 * forward)} training")
     console.print(f"KV cache per token: {memory_size(cache_bytes(model))} in bfloat16", highlight=False)
-
-
-def difference(a: str, first: Spec, b: str, second: Spec, console: Console) -> None:
-    """Prints the settings in which two specs differ; a model is compared with a run's model."""
-    if isinstance(first, Run) != isinstance(second, Run):
-        first, second = (x.model if isinstance(x, Run) else x for x in (first, second))
-    left, right = first.flat(), second.flat()
-    rows = Table("setting", a, b, box=None, header_style="bold", pad_edge=False)
-    for name in dict.fromkeys((*left, *right)):
-        if left.get(name, "-") != right.get(name, "-"):
-            rows.add_row(name, str(left.get(name, "-")), str(right.get(name, "-")))
-    console.print(rows if rows.row_count else f"{a} and {b} are the same", highlight=False)

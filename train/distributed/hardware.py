@@ -1,29 +1,12 @@
-"""The machine of this process: its TPU, peak speed and memory in use."""
+"""The machine of this process: peak speed and memory in use."""
 
-import os
 import resource
 import sys
-from pathlib import Path
 
 from jaxlib._jax import Device
 
 from ..plan import chips
-
-
-def has_tpu() -> bool:
-    """Whether this machine has device files of a TPU."""
-    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-
-
-def without_tpu() -> None:
-    """Keeps an installed libtpu from searching the network for a TPU in a machine that has none."""
-    if not has_tpu():
-        for name, value in (
-            ("TPU_SKIP_MDS_QUERY", "1"),
-            ("TPU_ACCELERATOR_TYPE", "v5litepod-1"),
-            ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ):
-            os.environ.setdefault(name, value)
+from .libtpu import has_tpu as has_tpu
 
 
 def peak_flops(device: Device) -> float | None:

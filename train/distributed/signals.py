@@ -13,6 +13,7 @@ class Interrupted(Exception):
 
     def __init__(self, signal_name: str, step: int, folder: Path):
         self.signal_name = signal_name
+        self.exit_code = 128 + signal.Signals[signal_name]
         super().__init__(f"{signal_name}: stopped and saved at step {step}; {command(folder)} goes on from there")
 
 

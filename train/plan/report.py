@@ -13,7 +13,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ... import configs
 from ...configs.run import Run
 from ...layers.sharding import stages
 from ...layers.spec import missing_package
@@ -70,13 +69,17 @@ def search_command(
     run: Run,
     topology: str,
     *,
+    usual: Run,
     momentum: bool,
     plot: Path | None,
     as_json: bool,
     usd_hour: float | None,
     watts: float | None,
 ) -> None:
-    """Searches the layouts of a run and prints the best, and the command that trains with it."""
+    """Searches the layouts of a run and prints the best, and the command that trains with it.
+
+    `usual` is the run that `zoo train NAME` starts without flags.
+    """
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     console, asides = Console(), Console(stderr=True)
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
@@ -100,7 +103,7 @@ def search_command(
         rows.add_column(heading, justify=side, no_wrap=True)  # pyright: ignore[reportArgumentType]
     best = pareto(plans)
     for number, one in enumerate(plans, 1):
-        memory = _gib(one.memory.used)
+        memory = memory_size(one.memory.used)
         told = one.time is not None and not one.time.unknown and one.fits
         told_as = (
             [f"{one.tokens_per_second:,.0f}", f"{one.mfu:.1%}", one.time.bound] if told and one.time else ["-", "-", ""]
@@ -114,7 +117,7 @@ def search_command(
     if plot is not None:
         console.print(f"\ndrawn in {plot}", highlight=False)
     if best:
-        console.print(f"\nThe fastest:\n\n  {train_line(name, best[0].run)}\n", highlight=False, soft_wrap=True)
+        console.print(f"\nThe fastest:\n\n  {train_line(name, best[0].run, usual)}\n", highlight=False, soft_wrap=True)
         page(best[0], console, usd_hour=usd_hour, watts=watts)
 
 
@@ -122,9 +125,8 @@ SEARCHED = ("accumulate", "memory", "tokens/s a chip", "MFU", "bound by", "")
 """Headings of what is told of a layout beside its mesh and remat."""
 
 
-def train_line(name: str, run: Run) -> str:
-    """The command that trains a run by this name in the layout of `run`."""
-    usual = run if Path(name).exists() else configs.get_run(name)
+def train_line(name: str, run: Run, usual: Run) -> str:
+    """The command that trains a run by this name in the layout of `run`; without flags it would train `usual`."""
     names = ("batch", "length", "dtype", "quantize", "mesh", "remat", "accumulate")
     names += ("optimizer.name", "optimizer.momentum_dtype")
     given, default = run.flat(), usual.flat()
@@ -236,9 +238,9 @@ def memory_table(memory: Memory, console: Console) -> None:
     """Prints whether the program fits, and a bar for each part of the memory."""
     whole = max(memory.capacity, memory.used)
     verdict = (
-        f"[bold red]does not fit[/]: {_gib(memory.missing)} too much for {_gib(memory.capacity)} a chip"
+        f"[bold red]does not fit[/]: {memory_size(memory.missing)} too much for {memory_size(memory.capacity)} a chip"
         if memory.missing
-        else f"[bold green]fits[/]: {_gib(memory.used)} of {_gib(memory.capacity)} a chip"
+        else f"[bold green]fits[/]: {memory_size(memory.used)} of {memory_size(memory.capacity)} a chip"
     )
     console.print(verdict, highlight=False)
     rows = Table(box=None, pad_edge=False, show_header=False)
@@ -247,7 +249,7 @@ def memory_table(memory: Memory, console: Console) -> None:
     for name, what in PARTS.items():
         size = getattr(memory, name)
         if size >= 2**20:
-            rows.add_row(name, _gib(size), "█" * max(1, round(30 * size / whole)), f"[dim]{what}[/]")
+            rows.add_row(name, memory_size(size), "█" * max(1, round(30 * size / whole)), f"[dim]{what}[/]")
     print_whole(console, rows)
 
 
@@ -270,7 +272,3 @@ def time_table(time: Time, chip: Chip, console: Console) -> None:
         how = f"{part.count} over {axis}: bytes at {speed} bandwidth, a lower bound"
         rows.add_row(kind, f"{part.seconds:.4f}", f"{part.exposed:.4f}", memory_size(part.bytes), how)
     print_whole(console, rows)
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"

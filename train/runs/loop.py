@@ -27,13 +27,14 @@ from .. import data as datasets
 from ..checkpoints import step_folders
 from ..checkpoints.checkpoints import Checkpoints, check_space
 from ..checkpoints.step_folders import cause, command, free
-from ..data.cache import CacheError, cache_folder
+from ..data.cache import CacheError
 from ..distributed import hardware, processes
 from ..distributed import mesh as meshes
 from ..distributed import watchdog as roll
 from ..distributed.signals import Interrupted, Signals
 from ..step import State, abstract_state, all_finite, best_parameters, initial_state, make_evaluation, make_step
 from . import changes, report
+from .compilation_cache import use_compilation_cache
 from .folder import Folder
 from .metrics import NullRecorder, Recorder
 from .pretrained import Pretrained, open_pretrained
@@ -136,13 +137,6 @@ def with_disk_advice(folder: Path) -> Iterator[None]:
             f"cannot write {file}: {cause(error)}; {free(folder):,} bytes are free there. Free space there, make it "
             f"writable, or choose another --runs folder; what is saved stays, and {command(folder)} continues from it"
         ) from error
-
-
-def use_compilation_cache() -> None:
-    """Compiled programs are kept between runs, unless the user chose where already."""
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def _load_data(run: Run, folder: Folder, mesh: Mesh, console: Console, *, verify: bool) -> datasets.Batches:

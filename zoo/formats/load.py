@@ -1,6 +1,7 @@
 """Weights in: a checkpoint of any kind as a model on its devices, tensor by tensor."""
 
 import functools
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -34,7 +35,7 @@ Loaded = tuple[DecoderModel, Tokenizer | None]
 
 
 @dataclass(frozen=True)
-class Runs:
+class RunReader:
     """How the folder of a run is read: as a model, and as a source."""
 
     load: Callable[..., Loaded]
@@ -43,8 +44,8 @@ class Runs:
     """The config, companions and chat template of a run, as of a `CheckpointFolder`."""
 
 
-RUNS: list[Runs] = []
-"""`flaxzoo.train` puts its own here when it is imported: this package knows no training."""
+TRAINING = "flaxzoo.train"
+"""The package whose `RUN_READER` reads folders of runs, if the user imported it: this one does not import it."""
 
 
 def load(
@@ -119,11 +120,11 @@ def is_run(path: str | Path) -> bool:
     return config.is_file() and read_json(config).get("kind") == "Run"
 
 
-def runs_of(source: str | Path) -> Runs:
+def runs_of(source: str | Path) -> RunReader:
     """How this folder of a run is read. Raises ValueError if `flaxzoo.train` is not imported."""
-    if not RUNS:
+    if TRAINING not in sys.modules:
         raise ValueError(f"{source} is the folder of a run: `import flaxzoo.train` first, or use flaxzoo.train.load")
-    return RUNS[0]
+    return sys.modules[TRAINING].RUN_READER
 
 
 def model_of(source: Source, *, dtype: Any = None, mesh: Mesh | None = None) -> DecoderModel:

@@ -1,5 +1,6 @@
 """The `zoo` command: what it prints, and what it says when something is wrong: one message, no traceback."""
 
+import dataclasses
 import json
 import math
 import re
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from flaxzoo import configs, zoo
 from flaxzoo.configs import Run
-from flaxzoo.train.commands import cli
+from flaxzoo.train.commands import cli, plan, train
 from flaxzoo.train.distributed import cluster
 from flaxzoo.train.runs import loop
 from flaxzoo.train.runs.folder import Folder
@@ -80,11 +81,40 @@ def test_usage(say: Command) -> None:
     plain, asked = say(), say("--help")
     assert plain == asked == say("-h")
     assert (plain.code, plain.err) == (0, "")
-    for command in [*cli.COMMANDS, "train"]:
+    for command in cli.COMMANDS:
         assert re.search(rf"^  zoo {command}\b", plain.out, re.MULTILINE), command
         shown = say(command, "--help")
         assert (shown.code, shown.err) == (0, "")
         assert f"usage: zoo {command}" in shown.out
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["list"], ["list", "--help"], ["trian"]])
+def test_short_commands_start_without_jax(arguments: list[str], environment: dict[str, str]) -> None:
+    """No timing: what takes seconds to import is not imported."""
+    code = (
+        "import sys\n"
+        "from flaxzoo.train.commands import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = 'jax flax optax orbax grain tensorstore tensorflow_datasets pyarrow tokenizers matplotlib IPython'\n"
+        "print(sorted({*heavy.split()} & {*sys.modules}), file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert process.stderr.splitlines()[-1] == "[]"
+
+
+def test_placeholders_of_flags_are_words(say: Command) -> None:
+    for command in [*cli.COMMANDS, "train shakespeare"]:
+        shown = say(*command.split(), "--help").out
+        assert not re.search(r"\b(STR|INT|FLOAT)\b|{None}", shown), command
+
+
+def test_settings_in_the_help_have_groups() -> None:
+    """Every setting of a run is in one group or has its own."""
+    grouped = [name for names in train.GROUPS.values() for name in names]
+    nested = {"model", "data", "optimizer", "balance"}
+    assert sorted(grouped) == sorted({field.name for field in dataclasses.fields(Run)} - nested)
 
 
 def test_version(say: Command) -> None:
@@ -302,6 +332,47 @@ def test_chat(say: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.M
     assert said.err.count("tokens/s, first token after") == 2
 
 
+def test_a_named_model_starts_from_random_weights_and_says_so(say: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Run] = []
+    monkeypatch.setattr(loop, "train", lambda run, *_, **__: runs.append(run))
+    said = say("train", "gpt2")
+    assert said.err == (
+        "note: gpt2 starts from random weights. `zoo train openai-community/gpt2` starts from the pretrained ones.\n"
+    )
+    assert say("train", "small").err == "note: small starts from random weights.\n"
+    assert say("train", "shakespeare").err == ""
+    assert [run.dtype for run in runs] == ["float32"] * 3  # the tests run on CPUs
+
+
+@pytest.mark.parametrize("name", ["gpt2", "shakespeare"])
+def test_plan_and_train_have_the_same_defaults(
+    name: str, say: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On as many devices of the same kind."""
+    runs: list[Run] = []
+    monkeypatch.setattr(loop, "train", lambda run, *_, **__: runs.append(run))
+    monkeypatch.setattr(plan.report, "command", lambda run, *_, **__: runs.append(run))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 16)
+    assert say("train", name).code == say("plan", name, "--topology", "v5e:4x4").code == 0
+    assert runs[0] == runs[1]
+    assert runs[0].batch == 16
+
+
+def test_ignore_reaches_every_command_that_reads_a_model(say: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    shutil.copytree(TRUTH / "llama", folder)
+    config = json.loads((folder / "config.json").read_text()) | {"odd_field": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    for command in (["show", "odd"], ["shard", "odd", "--mesh", "fsdp=2"], ["diff", "odd", "gpt2"]):
+        assert "odd_field" in error_of(say(*command))
+        assert say(*command, "--ignore", "odd_field").code == 0
+    assert "odd_field" in error_of(say("plan", "odd", "--topology", "v5e:1x1"))
+    assert plan.parse(["odd", "--topology", "v5e:1x1", "--ignore", "odd_field"]).source.run("odd").ignore == (
+        "odd_field",
+    )
+
+
 # What is wrong, said in one message.
 
 
@@ -314,7 +385,15 @@ def test_chat(say: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.M
         ),
         ("show gtp2", "unknown model or run 'gtp2'; did you mean 'gpt2' or "),
         ("diff gpt2 gpt3", "unknown model or run 'gpt3'; did you mean 'gpt2' or "),
-        ("train shakespear", "unknown run 'shakespear'; did you mean 'shakespeare'? Known: bench_cpu, colab"),
+        ("train shakespear", "unknown model or run 'shakespear'; did you mean 'shakespeare'? Known: bench_cpu, colab"),
+        (
+            "generate shakespear",
+            "unknown model or run 'shakespear'; did you mean 'shakespeare'? Known: bench_cpu, colab",
+        ),
+        ("train gpt3", "unknown model or run 'gpt3'; did you mean 'gpt2' or "),
+        ("plan gpt3 --topology v5e:1x1", "unknown model or run 'gpt3'; did you mean 'gpt2' or "),
+        ("show gpt2 --text-only", "--ignore and --text-only are for checkpoints, and gpt2 is not one; leave them out"),
+        ("train gpt2 --ignore x", "--ignore and --text-only are for checkpoints, and gpt2 is not one; leave them out"),
         ("train shakespeare --mesh data=3", "the mesh splits the batch 3 ways (data), which does not divide "),
         (
             "train shakespeare --mesh tensor=4",
@@ -380,9 +459,7 @@ def test_a_run_by_a_name_close_to_it(say: Command, trained: Path) -> None:
 def test_what_is_not_there(say: Command, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')  # is no run to name
-    assert error_of(say("generate", "mine")).startswith(
-        "unknown model (no file or folder has this name, either) 'mine'. Known: "
-    )
+    assert error_of(say("generate", "mine")).startswith("unknown model or run 'mine'. Known: ")
     assert error_of(say("chat", "mine.gguf")) == "there is no file mine.gguf"
 
 
@@ -428,7 +505,7 @@ def test_an_error_of_ours_is_named(say: Command, monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("what was that")
 
     monkeypatch.setattr(cli, "dispatch", fail)
-    assert error_of(say("list")) == "RuntimeError: what was that\n(--traceback shows where)"
+    assert error_of(say("list")) == "RuntimeError: what was that\n(--traceback prints where)"
 
 
 def test_a_reader_that_leaves(zoo: Zoo) -> None:

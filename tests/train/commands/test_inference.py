@@ -80,5 +80,7 @@ def test_names_that_do_not_exist_list_models_and_runs(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/mine").mkdir(parents=True)
     (tmp_path / "runs/mine/config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"unknown model .*'smollm2_135n'; did you mean 'smollm2_135m'.*runs/mine"):
+    with pytest.raises(
+        ValueError, match=r"unknown model or run 'smollm2_135n'; did you mean 'smollm2_135m'.*runs/mine"
+    ):
         ModelFlags().open("smollm2_135n")

@@ -136,7 +136,8 @@ def test_what_goes_to_the_host_has_no_model() -> None:
 
 def test_numbers_of_8_bits_have_bytes() -> None:
     assert [hlo.bytes_of(kind, "8,128") for kind in ("f8e4m3fn", "f8e5m2", "s8", "s4")] == [1024, 1024, 1024, 512]
-    line = plan_report.train_line("bench_cpu", configs.get_run("bench_cpu").replace(quantize="int8", mesh="fsdp=4"))
+    usual = configs.get_run("bench_cpu")
+    line = plan_report.train_line("bench_cpu", usual.replace(quantize="int8", mesh="fsdp=4"), usual)
     assert line == "zoo train bench_cpu --quantize int8 --mesh fsdp=4"
 
 
@@ -459,7 +460,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     monkeypatch.setattr(plan_report, "plan", fake)
     cli.dispatch(["plan", "qwen2_5_0_5b", "--topology", "v5e:2x2", "--remat", "dots", "--optimizer", "lion", "--json"])
     ((made, topology),) = asked
-    assert (made.batch, made.length, made.remat, made.optimizer.name, topology) == (4, 2048, "dots", "lion", "v5e:2x2")
+    assert (made.batch, made.length, made.remat, made.optimizer.name, topology) == (8, 1024, "dots", "lion", "v5e:2x2")
     assert json.loads(capsys.readouterr().out)["step_seconds"] == 0.5
     cli.dispatch(["plan", "shakespeare", "--topology", "colab-v5e", "--batch", "32"])
     assert asked[-1][0] == configs.get_run("shakespeare").replace(batch=32)
@@ -494,9 +495,8 @@ def test_momentum_in_bfloat16_is_tried_where_it_is_asked_for() -> None:
     size = sum(what.size for what in known.values())
     less = plan_search.guess(wide[0], chip, known).bytes - plan_search.guess(narrow[0], chip, known).bytes
     assert less == pytest.approx(2 * size / 4, rel=0.01)
-    line = plan_report.train_line(
-        "bench_cpu", configs.get_run("bench_cpu").replace(**{"optimizer.momentum_dtype": "bfloat16"})
-    )
+    usual = configs.get_run("bench_cpu")
+    line = plan_report.train_line("bench_cpu", usual.replace(**{"optimizer.momentum_dtype": "bfloat16"}), usual)
     assert line == "zoo train bench_cpu --optimizer.momentum_dtype bfloat16"
 
 
@@ -587,7 +587,7 @@ def test_a_search_without_a_layout_that_fits() -> None:
 def test_the_command_that_trains() -> None:
     made = configs.get_run("bench_cpu").replace(mesh="fsdp=4", remat="dots", accumulate=2)
     line = "zoo train bench_cpu --mesh fsdp=4 --remat dots --accumulate 2"
-    assert plan_report.train_line("bench_cpu", made) == line
+    assert plan_report.train_line("bench_cpu", made, configs.get_run("bench_cpu")) == line
 
 
 def test_the_shares_of_attention_are_those_measured() -> None:

@@ -20,6 +20,7 @@ from flaxzoo.train.checkpoints.checkpoints import Checkpoints
 from flaxzoo.train.data import load as load_data
 from flaxzoo.train.distributed import mesh as meshes
 from flaxzoo.train.runs import changes, loop, metrics, report
+from flaxzoo.train.runs.compilation_cache import use_compilation_cache
 from flaxzoo.train.runs.folder import Folder, load
 from flaxzoo.train.step import abstract_state, initial_state, make_evaluation
 from jax.experimental.compilation_cache import compilation_cache
@@ -454,7 +455,7 @@ def test_compiled_programs_are_kept_where_the_user_says(
     monkeypatch.setenv("FLAXZOO_CACHE", str(tmp_path / "cache"))
     try:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine") if chosen else None)
-        loop.use_compilation_cache()
+        use_compilation_cache()
         expected = tmp_path / "mine" if chosen else tmp_path / "cache" / "jax"
         assert jax.config.jax_compilation_cache_dir == str(expected)
     finally:

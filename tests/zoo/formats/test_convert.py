@@ -60,6 +60,6 @@ def test_mistakes_are_told(tmp_path, destination, dtype, message):
 
 def test_the_folder_of_a_run_needs_training_to_be_imported(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"kind": "Run"}')
-    monkeypatch.setattr(sys.modules["flaxzoo.zoo.formats.load"], "RUNS", [])
+    monkeypatch.delitem(sys.modules, "flaxzoo.train", raising=False)
     with pytest.raises(ValueError, match="is the folder of a run: `import flaxzoo.train` first"):
         zoo.convert(tmp_path, tmp_path / "out")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from flaxzoo import configs, zoo
 from flaxzoo.train.commands import cli
+from flaxzoo.train.runs import loop
 from flaxzoo.zoo.families import registry
 from flaxzoo.zoo.formats.gguf import GgufFile
 from flaxzoo.zoo.parameters import split
@@ -144,10 +145,10 @@ def test_flags_of_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert zoo.load(tmp_path / "new")[0].spec
     cli.dispatch(["generate", str(odd), "--ignore", "odd_field", "--max-tokens", "1", "--prompt", "a"])
     runs: list[Any] = []
-    monkeypatch.setattr(cli.loop, "train", lambda run, *_, **__: runs.append(run))
+    monkeypatch.setattr(loop, "train", lambda run, *_, **__: runs.append(run))
     cli.dispatch(["train", str(odd), "--ignore", "odd_field", "other", "--steps", "1"])
     assert runs[0].ignore == ("odd_field", "other")
-    for command in ("generate", "chat", "eval", "convert"):
+    for command in ("generate", "chat", "eval", "convert", "show", "shard", "diff", "plan"):
         with pytest.raises(SystemExit):
             cli.dispatch([command, "--help"])
         help_text = capsys.readouterr().out
