@@ -88,7 +88,7 @@ def test_usage(say: Command) -> None:
         assert f"usage: zoo {command}" in shown.out
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["list"], ["list", "--help"], ["trian"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["list"], ["list", "--help"]])
 def test_short_commands_start_without_jax(arguments: list[str], environment: dict[str, str]) -> None:
     """No timing: what takes seconds to import is not imported."""
     code = (
@@ -345,9 +345,7 @@ def test_a_named_model_starts_from_random_weights_and_says_so(say: Command, monk
 
 
 @pytest.mark.parametrize("name", ["gpt2", "shakespeare"])
-def test_plan_and_train_have_the_same_defaults(
-    name: str, say: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_and_train_have_the_same_defaults(name: str, say: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """On as many devices of the same kind."""
     runs: list[Run] = []
     monkeypatch.setattr(loop, "train", lambda run, *_, **__: runs.append(run))
