@@ -21,7 +21,7 @@ from .formats.text_ends import end_ids, generation_config, named_special_tokens,
 from .generation.chat import Conversation
 from .generation.generate import Completion, Options, Prompt, complete, generate, stream
 from .generation.optimize import optimize_for_decoding
-from .generation.sampling import Sampling
+from .generation.sampling import Sampling, recommended_sampling
 from .generation.template import ChatTemplate
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -155,15 +155,8 @@ def open(
         end_ids(described, tokenizer),
         None if template is None else ChatTemplate(template, tokens),
         dtype or (jnp.dtype("float32") if stored == jnp.float16 else stored),
-        _sampling(settings, sampling_origin(described)),
+        recommended_sampling(settings, sampling_origin(described)),
         tuple(settings),
         tokens,
         getattr(described, "special_tokens", False),
     )
-
-
-def _sampling(settings: Mapping[str, Any], origin: str) -> Sampling:
-    try:
-        return Sampling(**dict(settings))
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from error

@@ -28,7 +28,7 @@ def end_ids(source: Any, tokenizer: Tokenizer | None) -> tuple[int, ...]:
         source: a `Source` or a `CheckpointFolder`.
         tokenizer: the model's tokenizer; without one, ids are not checked.
     """
-    ids = [*_ids(source.config.get("eos_token_id")), *_ids(generation_config(source).get("eos_token_id"))]
+    ids = [*ids_of(source.config.get("eos_token_id")), *ids_of(generation_config(source).get("eos_token_id"))]
     if tokenizer is None:
         return tuple(dict.fromkeys(ids))
     named = _named_tokens(_token_files(source)).get("eos_token")
@@ -47,7 +47,7 @@ def named_special_tokens(source: Any, tokenizer: Tokenizer) -> dict[str, str]:
     files = _token_files(source)
     named = _named_tokens(files)
     for name in () if files else ("bos_token", "eos_token", "pad_token", "unk_token"):
-        for index in _ids(source.config.get(f"{name}_id"))[:1]:
+        for index in ids_of(source.config.get(f"{name}_id"))[:1]:
             if (text := token_of(tokenizer, index)) is not None:
                 named[name] = text
     if "eos_token" not in files | named and (ends := end_ids(source, tokenizer)):
@@ -96,7 +96,7 @@ def _named_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
 
 
-def _ids(value: Any) -> list[int]:
+def ids_of(value: Any) -> list[int]:
     """Token ids of a field that holds one, a list of them or none; -1 often stands for none."""
     values: Iterable[Any] = value if isinstance(value, list) else [value]
-    return [index for index in values if type(index) is int and index >= 0]
+    return [index for index in values if type(index) is int and 0 <= index < 2**31]

@@ -1,6 +1,7 @@
 """Sampling: which tokens can come next, and the choice of one of them."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +65,14 @@ class Sampling(Spec):
             candidates=candidates,
             penalised=self.repetition_penalty != 1,
         )
+
+
+def recommended_sampling(settings: Mapping[str, float], origin: str) -> Sampling:
+    """The sampling parameters that a checkpoint recommends. Errors begin with `origin`, where they are written."""
+    try:
+        return Sampling().replace(**settings)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
 
 
 def _float32(value: float) -> Float[Array, ""]:

@@ -87,7 +87,7 @@ class Metadata:
             if name.startswith(prefix)
             and name not in ignore
             and name.removeprefix(prefix) not in known
-            and not (name.removeprefix(prefix) in NEUTRAL and value == NEUTRAL[name.removeprefix(prefix)])
+            and not _is_neutral(name.removeprefix(prefix), value)
         }
         if unknown:
             keys = ", ".join(f"{name}={value!r:.60}" for name, value in sorted(unknown.items()))
@@ -108,6 +108,12 @@ class Metadata:
         if heads < 1:
             raise ValueError(f"{self.architecture}.attention.head_count must be positive, got {heads}")
         return self.get("attention.key_length", default=self.get("embedding_length") // heads)
+
+
+def _is_neutral(key: str, value: Any) -> bool:
+    """Whether a key is known to change nothing with this value, which may be given for each layer."""
+    values = value.tolist() if isinstance(value, np.ndarray) else [value]
+    return key in NEUTRAL and bool(values) and all(item == NEUTRAL[key] for item in values)
 
 
 def shortest(value: float) -> float:
@@ -143,7 +149,15 @@ class Field:
             raise ValueError(
                 f"the config of a {config['model_type']} model needs the field {self.name}: give it with the config"
             )
-        return self.default if value is None else self.kind(value)
+        return self.default if value is None else self._converted(value)
+
+    def _converted(self, value: Any) -> Any:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**32
+        fits = isinstance(value, bool) if self.kind is bool else is_number and self.kind(value) == value
+        if not fits or (self.kind is int and value < 0):
+            kinds = {bool: "true or false", int: "a whole number below 2**32", float: "a number below 2**32"}
+            raise ValueError(f"{self.name} must be {kinds[self.kind]}, got {value!r:.100}")
+        return self.kind(value)
 
 
 def rope(config: Config) -> tuple[float, dict[str, Any]]:
@@ -182,7 +196,7 @@ def _read_scaling(metadata: Metadata, dims: int, base: float) -> Config | None:
     older = metadata.get("rope.scale_linear", float, 0.0)
     factor = metadata.get("rope.scaling.factor", float, older) or 1.0
     if (factors := metadata.extra.get("rope_freqs.weight")) is not None:
-        if kind == "yarn" or (kind == "linear" and factor != 1):
+        if kind not in ("none", "linear") or (kind == "linear" and factor != 1):
             raise ValueError(f"rope_freqs.weight together with RoPE scaling of type {kind!r} is not supported")
         return read_llama3(factors, dims, base)
     if kind == "none" or (kind == "linear" and factor == 1):

@@ -52,7 +52,7 @@ class GgufFile:
         try:
             self.architecture, metadata = _architecture(self)
             self.config: dict[str, Any] = _config(self, metadata, ignore)
-            self._made = _made(self)
+            self._made = _made(self, metadata.get("block_count"))
             self.tensors: Mapping[str, TensorInfo] = {name: made.info for name, made in self._made.items()}
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
@@ -168,10 +168,9 @@ def _control_tokens(metadata: Mapping[str, Any]) -> dict[str, int]:
     return {tokens[index]: int(index) for index in np.flatnonzero(np.asarray(types) == CONTROL)}
 
 
-def _made(file: GgufFile) -> dict[str, ConvertedTensor]:
+def _made(file: GgufFile, layers: int) -> dict[str, ConvertedTensor]:
     """Every Hugging Face tensor; all tensors of the file are accounted for."""
     architecture, stored = file.architecture, file.stored
-    layers = int(file.header.metadata[f"{architecture.name}.block_count"])
     made = [one for rule in architecture.rules_of(layers) for one in rule.to_hf(stored, file.config)]
     used = {name for one in made for name in one.of} | set(architecture.extra)
     if left := [name for name in file.header.tensors if name not in used]:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..text_ends import sampling_settings
+from ...generation.sampling import recommended_sampling
+from ..text_ends import GENERATION_CONFIG, sampling_settings
 from .config import shortest
 
 PREFIX = "general.sampling."
@@ -29,15 +30,16 @@ _log = logging.getLogger(__name__)
 def write_sampling(fields: Mapping[str, object]) -> dict[str, object]:
     """The metadata of the fields of a generation_config.json. Fields for which GGUF has no key are logged.
 
-    Raises ValueError if a setting is not a number.
+    Raises ValueError if a setting is not a number or out of its range.
     """
     settings = sampling_settings(fields)
+    recommended_sampling(settings, GENERATION_CONFIG)
     lost = [name for name, value in fields.items() if value is not None and name not in {*KEYS, *NO_SAMPLING}]
     if lost:
         _log.warning("GGUF has no key for these fields of generation_config.json: %s: left out", ", ".join(lost))
     values: dict[str, object] = {}
     for name, value in settings.items():
-        values[PREFIX + KEYS[name]] = np.int32(value) if name == "top_k" else float(value)
+        values[PREFIX + KEYS[name]] = np.int32(min(value, 2**31 - 1)) if name == "top_k" else float(value)
     if settings.get("repetition_penalty", 1) != 1:
         values[f"{PREFIX}penalty_last_n"] = np.int32(-1)  # on all tokens, as in transformers, and not on the last 64
     return values

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 from ...end_tokens import known_end_ids
 from ...families.registry import read, write
-from ..source import Source, TensorInfo
-from ..text_ends import end_ids, generation_config, named_special_tokens
+from ..source import Source, TensorInfo, token_of
+from ..text_ends import end_ids, generation_config, ids_of, named_special_tokens
 from ..tokenizer_file import tokenizer_of
 from .architecture import Architecture
 from .architectures import ARCHITECTURES
@@ -25,7 +25,7 @@ from .tokenizer_out import write_tokenizer
 
 FILE_TYPES = {"F16": 1, "Q8_0": 7}
 LENGTH = "max_position_embeddings"
-CARRIED = (*SPECIAL, LENGTH, "intermediate_size")
+CARRIED = (LENGTH, "intermediate_size")
 """Fields that a config need not have for the model to be the same."""
 _log = logging.getLogger(__name__)
 _FLOAT32 = ("position_embd.", "ffn_gate_inp.")
@@ -136,10 +136,12 @@ def _token_ids(source: Source, tokenizer: Tokenizer | None) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     named = {} if tokenizer is None else named_special_tokens(source, tokenizer)
     for name in ("bos_token", "pad_token"):
-        ids = [source.config.get(f"{name}_id"), generation_config(source).get(f"{name}_id")]
-        ids += [tokenizer.token_to_id(named[name])] if tokenizer is not None and name in named else []
-        if ids := [index for index in ids if type(index) is int and index >= 0]:
-            fields[f"{name}_id"] = ids[0]
+        candidates = [source.config.get(f"{name}_id"), generation_config(source).get(f"{name}_id")]
+        candidates += [tokenizer.token_to_id(named[name])] if tokenizer is not None and name in named else []
+        for ids in map(ids_of, candidates):
+            if ids and (tokenizer is None or all(token_of(tokenizer, index) is not None for index in ids)):
+                fields[f"{name}_id"] = ids if len(ids) > 1 else ids[0]
+                break
     return fields | ({"eos_token_id": ends} if (ends := [*end_ids(source, tokenizer)]) else {})
 
 

@@ -65,7 +65,7 @@ def test_values_of_llama_cpp(caplog: pytest.LogCaptureFixture) -> None:
 def test_damaged_settings(
     key: str, value: Any, message: str, make: Any, llama: dict[str, Any], weights: dict[str, Any]
 ) -> None:
-    path = make({**llama, f"general.sampling.{key}": value}, weights)
+    path: Path = make({**llama, f"general.sampling.{key}": value}, weights)
     assert zoo.load(path)
     with pytest.raises(ValueError, match=f"general.sampling.*{message}"):
         zoo.open(path)

@@ -1,5 +1,6 @@
 """What is written: readable by others, complete or not there, and nothing the format cannot say."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from flaxzoo import zoo
 from flaxzoo.zoo.formats.gguf import GgufFile, save_gguf
-from flaxzoo.zoo.formats.gguf.save import _special
+from flaxzoo.zoo.formats.gguf.save import _special, architecture_for, complete_config
 
+TRUTH = Path(__file__).parents[3] / "truth"
 CONFIG = {
     "model_type": "llama",
     "vocab_size": 5,
@@ -137,6 +139,7 @@ WRONG = {
         "RoPE scaling cannot be said",
     ),
     "missing": ({"hidden_size": None}, {}, "'llama': the config has no hidden_size"),
+    "length": ({"max_position_embeddings": "64"}, {}, "max_position_embeddings must be a whole number"),
     "pads": ({"pad_token_id": [1, 2]}, {}, "room for 1 token as pad_token_id"),
     "left over": ({}, {"model.extra.weight": np.zeros(3)}, "1 tensors are not known .* llama: model.extra.weight"),
     "large": (
@@ -180,6 +183,37 @@ def test_ids_of_special_tokens_must_be_ids(
             GgufFile(make({**llama, f"tokenizer.ggml.{name}": value}, weights))
 
 
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in TRUTH.glob("*/config.json")))
+def test_damaged_configs(folder: str) -> None:
+    """Any field with any value is written, or a ValueError."""
+    config = json.loads((TRUTH / folder / "config.json").read_text())
+    for name in (*config, "rope_scaling", "rope_parameters", "original_max_position_embeddings"):
+        for value in (None, [], {}, "64", 2.5, 1, -1, float("inf"), 10**400):
+            with contextlib.suppress(ValueError):
+                architecture = architecture_for(config)
+                metadata = architecture.metadata(complete_config(config | {name: value}, architecture))
+                if name == "max_position_embeddings" and architecture.name != "gpt2":
+                    assert metadata["context_length"] == (architecture.context_length if value is None else 1)
+
+
+@pytest.mark.parametrize("value", [[1], {}, 2**70, -7, [None], "2"])
+def test_damaged_ids_of_special_tokens(value: Any, memory: Any, arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
+    """They are written where they are ids, and left out where they are none."""
+    config = CONFIG | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), value)
+    save_gguf(memory(config, arrays), tmp_path / "model.gguf")
+    written = GgufFile(tmp_path / "model.gguf").config
+    assert [written.get(f"{name}_token_id") for name in ("bos", "eos", "pad")] == [1 if value == [1] else None] * 3
+
+
+def test_keys_with_a_value_for_each_layer(make: Any, llama: dict[str, Any], weights: dict[str, np.ndarray]) -> None:
+    file = GgufFile(make(llama, weights))
+    same: dict[str, Any] = {"llama.block_count": [1], "llama.attention.clamp_kqv": [0.0], "llama.expert_count": [0]}
+    assert GgufFile(make({**llama, **same}, weights)).config == file.config
+    for value in ([0.0, 1.0], [1.0]):
+        with pytest.raises(ValueError, match="not supported for the architecture llama: llama.attention.clamp_kqv"):
+            GgufFile(make({**llama, "llama.attention.clamp_kqv": value}, weights))
+
+
 def test_wrong_quantization(memory: Any, arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one of F16, Q8_0, got 'Q4_K'"):
         save_gguf(memory(CONFIG, arrays), tmp_path / "model.gguf", "Q4_K")
@@ -202,6 +236,7 @@ def test_wrong_quantization(memory: Any, arrays: dict[str, np.ndarray], tmp_path
             "1 tensors are not known in the architecture llama: blk.0.ffn_gate_inp",
         ),
         ({}, {"blk.1.attn_norm.weight": (32,)}, "1 tensors are not known"),
+        ({"llama.rope.scaling.type": "odd"}, {"rope_freqs.weight": (4,)}, "rope_freqs.weight together with .* 'odd'"),
         ({}, {"rope_freqs.weight": (4,)}, "must hold Llama 3.1's factors for 8 dimensions"),
     ],
 )

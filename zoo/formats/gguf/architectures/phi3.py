@@ -38,6 +38,8 @@ def read_phi3(metadata: Metadata, config: Config) -> Config:
 
 def attention_factor(longest: int, trained: int) -> float:
     """By how much LongRoPE scales queries and keys (2402.13753, as in Phi-3's code)."""
+    if trained < 2:
+        raise ValueError(f"original_max_position_embeddings must be at least 2 with LongRoPE, got {trained}")
     ratio = longest / trained
     return math.sqrt(1 + math.log(ratio) / math.log(trained)) if ratio > 1 else 1.0
 
