@@ -5,9 +5,9 @@ proportional to the steps it takes, and its result at most as large as the chara
 memory of a rendering are bounded whatever the template is, in any thread.
 """
 
+import contextvars
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 MOST_STEPS = 2_000_000
 """Steps of a rendering: operations, items that loops and functions visit, and every 50th character they read."""
@@ -48,7 +48,7 @@ class Budget:
         if self.characters < 0:
             raise BudgetExceeded(f"its texts together are too large: the most are {MOST_TEXT_IN_ALL:,} characters")
 
-    def read(self, *values: Any) -> int:
+    def read(self, *values: object) -> int:
         """Takes the steps to visit all of some values, with everything they contain, and returns their characters.
 
         What is contained several times counts several times, as it does in text and in comparisons.
@@ -69,7 +69,7 @@ class Budget:
                 self.take(len(value))
                 stack += value
             elif type(value).__name__ == "Namespace":
-                stack.append(value._Namespace__attrs)
+                stack.append(object.__getattribute__(value, "_Namespace__attrs"))
                 self.take()
             else:
                 characters += 32
@@ -77,7 +77,7 @@ class Budget:
                 raise BudgetExceeded(f"a value is too large: the most are {MOST_TEXT:,} characters")
         return characters
 
-    def made(self, value: Any) -> Any:
+    def made[T](self, value: T) -> T:
         """Takes the size of a result: its characters or elements, without what the elements contain."""
         if isinstance(value, (str, bytes, Mapping, *_VIEWS)):
             self.allow(len(value))
@@ -85,7 +85,7 @@ class Budget:
             self._check_integer(value)
         return value
 
-    def items(self, values: Iterable[Any]) -> list[Any]:
+    def items[T](self, values: Iterable[T]) -> list[T]:
         """A list of the items of an iterable, with a step for each."""
         items = []
         for item in values:
@@ -93,18 +93,19 @@ class Budget:
             items.append(item)
         return items
 
-    def search(self, text: str, part: Any) -> None:
+    def search(self, text: str, part: object) -> None:
         """Takes the steps to look for a part in a text, at worst everywhere."""
         self.take(1 + len(text) * (len(part) if isinstance(part, str) else 1) // 1000)
 
-    def operator(self, operator: str, left: Any, right: Any) -> None:
+    def operator(self, operator: str, left: object, right: object) -> None:
         """Takes what an operator of arithmetic or on sequences costs."""
         self.take()
         if operator == "%" and isinstance(left, str | bytes):
             self.percent(str(left), right)
-        elif operator == "*" and (isinstance(left, str | list | tuple) or isinstance(right, str | list | tuple)):
-            sequence, count = (right, left) if isinstance(left, int) else (left, right)
-            self.allow(len(sequence) * max(0, count) if isinstance(count, int) else 0)
+        elif operator == "*" and isinstance(left, str | list | tuple) and isinstance(right, int):
+            self.allow(len(left) * max(0, right))
+        elif operator == "*" and isinstance(right, str | list | tuple) and isinstance(left, int):
+            self.allow(len(right) * max(0, left))
         elif operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
             self.allow(len(left) + len(right))
         elif isinstance(left, int) and isinstance(right, int):
@@ -113,14 +114,14 @@ class Budget:
             if size > 2 * MOST_BITS:
                 raise BudgetExceeded(f"{operator} of two integers is too large: the most are {MOST_BITS} bits")
 
-    def percent(self, form: str, values: Any) -> None:
+    def percent(self, form: str, values: object) -> None:
         """Takes what `form % values` costs: each conversion may show all values, in a field of any width in it."""
         size = self.read(values)
         stars = values if isinstance(values, tuple) and "*" in form else ()
         widths = [abs(value) for value in stars if isinstance(value, int)]
         self.allow(len(form) + form.count("%") * (size + max([*widths, *_numbers(form)], default=0)))
 
-    def format(self, form: str, values: Any) -> None:
+    def format(self, form: str, values: object) -> None:
         """Takes what `form.format(...)` costs: each field may show all values, in any width in the form."""
         if re.search(r"\{[^{}]*[:!][^{}]*\{", form):
             raise BudgetExceeded("format fields within format fields are not allowed")
@@ -134,3 +135,7 @@ class Budget:
 
 def _numbers(text: str) -> list[int]:
     return [int(digits[-10:]) if len(digits) < 10 else 10**10 for digits in _DIGITS.findall(text)]
+
+
+BUDGET: contextvars.ContextVar[Budget] = contextvars.ContextVar("budget of the rendering in this thread")
+"""The budget of the template that is being rendered."""

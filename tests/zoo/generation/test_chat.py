@@ -1,6 +1,7 @@
 """Chat templates in their sandbox, and conversations against the same prompts read anew."""
 
 import resource
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -175,6 +176,12 @@ def test_what_is_no_template_or_no_message_is_refused():
         ChatTemplate("").render([])
     with pytest.raises(ValueError, match="role and content"):
         ChatTemplate("").render([{"role": "user"}])
+
+
+def test_without_jinja(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ValueError, match="chat templates need the package jinja2, which is not installed"):
+        ChatTemplate("")
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRST"
