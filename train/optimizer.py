@@ -66,6 +66,28 @@ def make(optimizer: Optimizer, steps: int, parameters: Descriptions) -> optax.Gr
     return optax.chain(direction, optax.add_decayed_weights(decay, matrices), optax.scale_by_learning_rate(rate))
 
 
+def never_overflows(optimizer: Optimizer) -> bool:
+    """Whether finite parameters stay finite under every gradient whose norm is finite, so that no step has to check.
+
+    The largest float32 numbers are 2**104 apart: adding less than 2**103 to one of them cannot overflow, and neither
+    can a weight decay by less than the parameter itself. Directions of updates are below 2**100:
+
+    - adamw: m / (1 - b1**t) / (sqrt(v) + eps), where m is a mean of gradients, whose elements are below 2**64,
+      as their squares are finite;
+    - lion: 1;
+    - sgd: at most a sum of gradients over all steps, 2**31 * 2**64.
+
+    Muon and Adafactor divide by norms of whole matrices. No such bound is known for them.
+    """
+    if optimizer.learning_rate > 0.5 or optimizer.weight_decay > 1:
+        return False
+    if optimizer.name == "adamw":
+        b1 = B1 if optimizer.b1 is None else optimizer.b1
+        bias_corrections = 1 - max(b1, optimizer.b2) >= 2**-14  # far above the rounding of 1 - b**t in float32
+        return bias_corrections and 2.0**64 / ((1 - b1) * optimizer.eps) <= 2.0**100
+    return optimizer.name in ("lion", "sgd")
+
+
 def per_layer(transformation: optax.GradientTransformation, depths: dict[str, int]) -> optax.GradientTransformation:
     """A transformation for named arrays that updates each layer and expert of a stacked array by itself.
 

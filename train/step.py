@@ -97,12 +97,14 @@ def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, Array
 
     Loss and gradient are means over the tokens of the whole batch, however it is cut into micro-batches: every
     micro-batch adds its sums, divided by the batch's own count of tokens. A step whose loss, gradient or new parameters
-    are not finite changes nothing but its counters. Where the model has routers, their losses are a part of the loss,
-    and their corrections move after the optimizer's step.
+    are not finite changes nothing but its counters. The new parameters are checked only where the settings allow them
+    to overflow, because their update is then computed twice: once for the check, once to be written. Where the model
+    has routers, their losses are a part of the loss, and their corrections move after the optimizer's step.
     """
     abstract = run.model.abstract()
     transformation = optimizer.make(run.optimizer, run.steps, describe(abstract))
     rate = optimizer.schedule(run.optimizer, run.steps)
+    always_finite = optimizer.never_overflows(run.optimizer) and run.balance.bias_rate <= 1
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         loss, nll, gradients, router_stats = _gradients(run, abstract, state["params"], batch)
@@ -114,7 +116,8 @@ def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, Array
         params, optimizer_state = optimizer.update(transformation, gradients, state["optimizer"], state["params"])
         params = balance.corrected(run.balance, params, router_stats)
         new = params, optimizer_state, _average(run.ema, state, params)
-        good &= all_finite(params)
+        if not always_finite:
+            good &= all_finite(params)
         old = state["params"], state["optimizer"], state["ema"]
         params, optimizer_state, ema = jax.tree.map(lambda n, o: jax.lax.select(good, n, o), new, old)
         bad = 1 - good.astype(jnp.int32)

@@ -212,6 +212,61 @@ def test_the_defaults_of_b1_are_those_of_each_method() -> None:
     np.testing.assert_array_equal(default["table"], given[0.9]["table"])
 
 
+# Overflow.
+
+LARGEST = float(np.finfo(np.float32).max)
+GRADIENTS = [sign * size for sign in (1, -1) for size in (0.0, 1e-45, 1e-30, 1e-8, 1.0, 1e8, math.sqrt(LARGEST))]
+PARAMETERS = [sign * size for sign in (1, -1) for size in (0.0, 1e-30, 1.0, 2.0**100, 2.0**104, LARGEST)]
+
+
+def overflows(settings: Optimizer) -> bool:
+    """Whether some finite parameter is not finite after three steps with gradients of every size in every order."""
+    *gradients, params = np.array(list(itertools.product(GRADIENTS, GRADIENTS, GRADIENTS, PARAMETERS)), np.float32).T
+    known = {"matrix": Description("D F", (len(params), 1), jnp.float32, inputs=1)}
+    columns = [{"matrix": jnp.asarray(gradient[:, None])} for gradient in gradients]
+    after = after_updates(settings, known, {"matrix": jnp.asarray(params[:, None])}, columns)
+    return not np.isfinite(after["matrix"]).all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"b1": 0.9999, "b2": 0.9999, "eps": 2e-7},
+        {"b1": 0.0, "b2": 0.0, "eps": 2e-11},
+        {"momentum_dtype": "bfloat16"},
+        {"name": "lion", "b1": 0.999999, "b2": 0.999999},
+        {"name": "sgd", "b1": 0.999999},
+        {"name": "sgd", "b1": 0.0, "momentum_dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_settings_that_never_overflow_never_do(settings: dict[str, Any]) -> None:
+    largest = {"learning_rate": 0.5, "weight_decay": 1.0, "schedule": "constant", "warmup_steps": 0}
+    chosen = Optimizer(**largest, **settings)
+    assert optimizers.never_overflows(chosen)
+    assert not overflows(chosen)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learning_rate": 1e20},
+        {"weight_decay": 1e20},
+        {"b2": 0.0, "eps": 1e-30},
+        {"b1": 1 - 1e-9},
+        {"b2": 1 - 1e-9},
+        {"name": "sgd", "learning_rate": 1e20},
+        {"name": "lion", "learning_rate": 1e38},
+    ],
+    ids=str,
+)
+def test_settings_that_overflow_are_known(settings: dict[str, Any]) -> None:
+    chosen = Optimizer(**{"learning_rate": 0.5, "schedule": "constant", "warmup_steps": 0} | settings)
+    assert not optimizers.never_overflows(chosen)
+    assert overflows(chosen)
+
+
 # Schedules.
 
 
