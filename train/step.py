@@ -1,8 +1,8 @@
 """The training step: one jitted function from a state and a batch to the next state."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, TypedDict
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypedDict, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,10 @@ from . import balance, optimizer, pipelined
 from .objectives import likelihood
 from .plan.chips import compiler_options
 
-Batch = dict[str, Any]
+Batch = dict[str, Array]
 """`tokens`, `targets`, `segments`, `positions`: Int "B T"; `weights`: Float "B T", 0 where there is no target."""
+Sums = tuple[Array, Array, Parameters]
+"""Training loss, negative log-likelihood and gradient, summed over micro-batches."""
 
 
 class State(TypedDict):
@@ -34,7 +36,7 @@ class State(TypedDict):
     step: Int[Array, ""]
     params: Parameters
     """Float32 master parameters."""
-    optimizer: Any
+    optimizer: optax.OptState
     ema: Parameters
     """Moving average of the parameters; empty if none is kept."""
     bad_steps: Int[Array, ""]
@@ -43,6 +45,19 @@ class State(TypedDict):
     """All steps that were skipped because the loss, the gradient or the new parameters were not finite."""
     rng: Array
     """The key all randomness of the run comes from."""
+
+
+@runtime_checkable
+class Step(Protocol):
+    """A jitted training step. It returns the next state and metrics, which are float32 scalars."""
+
+    def __call__(self, state: State, batch: Batch, /) -> tuple[State, dict[str, Array]]:
+        """Runs the step. The state is donated."""
+        ...
+
+    def trace(self, state: State, batch: Mapping[str, Array | jax.ShapeDtypeStruct], /) -> jax.stages.Traced:
+        """Traces the step for arguments of these shapes, types and shardings, to compile it without running it."""
+        ...
 
 
 def initial_state(run: Run, mesh: Mesh, params: Parameters | None = None) -> State:
@@ -69,7 +84,7 @@ def abstract_state(run: Run, mesh: Mesh) -> State:
     return jax.tree.map(placed, jax.eval_shape(functools.partial(_state_of, run), params))
 
 
-def abstract_batch(run: Run, mesh: Mesh) -> Batch:
+def abstract_batch(run: Run, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape, type and place on the mesh of a batch, B T."""
     place = NamedSharding(mesh, batch_partition(mesh))
     kinds = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {"weights": jnp.float32}
@@ -92,8 +107,8 @@ def _state_of(run: Run, params: Parameters) -> State:
     )
 
 
-def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
-    """The jitted training step for the ambient mesh; the state is donated. Metrics are float32 scalars.
+def make_step(run: Run) -> Step:
+    """The jitted training step for the ambient mesh.
 
     Loss and gradient are means over the tokens of the whole batch, however it is cut into micro-batches: every
     micro-batch adds its sums, divided by the batch's own count of tokens. A step whose loss, gradient or new parameters
@@ -211,7 +226,7 @@ def _gradients(
         each = jax.lax.map(lambda micro: balance.loads(_sums(run, merge(abstract, params), micro)[2]), micro_batches)
         loads = jax.tree.map(lambda load: jnp.sum(load, axis=0), each)
 
-    def add(total: Any, micro: Batch) -> tuple[Any, dict[str, RouterStats]]:
+    def add(total: Sums, micro: Batch) -> tuple[Sums, dict[str, RouterStats]]:
         (loss, (nll, router_stats)), gradients = loss_of(params, micro)
         return jax.tree.map(jnp.add, total, (loss, nll, gradients)), router_stats
 

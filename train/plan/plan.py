@@ -116,8 +116,7 @@ def plan(run: Run, topology: str) -> Plan:
     with jax.set_mesh(mesh):
         state = abstract_state(run, mesh)
         batch = abstract_batch(run, mesh)
-        step: Any = make_step(run)
-        lowered = step.trace(state, batch).lower()
+        lowered = make_step(run).trace(state, batch).lower()
         memory = Memory(
             capacity=chip.hbm,
             parameters=bytes_held(state["params"]),
