@@ -1,7 +1,5 @@
 """DeepSeek-V2, its Lite and Coder (2405.04434), V3 and R1 (2412.19437): latent attention, shared and small experts."""
 
-from typing import Any
-
 from ...layers.block import Block
 from ...layers.mixers.latent import MLA
 from ...layers.mlp import GatedMLP
@@ -111,11 +109,11 @@ def read_v3(config: Config) -> Decoder:
     return _read(config, router, 1, interleaved=config.flag("rope_interleave", True))
 
 
-def _write(decoder: Decoder) -> dict[str, Any]:
+def _write(decoder: Decoder) -> dict[str, object]:
     blocks, moe = decoder.all_blocks, experts(decoder)
     mixer, expert = expect(blocks[0].mixer, MLA), expect(moe.expert, GatedMLP)
     dense = next((expect(block.ffn, GatedMLP) for block in blocks if not block.ffn.routed), expert)
-    fields = {
+    fields: dict[str, object] = {
         "vocab_size": decoder.vocab,
         "hidden_size": decoder.dim,
         "num_hidden_layers": decoder.layers,
@@ -145,7 +143,7 @@ def _write(decoder: Decoder) -> dict[str, Any]:
     return fields | {"n_group": groups.groups if groups else 1, "topk_group": groups.chosen if groups else 1}
 
 
-def write_v2(decoder: Decoder) -> dict[str, Any]:
+def write_v2(decoder: Decoder) -> dict[str, object]:
     """The fields that `read_v2` takes."""
     limited = experts(decoder).router.groups is not None
     return _write(decoder) | {
@@ -155,7 +153,7 @@ def write_v2(decoder: Decoder) -> dict[str, Any]:
     }
 
 
-def write_v3(decoder: Decoder) -> dict[str, Any]:
+def write_v3(decoder: Decoder) -> dict[str, object]:
     """The fields that `read_v3` takes."""
     mixer = expect(decoder.all_blocks[0].mixer, MLA)
     return _write(decoder) | {

@@ -15,7 +15,6 @@ Helpers: `config.Config` (the fields), `layer_pattern` (decoders whose layers di
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from ..decoder import Decoder
 from .config import Config
@@ -31,7 +30,7 @@ class Family:
     architecture: str
     """The class of transformers, written into `architectures`."""
     read: Callable[[Config], Decoder]
-    write: Callable[[Decoder], dict[str, Any]]
+    write: Callable[[Decoder], dict[str, object]]
     names: Table
     prefix: str = "model."
     """The prefix of names that a checkpoint without a head leaves out."""

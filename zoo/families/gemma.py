@@ -1,7 +1,5 @@
 """Gemma 1, 2 and 3, text (2403.08295, 2408.00118, 2503.19786)."""
 
-from typing import Any
-
 from ...layers.mlp import GatedMLP
 from ...layers.norm import RMSNorm
 from ...layers.positions.rope import Rope
@@ -46,7 +44,7 @@ def _read(config: Config, rope: Rope) -> Decoder:
     return decoder.replace(block=(decoder.block[0].replace(**changes),), norm=norm, scale_embedding=True)
 
 
-def write(decoder: Decoder) -> dict[str, Any]:
+def write(decoder: Decoder) -> dict[str, object]:
     """The fields that `read` takes."""
     attention = attentions(decoder)[0]
     return llama.shared(decoder) | {"head_dim": attention.head_dim, "attention_bias": attention.bias}
@@ -72,7 +70,7 @@ def _sandwich(config: Config, rope: Rope, period: int, caps: tuple[float | None,
     return windowed(decoder.replace(block=(decoder.block[0].replace(**changes),)), kinds, window)
 
 
-def write_gemma2(decoder: Decoder) -> dict[str, Any]:
+def write_gemma2(decoder: Decoder) -> dict[str, object]:
     """The fields that `read_gemma2` takes."""
     fields, attention = write(decoder), attentions(decoder)[0]
     activation = fields.pop("hidden_act")
@@ -101,7 +99,7 @@ def read_gemma3(config: Config) -> Decoder:
     return per_layer(decoder, lambda i, _: blocks[i].replace(**{"mixer.rope": full}) if far[i] else blocks[i])
 
 
-def write_gemma3(decoder: Decoder) -> dict[str, Any]:
+def write_gemma3(decoder: Decoder) -> dict[str, object]:
     """The fields that `read_gemma3` takes."""
     ropes = {kind: Rope(theta=theta) for kind, theta in zip(KINDS, (1_000_000.0, 10_000.0), strict=True)}
     ropes |= {kind: a.rope for kind, a in zip(layer_types(decoder), attentions(decoder), strict=True)}

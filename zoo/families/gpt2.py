@@ -1,7 +1,5 @@
 """GPT-2 (Language Models are Unsupervised Multitask Learners, 2019)."""
 
-from typing import Any
-
 from ...layers.block import Block
 from ...layers.mixers.attention import Attention
 from ...layers.mlp import MLP
@@ -57,7 +55,7 @@ def read(config: Config) -> Decoder:
     )
 
 
-def write(decoder: Decoder) -> dict[str, Any]:
+def write(decoder: Decoder) -> dict[str, object]:
     """The fields that `read` takes."""
     block = decoder.all_blocks[0]
     attention, ffn = expect(block.mixer, Attention), expect(block.ffn, MLP)

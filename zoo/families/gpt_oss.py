@@ -1,7 +1,5 @@
 """gpt-oss 20b and 120b: sinks, every other layer with a window, experts with a clamped gate (2508.10925)."""
 
-from typing import Any
-
 from ...layers.mlp import GatedMLP
 from ...layers.moe.layer import MoE
 from ...layers.moe.routing import Router
@@ -68,7 +66,7 @@ def read(config: Config) -> Decoder:
     return windowed(decoder, kinds, config.count("sliding_window", 128))
 
 
-def write(decoder: Decoder) -> dict[str, Any]:
+def write(decoder: Decoder) -> dict[str, object]:
     """The fields that `read` takes."""
     moe = experts(decoder)
     expert = expect(moe.expert, GatedMLP)

@@ -1,7 +1,6 @@
 """The blocks of a decoder, layer by layer, as configs tell of them."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -66,7 +65,7 @@ def window_of(decoder: Decoder) -> int | None:
     return next((a.window for a in attentions(decoder) if a.window is not None), None)
 
 
-def pattern(blocks: list[Block]) -> dict[str, Any]:
+def pattern(blocks: list[Block]) -> dict[str, object]:
     """`first`, `block` and `layers` of the decoder with these blocks: the shortest pattern that repeats."""
     numbers = {block: number for number, block in enumerate(dict.fromkeys(blocks))}
     ids, count = np.array([numbers[block] for block in blocks]), len(blocks)

@@ -1,7 +1,5 @@
 """Llama 2 and 3, and all that has their shape: SmolLM2, TinyLlama, Yi, the R1 distills (2307.09288, 2407.21783)."""
 
-from typing import Any
-
 from ...layers import mlp
 from ...layers.block import Block
 from ...layers.mixers.attention import Attention
@@ -86,11 +84,11 @@ def activation_name(activation: str) -> str:
     return {"gelu_tanh": "gelu_pytorch_tanh"}.get(activation, activation)
 
 
-def shared(decoder: Decoder) -> dict[str, Any]:
+def shared(decoder: Decoder) -> dict[str, object]:
     """The fields that configs of Llama and of its descendants have; their MLPs may be gated or not."""
     block = decoder.all_blocks[0]
     attention, ffn = attentions(decoder)[0], expect(block.ffn, GatedMLP, mlp.MLP)
-    fields: dict[str, Any] = {
+    fields: dict[str, object] = {
         "vocab_size": decoder.vocab,
         "hidden_size": decoder.dim,
         "num_hidden_layers": decoder.layers,
@@ -106,7 +104,7 @@ def shared(decoder: Decoder) -> dict[str, Any]:
     return fields if standard else fields | {"head_dim": attention.head_dim}
 
 
-def write(decoder: Decoder) -> dict[str, Any]:
+def write(decoder: Decoder) -> dict[str, object]:
     """The fields that `read` takes."""
     block = decoder.all_blocks[0]
     attention, ffn = attentions(decoder)[0], expect(block.ffn, GatedMLP)

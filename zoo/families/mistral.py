@@ -1,7 +1,5 @@
 """Mistral 7B: Llama's shape with a window on every layer, or none (2310.06825). Ministral: a window on some."""
 
-from typing import Any
-
 from ..decoder import Decoder
 from . import llama
 from .config import Config
@@ -15,7 +13,7 @@ def read(config: Config) -> Decoder:
     return llama.read(config).replace(**{"block.0.mixer.window": window})
 
 
-def write(decoder: Decoder) -> dict[str, Any]:
+def write(decoder: Decoder) -> dict[str, object]:
     """The fields that `read` takes."""
     return llama.shared(decoder) | {
         "head_dim": attentions(decoder)[0].head_dim,
@@ -31,7 +29,7 @@ def read_ministral(config: Config) -> Decoder:
     return windowed(decoder, config.layer_types(decoder.layers, lambda _: default), window)
 
 
-def write_ministral(decoder: Decoder) -> dict[str, Any]:
+def write_ministral(decoder: Decoder) -> dict[str, object]:
     """The fields that `read_ministral` takes."""
     return write(decoder) | {"layer_types": layer_types(decoder)}
 

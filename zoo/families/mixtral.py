@@ -1,7 +1,5 @@
 """Mixtral 8x7B and 8x22B: Mistral's shape with experts (2401.04088)."""
 
-from typing import Any
-
 from ...layers.mlp import GatedMLP
 from ...layers.moe.layer import MoE
 from ...layers.moe.routing import Router
@@ -38,7 +36,7 @@ def read(config: Config) -> Decoder:
     return decoder.replace(**{"block.0.ffn": ffn, "block.0.mixer.window": config.count("sliding_window", None)})
 
 
-def write(decoder: Decoder) -> dict[str, Any]:
+def write(decoder: Decoder) -> dict[str, object]:
     """The fields that `read` takes."""
     moe = experts(decoder)
     return llama.shared(with_ffn(decoder, moe.expert)) | {

@@ -1,7 +1,5 @@
 """OLMo 2: norms after the layers, and QK-norm over all heads together (2501.00656)."""
 
-from typing import Any
-
 from ...layers.norm import RMSNorm
 from ..decoder import Decoder
 from . import llama
@@ -30,7 +28,7 @@ def read(config: Config) -> Decoder:
     return decoder.replace(block=(decoder.block[0].replace(**changes),))
 
 
-def write(decoder: Decoder) -> dict[str, Any]:
+def write(decoder: Decoder) -> dict[str, object]:
     """The fields that `read` takes."""
     return llama.shared(decoder) | {"attention_bias": attentions(decoder)[0].bias}
 

@@ -1,9 +1,7 @@
 """Phi-3, Phi-3.5 and Phi-4 (mini and 14B): fused projections, LongRoPE (2404.14219, 2412.08905)."""
 
-from typing import Any
-
 from ..decoder import Decoder
-from . import llama
+from . import llama, rope_config
 from .config import Config
 from .family import Family
 from .layer_pattern import window_of
@@ -37,10 +35,10 @@ def read(config: Config) -> Decoder:
     return decoder.replace(**{"block.0.mixer.window": config.count("sliding_window", None)})
 
 
-def write(decoder: Decoder) -> dict[str, Any]:
+def write(decoder: Decoder) -> dict[str, object]:
     """The fields that `read` takes."""
-    fields: dict[str, Any] = {**llama.shared(decoder), "sliding_window": window_of(decoder)}
-    parameters: dict[str, Any] = {"partial_rotary_factor": 1.0} | fields.get("rope_parameters", {})
+    fields = {**llama.shared(decoder), "sliding_window": window_of(decoder)}
+    parameters = {"partial_rotary_factor": 1.0} | rope_config.parameters_of(fields)
     original = parameters.get("original_max_position_embeddings", 4096)
     return fields | {"rope_parameters": parameters, "original_max_position_embeddings": original}
 

@@ -1,7 +1,5 @@
 """Qwen2 and 2.5 (biases on queries, keys and values; 2407.10671) and Qwen3 (QK-norm; 2505.09388)."""
 
-from typing import Any
-
 from ...layers.norm import RMSNorm
 from ..decoder import Decoder
 from . import llama
@@ -21,7 +19,7 @@ def with_windows(config: Config, decoder: Decoder) -> Decoder:
     return windowed(decoder, kinds, window)
 
 
-def window_fields(decoder: Decoder) -> dict[str, Any]:
+def window_fields(decoder: Decoder) -> dict[str, object]:
     """The fields that `with_windows` takes."""
     window = window_of(decoder)
     return {"use_sliding_window": window is not None, "sliding_window": window, "layer_types": layer_types(decoder)}
@@ -35,7 +33,7 @@ def read_qwen2(config: Config) -> Decoder:
     return with_windows(config, llama.read(config).replace(**changes))
 
 
-def write_qwen2(decoder: Decoder) -> dict[str, Any]:
+def write_qwen2(decoder: Decoder) -> dict[str, object]:
     """The fields that `read_qwen2` takes."""
     return llama.shared(decoder) | window_fields(decoder)
 
@@ -50,7 +48,7 @@ def read_qwen3(config: Config) -> Decoder:
     return with_windows(config, decoder.replace(**changes))
 
 
-def write_qwen3(decoder: Decoder) -> dict[str, Any]:
+def write_qwen3(decoder: Decoder) -> dict[str, object]:
     """The fields that `read_qwen3` takes."""
     attention = attentions(decoder)[0]
     own = {"head_dim": attention.head_dim, "attention_bias": attention.bias}

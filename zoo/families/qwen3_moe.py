@@ -1,7 +1,5 @@
 """Qwen3 with experts: 30B-A3B, 235B-A22B (2505.09388)."""
 
-from typing import Any
-
 from ...layers.mlp import GatedMLP
 from ...layers.moe.layer import MoE
 from ...layers.moe.routing import Router
@@ -41,7 +39,7 @@ def read(config: Config) -> Decoder:
     return per_layer(decoder, lambda layer, block: block.replace(ffn=ffn if sparse[layer] else dense))
 
 
-def write(decoder: Decoder) -> dict[str, Any]:
+def write(decoder: Decoder) -> dict[str, object]:
     """The fields that `read` takes."""
     moe, attention = experts(decoder), attentions(decoder)[0]
     expert = expect(moe.expert, GatedMLP)

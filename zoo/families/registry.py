@@ -7,7 +7,6 @@ import pkgutil
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from ..decoder import Decoder
 from .config import Config
@@ -28,7 +27,7 @@ BY_TYPE: Mapping[str, Family] = {name: family for family in FAMILIES for name in
 """The families by `model_type`."""
 
 
-def find(config: Mapping[str, Any]) -> Family:
+def find(config: Mapping[str, object]) -> Family:
     """The family of a config.
 
     Raises ValueError where there is none: with the families that exist, the name that a misspelled one is close to, or
@@ -54,7 +53,7 @@ def _misspelled(name: str, known: str) -> bool:
     return re.findall(r"\d+|_", name) == re.findall(r"\d+|_", known)
 
 
-def read(config: Mapping[str, Any], *, ignore: Collection[str] = ()) -> Decoder:
+def read(config: Mapping[str, object], *, ignore: Collection[str] = ()) -> Decoder:
     """The decoder that a config describes.
 
     Args:
@@ -67,12 +66,12 @@ def read(config: Mapping[str, Any], *, ignore: Collection[str] = ()) -> Decoder:
     return _read(config, ignore)[0]
 
 
-def ignored_fields(config: Mapping[str, Any], ignore: Collection[str]) -> list[str]:
+def ignored_fields(config: Mapping[str, object], ignore: Collection[str]) -> list[str]:
     """Those of `ignore` that reading the config leaves out. Raises ValueError as `read` does."""
     return _read(config, ignore)[1]
 
 
-def _read(config: Mapping[str, Any], ignore: Collection[str]) -> tuple[Decoder, list[str]]:
+def _read(config: Mapping[str, object], ignore: Collection[str]) -> tuple[Decoder, list[str]]:
     family = find(config)
     if config.get("quantization_config") is not None:
         raise ValueError(
@@ -81,13 +80,13 @@ def _read(config: Mapping[str, Any], ignore: Collection[str]) -> tuple[Decoder, 
     try:
         fields = Config(config, ignore)
         decoder = family.read(fields)
-        fields.done()
+        fields.check_all_read()
     except ValueError as error:
         raise ValueError(f"config.json of model_type {config['model_type']!r}: {error}") from error
     return decoder, sorted(fields.ignored)
 
 
-def write(decoder: Decoder, model_type: str | None = None) -> tuple[Family, dict[str, Any]]:
+def write(decoder: Decoder, model_type: str | None = None) -> tuple[Family, dict[str, object]]:
     """The family of a decoder, and its config.
 
     Args:
@@ -100,7 +99,7 @@ def write(decoder: Decoder, model_type: str | None = None) -> tuple[Family, dict
     families = FAMILIES if model_type is None else (find({"model_type": model_type}),)
     closest: tuple[float, str, str] | None = None
     for family in families:
-        fields: dict[str, Any] = {"model_type": family.model_types[0], "architectures": [family.architecture]}
+        fields: dict[str, object] = {"model_type": family.model_types[0], "architectures": [family.architecture]}
         try:
             fields |= family.write(decoder)
             unlike = differences(decoder, read(fields))
@@ -122,7 +121,7 @@ def write(decoder: Decoder, model_type: str | None = None) -> tuple[Family, dict
 def differences(decoder: Decoder, other: Decoder) -> list[str]:
     """The settings in which two decoders compute differently; how their blocks are stacked is none."""
 
-    def flat(decoder: Decoder) -> dict[str, Any]:
+    def flat(decoder: Decoder) -> dict[str, object]:
         outer = decoder.replace(first=(), block=decoder.all_blocks[:1], layers=1).flat()
         return {name: value for name, value in outer.items() if not name.startswith("block.")}
 
@@ -135,6 +134,6 @@ def differences(decoder: Decoder, other: Decoder) -> list[str]:
     return found
 
 
-def _unlike(where: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+def _unlike(where: str, ours: Mapping[str, object], theirs: Mapping[str, object]) -> list[str]:
     names = [name for name in dict.fromkeys((*ours, *theirs)) if ours.get(name) != theirs.get(name)]
     return [f"{where}{name}={ours.get(name)!r} (only {theirs.get(name)!r})" for name in names]

@@ -1,7 +1,6 @@
 """Rotary embeddings as Hugging Face's `rope_parameters` write them, both ways."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from ...layers.positions.rope import Rope
 from ...layers.positions.scaling import (
@@ -58,7 +57,7 @@ ALWAYS = ("beta_fast", "beta_slow")  # written also where they have their usual 
 OUTSIDE = "max_position_embeddings"
 
 
-def read(parameters: Any, theta: float, max_positions: Any = None) -> Rope:
+def read(parameters: object, theta: float, max_positions: object = None) -> Rope:
     """The rotary embedding of a `rope_parameters` object.
 
     Args:
@@ -112,7 +111,7 @@ def _way_out(names: Iterable[str]) -> str:
     return f". If they change nothing, pass ignore={names} (on the command line: --ignore {' '.join(names)})"
 
 
-def unknown_fields(parameters: Mapping[str, Any]) -> list[str]:
+def unknown_fields(parameters: Mapping[str, object]) -> list[str]:
     """The fields of a `rope_parameters` object that its `rope_type` does not have."""
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     kind = "longrope" if kind == "su" else kind
@@ -123,14 +122,14 @@ def unknown_fields(parameters: Mapping[str, Any]) -> list[str]:
     return sorted(name for name, value in parameters.items() if value is not None and name not in known)
 
 
-def write(rope: Rope | None) -> dict[str, Any]:
+def write(rope: Rope | None) -> dict[str, object]:
     """Fields of a config for this embedding: `rope_parameters`, and the lengths that stand outside of it."""
     if rope is None:
         return {}
-    parameters: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": "default"}
+    parameters: dict[str, object] = {"rope_theta": rope.theta, "rope_type": "default"}
     if rope.fraction != 1:
         parameters["partial_rotary_factor"] = rope.fraction
-    fields: dict[str, Any] = {"rope_parameters": parameters}
+    fields: dict[str, object] = {"rope_parameters": parameters}
     for kind, (made, names) in SCALINGS.items():
         if type(rope.scaling) is made:
             parameters["rope_type"] = kind
@@ -143,14 +142,20 @@ def write(rope: Rope | None) -> dict[str, Any]:
     return fields
 
 
-def to_v4_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields by which transformers 4, and what was written for it, knows the `rope_parameters` of a config."""
+def parameters_of(config: Mapping[str, object]) -> dict[str, object]:
+    """A copy of the object `rope_parameters` of a config; empty if the config has none."""
     parameters = config.get("rope_parameters")
+    return dict(parameters) if isinstance(parameters, Mapping) else {}
+
+
+def to_v4_fields(config: Mapping[str, object]) -> dict[str, object]:
+    """The fields that stand for `rope_parameters` in transformers 4 and in programs written for it."""
+    parameters = parameters_of(config)
     if not parameters:
         return {}
-    if "full_attention" in parameters:  # one for each kind of layer, as only Gemma 3 had it
-        local = parameters["sliding_attention"]["rope_theta"]
-        return to_v4_fields({"rope_parameters": parameters["full_attention"]}) | {"rope_local_base_freq": local}
+    full, local = parameters.get("full_attention"), parameters.get("sliding_attention")
+    if isinstance(full, Mapping) and isinstance(local, Mapping):  # per kind of layer, which only Gemma 3 had then
+        return to_v4_fields({"rope_parameters": full}) | {"rope_local_base_freq": local["rope_theta"]}
     fields = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
     scaling = {name: value for name, value in parameters.items() if name not in fields}
     if scaling.get("original_max_position_embeddings") == config.get("original_max_position_embeddings"):
@@ -159,7 +164,7 @@ def to_v4_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return fields | {"rope_scaling": None if parameters["rope_type"] == "default" else scaling}
 
 
-def _value(ours: str, value: Any) -> Any:
+def _value(ours: str, value: object) -> object:
     if ours == "truncate":
         if not isinstance(value, bool):
             raise ValueError(f"truncate must be true or false, got {value!r:.100}")
@@ -172,7 +177,7 @@ def _value(ours: str, value: Any) -> Any:
     return int(number) if ours in WHOLE else number
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e15:
         raise ValueError(f"{name} must be a finite number, got {value!r:.100}")
     return float(value)

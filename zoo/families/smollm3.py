@@ -1,7 +1,5 @@
 """SmolLM3: Llama's shape with no position embedding on every fourth layer (2501.18795; the model card)."""
 
-from typing import Any
-
 from ..decoder import Decoder
 from . import llama
 from .config import Config
@@ -27,7 +25,7 @@ def read(config: Config) -> Decoder:
     return windowed(decoder, kinds, window)
 
 
-def write(decoder: Decoder) -> dict[str, Any]:
+def write(decoder: Decoder) -> dict[str, object]:
     """The fields that `read` takes."""
     window, fields = window_of(decoder), llama.write(decoder)
     del fields["head_dim"]

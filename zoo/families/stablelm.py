@@ -1,7 +1,5 @@
 """StableLM: LayerNorm, a quarter of each head rotated, both layers side by side where asked (2402.17834)."""
 
-from typing import Any
-
 from ...layers.norm import LayerNorm
 from ..decoder import Decoder
 from . import llama
@@ -30,7 +28,7 @@ def read(config: Config) -> Decoder:
     return decoder.replace(norm=norm, block=(decoder.block[0].replace(**changes),))
 
 
-def write(decoder: Decoder) -> dict[str, Any]:
+def write(decoder: Decoder) -> dict[str, object]:
     """The fields that `read` takes."""
     fields = llama.shared(decoder)
     return fields | {

@@ -1,7 +1,5 @@
 """StarCoder2: LayerNorm, an MLP without a gate, biases everywhere (2402.19173)."""
 
-from typing import Any
-
 from ...layers.mlp import MLP
 from ...layers.norm import LayerNorm
 from ..decoder import Decoder
@@ -53,7 +51,7 @@ def read(config: Config) -> Decoder:
     return with_ffn(decoder, MLP(hidden=hidden, activation=activation, bias=bias))
 
 
-def write(decoder: Decoder) -> dict[str, Any]:
+def write(decoder: Decoder) -> dict[str, object]:
     """The fields that `read` takes."""
     fields = llama.shared(decoder)
     return fields | {
