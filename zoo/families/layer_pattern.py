@@ -1,6 +1,7 @@
 """The blocks of a decoder, layer by layer, as configs tell of them."""
 
 from collections.abc import Callable
+from typing import TypedDict
 
 import numpy as np
 
@@ -10,6 +11,14 @@ from ...layers.mlp import FeedForward
 from ...layers.moe.layer import MoE
 from ...layers.spec import Spec
 from ..decoder import Decoder
+
+
+class Pattern(TypedDict):
+    """The fields of a decoder that list its blocks."""
+
+    first: tuple[Block, ...]
+    block: tuple[Block, ...]
+    layers: int
 
 
 class Inexpressible(ValueError):
@@ -65,7 +74,7 @@ def window_of(decoder: Decoder) -> int | None:
     return next((a.window for a in attentions(decoder) if a.window is not None), None)
 
 
-def pattern(blocks: list[Block]) -> dict[str, object]:
+def pattern(blocks: list[Block]) -> Pattern:
     """`first`, `block` and `layers` of the decoder with these blocks: the shortest pattern that repeats."""
     numbers = {block: number for number, block in enumerate(dict.fromkeys(blocks))}
     ids, count = np.array([numbers[block] for block in blocks]), len(blocks)

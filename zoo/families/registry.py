@@ -86,7 +86,7 @@ def _read(config: Mapping[str, object], ignore: Collection[str]) -> tuple[Decode
     return decoder, sorted(fields.ignored)
 
 
-def write(decoder: Decoder, model_type: str | None = None) -> tuple[Family, dict[str, object]]:
+def write(decoder: Decoder, model_type: object = None) -> tuple[Family, dict[str, object]]:
     """The family of a decoder, and its config.
 
     Args:

@@ -2,12 +2,11 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from .json_file import read_json
+from .json_file import JsonObject, read_json
 from .safetensors import SafetensorsFile
 from .selected import select
 from .source import TensorInfo
@@ -29,7 +28,7 @@ class CheckpointFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise ValueError(f"{self.path} is not a folder")
-        self.config: dict[str, Any] = read_json(self.path / "config.json")
+        self.config: JsonObject = read_json(self.path / "config.json")
 
     @property
     def name(self) -> str:

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+JsonObject = dict[str, Any]
+"""A JSON object. Its values are of any JSON type, and each is checked where it is read."""
 MAX_JSON = 64 * 1024 * 1024
 """Bytes that a JSON file beside the weights may have; the largest index on the hub has 8 MB."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """A JSON object from a file that may be damaged: ValueError says what is wrong with it."""
     if not path.is_file():
         raise ValueError(f"{path.parent} has no {path.name}")

@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from .json_file import JsonObject
 from .source import TensorInfo
 
 DTYPES: dict[str, np.dtype] = {
@@ -78,8 +79,8 @@ class SafetensorsFile:
             raise self._bad(f"it was cut short while {name!r} was read")
         return data.reshape(info.shape)
 
-    def _parsed(self, text: bytes) -> dict[str, Any]:
-        def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def _parsed(self, text: bytes) -> JsonObject:
+        def once(pairs: list[tuple[str, Any]]) -> JsonObject:
             found = dict(pairs)
             if len(found) < len(pairs):
                 raise ValueError("a name stands twice")
@@ -96,7 +97,7 @@ class SafetensorsFile:
             raise self._bad("its __metadata__ is not an object of strings")
         return header
 
-    def _entry(self, name: str, entry: Any) -> TensorInfo:
+    def _entry(self, name: str, entry: object) -> TensorInfo:
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise self._bad(f"tensor {name!r} must have dtype, shape and data_offsets, got {str(entry)[:80]}")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -125,5 +126,5 @@ class SafetensorsFile:
         return ValueError(f"{self.path} is not a sound safetensors file: {what}; fetch it anew")
 
 
-def _naturals(value: Any) -> bool:
+def _naturals(value: object) -> bool:
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**48 for v in value)

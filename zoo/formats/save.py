@@ -21,6 +21,7 @@ from ..families.names import Unit, units
 from ..families.registry import differences, read, write
 from ..parameters import describe, split
 from .hugging_face import CheckpointFolder, read_json
+from .json_file import JsonObject
 from .safetensors import NAMES
 from .source import Progress, Source, TensorInfo, WithProgress, check_fits, floating, token_of, widest
 from .text_ends import GENERATION_CONFIG, end_ids, generation_config
@@ -38,7 +39,7 @@ def save(
     folder: str | Path,
     *,
     tokenizer: Tokenizer | None = None,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, object] | None = None,
     dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
@@ -79,7 +80,7 @@ class ModelSource:
         model: DecoderModel,
         *,
         tokenizer: Tokenizer | None = None,
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, object] | None = None,
         described: CheckpointFolder | None = None,
     ):
         if any(isinstance(module, FusedTransposed) for _, module in nnx.iter_modules(model)):
@@ -89,7 +90,7 @@ class ModelSource:
         self.chat_template = described.chat_template if described else None
         self.name = described.name if described else None
         family, fields = write(model.spec, carried.get("model_type"))
-        self.config: dict[str, Any] = _merged(carried, fields, model.spec) | {"architectures": [family.architecture]}
+        self.config: JsonObject = _merged(carried, fields, model.spec) | {"architectures": [family.architecture]}
         self._parameters, self._tokenizer = split(model), None if tokenizer is None else prepare_tokenizer(tokenizer)
         self._units = {
             name: (unit, expert)
@@ -215,7 +216,7 @@ def _write_ends(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
         _write_json(path, fields | {"eos_token_id": ids if len(ids) > 1 else ids[0]})
 
 
-def _special_tokens(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str, Any]:
+def _special_tokens(tokenizer: Tokenizer, config: Mapping[str, object]) -> JsonObject:
     fields = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name in TOKENS:
         number = config.get(name)
@@ -225,7 +226,7 @@ def _special_tokens(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str
     return fields
 
 
-def _merged(carried: dict[str, Any], fields: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
+def _merged(carried: JsonObject, fields: JsonObject, decoder: Decoder) -> JsonObject:
     """The config `carried`, changed where it does not say what the decoder is."""
     with contextlib.suppress(ValueError):  # it may be incomplete, or have unknown fields that were ignored
         if carried and not differences(decoder, read(carried)):
@@ -248,7 +249,7 @@ def _shards(tensors: Mapping[str, TensorInfo], most: int) -> list[list[str]]:
 
 
 def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: JsonObject = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, info in tensors.items():
         begin, end = end, end + _bytes(info)
@@ -262,5 +263,5 @@ def _bytes(info: TensorInfo) -> int:
     return math.prod(info.shape) * info.dtype.itemsize
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+def _write_json(path: Path, data: Mapping[str, object]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from ..families.config import ROPE_OBJECTS, without_effect
 from ..families.registry import BY_TYPE, ignored_fields
+from .json_file import JsonObject
 from .source import Source, TensorInfo
 
 PREFIXES = (("model.language_model.", "model."), ("language_model.", ""), ("lm_head.", "lm_head."))
@@ -19,8 +20,8 @@ _log = logging.getLogger(__name__)
 
 
 def select(
-    config: dict[str, Any], tensors: Collection[str], *, ignore: Collection[str] = (), text_only: bool = False
-) -> tuple[dict[str, Any], dict[str, str]]:
+    config: JsonObject, tensors: Collection[str], *, ignore: Collection[str] = (), text_only: bool = False
+) -> tuple[JsonObject, dict[str, str]]:
     """The config without ignored fields, and the names of tensors with those that they have in the checkpoint.
 
     What is left out is logged as a warning.
@@ -76,9 +77,11 @@ class SelectedSource:
         return self._source.tokenizer()
 
 
-def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _text_config(config: Mapping[str, object]) -> JsonObject:
     """The config of the text model, complete by itself."""
-    text = dict(config["text_config"])
+    inner = config["text_config"]
+    assert isinstance(inner, dict), inner
+    text: JsonObject = dict(inner)
     kind = text.setdefault("model_type", f"{config.get('model_type')}_text")
     if not isinstance(kind, str) or kind not in BY_TYPE:
         raise ValueError(
@@ -104,11 +107,11 @@ def _text_names(tensors: Collection[str]) -> dict[str, str]:
     return names
 
 
-def _without(config: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
+def _without(config: Mapping[str, object], ignored: Collection[str]) -> JsonObject:
     """The config without these fields, which may be in the objects that describe RoPE."""
     inner = {name.removeprefix(f"{part}.") for name in ignored for part in ROPE_OBJECTS}
 
-    def dropped(value: Any) -> Any:
+    def dropped(value: object) -> Any:
         if not isinstance(value, dict):
             return value
         return {name: dropped(part) for name, part in value.items() if name not in inner}

@@ -5,19 +5,30 @@ The same rule holds for every format and every command: `end_ids`.
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 from tokenizers import Tokenizer
 
 from ..end_tokens import known_end_ids
-from .json_file import read_json
+from .json_file import JsonObject, read_json
 from .source import token_of
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A `Source`, a `CheckpointFolder` or the description of a run: a config with files beside it."""
+
+    @property
+    def config(self) -> JsonObject:
+        """The fields of config.json."""
+        ...
+
 
 GENERATION_CONFIG = "generation_config.json"
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
-def end_ids(source: Any, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+def end_ids(source: Described, tokenizer: Tokenizer | None) -> tuple[int, ...]:
     """Ids of the tokens that end a text of this model, without duplicates.
 
     They are, in this order: `eos_token_id` of the config and of generation_config.json (a number or a list of them),
@@ -38,7 +49,7 @@ def end_ids(source: Any, tokenizer: Tokenizer | None) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids)) or known_end_ids(tokenizer)
 
 
-def named_special_tokens(source: Any, tokenizer: Tokenizer) -> dict[str, str]:
+def named_special_tokens(source: Described, tokenizer: Tokenizer) -> dict[str, str]:
     """Special tokens by the names that chat templates use, e.g. {"bos_token": "<s>", "eos_token": "</s>"}.
 
     Those of tokenizer_config.json and special_tokens_map.json; of a source without these files, those of the config's
@@ -55,12 +66,12 @@ def named_special_tokens(source: Any, tokenizer: Tokenizer) -> dict[str, str]:
     return named
 
 
-def generation_config(source: Any) -> Mapping[str, object]:
+def generation_config(source: Described) -> Mapping[str, object]:
     """The fields of generation_config.json, or those that the metadata of a GGUF file correspond to."""
     return _companion(source, GENERATION_CONFIG) or getattr(source, "generation_config", {})
 
 
-def sampling_origin(source: Any) -> str:
+def sampling_origin(source: Described) -> str:
     """Where the sampling settings of a source are written, for errors."""
     return GENERATION_CONFIG if hasattr(source, "companions") else "general.sampling"
 
@@ -82,21 +93,21 @@ def sampling_settings(fields: Mapping[str, object]) -> dict[str, float]:
     return settings
 
 
-def _companion(source: Any, name: str) -> dict[str, Any]:
+def _companion(source: Described, name: str) -> JsonObject:
     companions: Mapping[str, Path] = getattr(source, "companions", {})
     return read_json(companions[name]) if name in companions else {}
 
 
-def _token_files(source: Any) -> dict[str, Any]:
+def _token_files(source: Described) -> JsonObject:
     return _companion(source, "special_tokens_map.json") | _companion(source, "tokenizer_config.json")
 
 
-def _named_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
+def _named_tokens(fields: Mapping[str, object]) -> dict[str, str]:
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in fields.items()}
     return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
 
 
-def ids_of(value: Any) -> list[int]:
+def ids_of(value: object) -> list[int]:
     """Token ids of a field that holds one, a list of them or none; -1 often stands for none."""
-    values: Iterable[Any] = value if isinstance(value, list) else [value]
+    values: Iterable[object] = value if isinstance(value, list) else [value]
     return [index for index in values if type(index) is int and 0 <= index < 2**31]

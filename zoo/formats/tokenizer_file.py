@@ -8,11 +8,10 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, processors
 
-from .json_file import read_json
+from .json_file import JsonObject, read_json
 from .sentencepiece import read_sentencepiece
 from .source import Source
 
@@ -113,11 +112,11 @@ def put_around(tokenizer: Tokenizer, before: Sequence[str], after: Sequence[str]
     tokenizer.post_processor = template  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _optional(path: Path) -> dict[str, Any]:
+def _optional(path: Path) -> JsonObject:
     return read_json(path) if path.is_file() else {}
 
 
-def _token(value: Any, **defaults: bool) -> AddedToken:
+def _token(value: object, **defaults: bool) -> AddedToken:
     """A token from a string or an object with its content and flags."""
     fields = {"content": value} if isinstance(value, str) else value
     if not isinstance(fields, dict) or not isinstance(fields.get("content"), str) or not fields["content"]:
@@ -132,7 +131,7 @@ def _token(value: Any, **defaults: bool) -> AddedToken:
     return AddedToken(fields["content"], **(defaults | flags))
 
 
-def _declared_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:
+def _declared_tokens(folder: Path, settings: Mapping[str, object]) -> dict[int, AddedToken]:
     """The tokens that the folder declares with their ids."""
     if "added_tokens_decoder" in settings:
         declared = settings["added_tokens_decoder"]
@@ -152,7 +151,7 @@ def _declared_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, Add
     return declared
 
 
-def _special_tokens(settings: Mapping[str, Any]) -> list[AddedToken]:
+def _special_tokens(settings: Mapping[str, object]) -> list[AddedToken]:
     """The special tokens that settings name, in order."""
     values = [settings[name] for name in NAMED if settings.get(name) is not None]
     for name in ("additional_special_tokens", "extra_special_tokens"):
@@ -188,7 +187,7 @@ def _add_declared(tokenizer: Tokenizer, declared: Mapping[int, AddedToken], fold
         tokenizer.add_tokens([token])
 
 
-def _add_named(tokenizer: Tokenizer, settings: Mapping[str, Any], folder: Path, rows: int | None) -> None:
+def _add_named(tokenizer: Tokenizer, settings: Mapping[str, object], folder: Path, rows: int | None) -> None:
     """Adds special tokens that the tokenizer lacks, and makes those special that text could spell by chance."""
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     for token in _special_tokens(settings):
@@ -204,7 +203,7 @@ def _add_named(tokenizer: Tokenizer, settings: Mapping[str, Any], folder: Path, 
         tokenizer.add_special_tokens([token])
 
 
-def _with_prefix_space(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> Tokenizer:
+def _with_prefix_space(tokenizer: Tokenizer, settings: Mapping[str, object]) -> Tokenizer:
     """The tokenizer that puts a space before text where `add_prefix_space` is true, and none where it is false."""
     wanted = settings.get("add_prefix_space")
     if not isinstance(wanted, bool):
@@ -227,7 +226,7 @@ def _with_prefix_space(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> Tok
 _PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
 
 
-def _steps(state: Mapping[str, Any], part: str) -> list[dict[str, Any]]:
+def _steps(state: JsonObject, part: str) -> list[JsonObject]:
     """The steps of a normalizer, pre-tokenizer or decoder, which may be one or a sequence."""
     component = state[part]
     if component is None:
@@ -235,13 +234,13 @@ def _steps(state: Mapping[str, Any], part: str) -> list[dict[str, Any]]:
     return component[_PARTS[part]] if component["type"] == "Sequence" else [component]
 
 
-def _drop(state: dict[str, Any], part: str, kind: str) -> None:
+def _drop(state: JsonObject, part: str, kind: str) -> None:
     """Removes the steps of a kind."""
     kept = [step for step in _steps(state, part) if step["type"] != kind]
     state[part] = {"type": "Sequence", _PARTS[part]: kept} if kept else None
 
 
-def _set_ends(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
+def _set_ends(tokenizer: Tokenizer, settings: Mapping[str, object]) -> None:
     """Puts the begin token before each text, and the end token after it, where SentencePiece's model has them and the
     settings ask for them; a begin token is put there by default. A tokenizer.json holds this itself.
     """

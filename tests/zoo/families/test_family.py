@@ -211,9 +211,11 @@ SCALINGS: list[scaling.RopeScaling | None] = [
 def test_every_scaling_of_rope_goes_out_and_in(scaling):
     ours = zoo.Rope(theta=123.0, fraction=1.0, scaling=scaling)
     fields = rope_config.write(ours)
-    assert rope_config.read(fields["rope_parameters"], 1.0, fields.get("max_position_embeddings")) == ours
-    older = {"rope_theta": 123.0, "rope_scaling": {**fields["rope_parameters"], "type": "x"}} | fields
-    older["rope_scaling"]["type"] = older["rope_scaling"].pop("rope_type")
+    parameters = rope_config.parameters_of(fields)
+    assert rope_config.read(parameters, 1.0, fields.get("max_position_embeddings")) == ours
+    scaling_of_v4 = {name: value for name, value in parameters.items() if name != "rope_type"}
+    scaling_of_v4["type"] = parameters["rope_type"]
+    older = {"rope_theta": 123.0, "rope_scaling": scaling_of_v4} | fields
     del older["rope_parameters"]
     assert Config(older).rope() == ours
 

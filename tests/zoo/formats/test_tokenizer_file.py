@@ -198,7 +198,7 @@ OTHER_FUNCTIONS = {
     *("formats.save.ModelSource", "formats.sentencepiece.add_special_tokens", "formats.source.token_of"),
     *("formats.text_ends.end_ids", "formats.text_ends.named_special_tokens", "formats.tokenizer_file.put_around"),
     *("formats.tokenizer_file.prepare_tokenizer", "generation.stream.split_stop", "generation.stream.TokenDecoder"),
-    *("generation.stream.TextStream", "formats.load.Runs"),
+    *("generation.stream.TextStream"),
 }
 """Public functions with a tokenizer that only look up or decode tokens, or whose tokenizers are tested above."""
 
@@ -214,9 +214,8 @@ def functions_of_a_tokenizer() -> Iterator[str]:
                 full = full.removesuffix(".__init__")
                 if not inspect.isfunction(function) or "._" in full:
                     continue
-                if any(
-                    "tokenizers.Tokenizer" in str(p.annotation) for p in inspect.signature(function).parameters.values()
-                ):
+                annotations = [str(p.annotation) for p in inspect.signature(function).parameters.values()]
+                if any("tokenizers.Tokenizer" in text and "Callable" not in text for text in annotations):
                     yield f"{info.name}.{full}".removeprefix("flaxzoo.zoo.")
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from .config import Config, Field, Metadata, check_fields, read_rope, write_rope
+from ..json_file import JsonObject
+from .config import Config, Field, Metadata, check_fields
+from .rope import read_rope, write_rope
 from .rules import Rule
 
 
@@ -20,7 +22,7 @@ class Architecture:
     also: tuple[str, ...] = ()
     """Other model types that are written as this architecture, and read back as `model_type`."""
     fields: tuple[Field, ...]
-    implied: Mapping[str, Any]
+    implied: Mapping[str, object]
     """Config fields that have no key, and the values they have."""
     allowed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Further config fields that have no key, and the values they may have when written."""
@@ -39,7 +41,7 @@ class Architecture:
     """Tells apart architectures of one name."""
     read: Callable[[Metadata, Config], Config] = lambda metadata, config: read_rope(metadata)
     """The config fields that do not follow from `fields` and `implied`, given those that do."""
-    write: Callable[[Config], dict[str, Any]] = write_rope
+    write: Callable[[Config], JsonObject] = write_rope
     """The inverse of `read`; raises ValueError for what the format cannot say."""
     tables: Callable[[Config], dict[str, np.ndarray]] = lambda config: {}
     """The inverse of `read`, for the tensors in `extra`."""
@@ -56,7 +58,7 @@ class Architecture:
         metadata.check_used(self.without_effect, ignore)
         return config
 
-    def metadata(self, config: Config) -> dict[str, Any]:
+    def metadata(self, config: Config) -> JsonObject:
         """The metadata of a config, by key without the architecture's prefix.
 
         Raises ValueError where the config says what the format cannot.

@@ -2,12 +2,12 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from ...end_tokens import ends_among
+from ..json_file import JsonObject
 from ..sentencepiece import CONTROL
 from ..source import TensorInfo
 from .architecture import Architecture
@@ -51,7 +51,7 @@ class GgufFile:
         self.header: Header = read_header(self.path, self._data)
         try:
             self.architecture, metadata = _architecture(self)
-            self.config: dict[str, Any] = _config(self, metadata, ignore)
+            self.config: JsonObject = _config(self, metadata, ignore)
             self._made = _made(self, metadata.get("block_count"))
             self.tensors: Mapping[str, TensorInfo] = {name: made.info for name, made in self._made.items()}
         except ValueError as error:
@@ -128,7 +128,7 @@ def _architecture(file: GgufFile) -> tuple[Architecture, Metadata]:
     raise ValueError(f"the architecture {name!r:.100} is not supported; known are {known}")
 
 
-def _config(file: GgufFile, metadata: Metadata, ignore: Collection[str]) -> dict[str, Any]:
+def _config(file: GgufFile, metadata: Metadata, ignore: Collection[str]) -> JsonObject:
     layers = metadata.get("block_count")
     if not 0 < layers <= len(file.header.tensors):
         raise ValueError(f"block_count must be positive and each layer have tensors, got {layers} layers")
@@ -148,24 +148,25 @@ def _config(file: GgufFile, metadata: Metadata, ignore: Collection[str]) -> dict
     return config
 
 
-def _token_ids(metadata: Mapping[str, Any], name: str) -> list[int]:
+def _token_ids(metadata: Mapping[str, object], name: str) -> list[int]:
     """The ids in a key `tokenizer.ggml.*`, which may hold one, an array of them, or be absent. Negative ones mean none.
 
     Raises ValueError if the key holds anything else.
     """
     value = metadata.get(f"tokenizer.ggml.{name}", [])
-    ids = value.tolist() if isinstance(value, np.ndarray) else value if isinstance(value, list) else [value]
-    if not all(type(index) is int for index in ids):
+    values = value.tolist() if isinstance(value, np.ndarray) else value if isinstance(value, list) else [value]
+    ids = [index for index in values if type(index) is int]
+    if len(ids) < len(values):
         raise ValueError(f"tokenizer.ggml.{name} must hold token ids, got {value!r:.100}")
     return [index for index in ids if 0 <= index < 2**31]
 
 
-def _control_tokens(metadata: Mapping[str, Any]) -> dict[str, int]:
+def _control_tokens(metadata: Mapping[str, object]) -> dict[str, int]:
     """Ids of the control tokens by their texts; empty where the metadata have no tokens or no types of tokens."""
     tokens, types = (metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
-    if not isinstance(tokens, list) or types is None or len(types) != len(tokens):
+    if not isinstance(tokens, list) or not isinstance(types, np.ndarray) or len(types) != len(tokens):
         return {}
-    return {tokens[index]: int(index) for index in np.flatnonzero(np.asarray(types) == CONTROL)}
+    return {tokens[index]: int(index) for index in np.flatnonzero(types == CONTROL)}
 
 
 def _made(file: GgufFile, layers: int) -> dict[str, ConvertedTensor]:

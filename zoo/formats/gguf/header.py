@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..json_file import JsonObject
 from .blocks import Format, format_of
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
@@ -40,7 +41,7 @@ class Stored:
 class Header:
     """What a GGUF file says before its data."""
 
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, object]
     """Strings, numbers, booleans; arrays are numpy arrays, or lists of strings."""
     tensors: Mapping[str, Stored]
 
@@ -58,7 +59,7 @@ def read_header(path: Path, data: np.ndarray) -> Header:
     # No entry can be shorter than so many bytes, so that absurd counts are known for what they are.
     reader.fits(pair_count, 8 + 4 + 1, f"{pair_count} metadata entries")
     reader.fits(tensor_count, 8 + 4 + 8 + 4 + 8, f"{tensor_count} tensors")
-    metadata: dict[str, Any] = {}
+    metadata: JsonObject = {}
     for _ in range(pair_count):
         key = reader.name("a metadata key")
         if key in metadata:
@@ -105,7 +106,7 @@ def _entry(reader: "_Reader", name: str) -> tuple[tuple[int, ...], Format, int]:
     return shape, format, offset
 
 
-def _placed(reader: "_Reader", entries: dict[str, tuple[tuple[int, ...], Format, int]], alignment: Any) -> dict:
+def _placed(reader: "_Reader", entries: dict[str, tuple[tuple[int, ...], Format, int]], alignment: object) -> dict:
     """Where the tensors lie: each inside the file, aligned, apart from the others."""
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise reader.error(f"general.alignment must be a power of two, got {alignment!r}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -123,7 +123,9 @@ class Pair:
         """See Rule."""
         return self._made(checkpoint, config, self.hf, self.gguf, self.change.to_gguf) if self.written else iter(())
 
-    def _made(self, tensors: Tensors, config: Config, old: str, new: str, change: Any) -> Iterator[ConvertedTensor]:
+    def _made(
+        self, tensors: Tensors, config: Config, old: str, new: str, change: Callable[[np.ndarray, Config], np.ndarray]
+    ) -> Iterator[ConvertedTensor]:
         if (info := tensors.tensors.get(old)) is not None:
             shape = _shape(old, lambda: self.change.shape(info.shape, config))
             yield ConvertedTensor(new, TensorInfo(shape, info.dtype), (old,), lambda: change(tensors.read(old), config))

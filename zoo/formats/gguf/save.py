@@ -5,13 +5,13 @@ import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from ...end_tokens import known_end_ids
 from ...families.registry import read, write
+from ..json_file import JsonObject
 from ..source import Source, TensorInfo, token_of
 from ..text_ends import end_ids, generation_config, ids_of, named_special_tokens
 from ..tokenizer_file import tokenizer_of
@@ -85,7 +85,7 @@ def save_gguf(
         aside.unlink(missing_ok=True)
 
 
-def architecture_for(config: dict[str, Any]) -> Architecture:
+def architecture_for(config: JsonObject) -> Architecture:
     """The architecture a config is written as. Raises ValueError where GGUF has none, or none that is known."""
     kind = config.get("model_type")
     for architecture in ARCHITECTURES:
@@ -95,7 +95,7 @@ def architecture_for(config: dict[str, Any]) -> Architecture:
     raise ValueError(f"models of type {kind!r} cannot be written as GGUF; known are {known}")
 
 
-def complete_config(config: dict[str, Any], architecture: Architecture, ignore: Collection[str] = ()) -> dict[str, Any]:
+def complete_config(config: JsonObject, architecture: Architecture, ignore: Collection[str] = ()) -> JsonObject:
     """A config with every field that its family knows, in the style of transformers 5, and nothing else.
 
     What a config leaves out has the value that its absence means. Raises ValueError as reading a config does.
@@ -106,7 +106,7 @@ def complete_config(config: dict[str, Any], architecture: Architecture, ignore: 
 
 
 def _tensors(
-    source: Source, architecture: Architecture, config: dict[str, Any]
+    source: Source, architecture: Architecture, config: JsonObject
 ) -> tuple[list[ConvertedTensor], dict[str, np.ndarray]]:
     """Every tensor of the file; all tensors of the source are accounted for."""
     layers = next(item for item in architecture.fields if item.key == "block_count").write(config)
@@ -131,9 +131,9 @@ class _Whole:
         return x if index is None else x[index]
 
 
-def _token_ids(source: Source, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _token_ids(source: Source, tokenizer: Tokenizer | None) -> JsonObject:
     """The special tokens that the config, generation_config.json or the tokenizer's files name, as config fields."""
-    fields: dict[str, Any] = {}
+    fields: JsonObject = {}
     named = {} if tokenizer is None else named_special_tokens(source, tokenizer)
     for name in ("bos_token", "pad_token"):
         candidates = [source.config.get(f"{name}_id"), generation_config(source).get(f"{name}_id")]
@@ -145,14 +145,14 @@ def _token_ids(source: Source, tokenizer: Tokenizer | None) -> dict[str, Any]:
     return fields | ({"eos_token_id": ends} if (ends := [*end_ids(source, tokenizer)]) else {})
 
 
-def _special(config: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _special(config: JsonObject, tokenizer: Tokenizer | None) -> JsonObject:
     """The keys of special tokens; several ends of a text take the keys that GGUF has for ends of turns and messages.
 
     Where these do not suffice, ends that readers know by their text have no key. If they still do not, the key
     `MORE_ENDS` has all of them, which is logged.
     """
     known = set() if tokenizer is None else {*known_end_ids(tokenizer)}
-    keys: dict[str, Any] = {}
+    keys: JsonObject = {}
     for field, names in SPECIAL.items():
         value = config.get(field)
         ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -182,7 +182,7 @@ def _format(name: str, info: TensorInfo, quantization: str) -> Format:
 def _write(
     path: Path,
     architecture: str,
-    values: dict[str, Any],
+    values: JsonObject,
     made: list[ConvertedTensor],
     extra: dict[str, np.ndarray],
     quantization: str,

@@ -11,7 +11,7 @@ from ..tokenizer_file import put_around
 from .words import WORDS, Words
 
 
-def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
+def read_tokenizer(metadata: Mapping[str, object]) -> Tokenizer | None:
     """The tokenizer that metadata describe: a byte-level BPE ("gpt2") or SentencePiece's BPE ("llama").
 
     `encode` adds the tokens of beginning and end that the metadata ask for, and reads text that spells a special token
@@ -46,14 +46,14 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
     return tokenizer
 
 
-def strips_spaces_after(name: Any, special: Collection[str]) -> set[str]:
+def strips_spaces_after(name: object, special: Collection[str]) -> set[str]:
     """The special tokens after which llama.cpp removes spaces, which no key says: it goes by the name of the model."""
     if not isinstance(name, str) or not any(part in name.lower() for part in ("phi-3", "phi3")):
         return set()
     return set(special) - {"<unk>", "<s>", "<|endoftext|>"}
 
 
-def _array(metadata: Mapping[str, Any], name: str, kind: type, count: int | None = None) -> list[Any]:
+def _array(metadata: Mapping[str, object], name: str, kind: type, count: int | None = None) -> list[Any]:
     """A list of the metadata, empty where it is not there and need not be."""
     values = metadata.get(f"tokenizer.ggml.{name}", [] if count is not None else None)
     values = values.tolist() if isinstance(values, np.ndarray) else values
@@ -64,7 +64,7 @@ def _array(metadata: Mapping[str, Any], name: str, kind: type, count: int | None
     return values
 
 
-def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[Tokenizer, Words]:
+def _byte_level(metadata: Mapping[str, object], tokens: list[str]) -> tuple[Tokenizer, Words]:
     name = metadata.get("tokenizer.ggml.pre")
     if (words := WORDS.get(str(name))) is None:
         raise ValueError(f"tokenizer.ggml.pre = {name!r:.100} is not supported; known are {', '.join(sorted(WORDS))}")
@@ -83,7 +83,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[Tokeniz
     return tokenizer, words
 
 
-def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> Tokenizer:
+def _sentencepiece(metadata: Mapping[str, object], tokens: list[str], types: list[int]) -> Tokenizer:
     scores = _array(metadata, "scores", float, len(tokens))
     if not scores:
         raise ValueError("a SentencePiece tokenizer needs tokenizer.ggml.scores")
@@ -94,7 +94,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
     return bpe_tokenizer(Pieces(tokens, scores, types, unknown, space_prefix))
 
 
-def _add_ends(tokenizer: Tokenizer, metadata: Mapping[str, Any], tokens: list[str], begins: bool) -> None:
+def _add_ends(tokenizer: Tokenizer, metadata: Mapping[str, object], tokens: list[str], begins: bool) -> None:
     ends: dict[str, list[str]] = {}
     for name, default in (("bos", begins), ("eos", False)):
         index = metadata.get(f"tokenizer.ggml.{name}_token_id")

@@ -2,17 +2,17 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers
 
 from ...text_encoding import added_ids
+from ..json_file import JsonObject
 from ..sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, merges_of
 from .tokenizer import strips_spaces_after
 from .words import WORDS
 
 
-def write_tokenizer(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any], name: str = "") -> dict[str, Any]:
+def write_tokenizer(tokenizer: Tokenizer, rows: int, config: Mapping[str, object], name: str = "") -> JsonObject:
     """The metadata that `read_tokenizer` makes this tokenizer of.
 
     Args:
@@ -31,7 +31,7 @@ def write_tokenizer(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any], 
         raise ValueError(f"GGUF can hold tokenizers of type BPE, got {model['type']}")
     _check_flags(tokenizer, state, name)
     tokens, types = _tokens(tokenizer, state, rows)
-    metadata: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    metadata: JsonObject = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
     if model["byte_fallback"]:
         metadata |= {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", **_spaces(state)}
@@ -43,7 +43,7 @@ def write_tokenizer(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any], 
     return metadata | _ends(tokenizer, config)
 
 
-def _check_flags(tokenizer: Tokenizer, state: dict[str, Any], name: str) -> None:
+def _check_flags(tokenizer: Tokenizer, state: JsonObject, name: str) -> None:
     """Raises ValueError where special tokens treat the text around them in a way that GGUF has no key for."""
     normalizer = tokenizer.normalizer
     normalized = (lambda text: text) if normalizer is None else normalizer.normalize_str
@@ -67,7 +67,7 @@ def _check_flags(tokenizer: Tokenizer, state: dict[str, Any], name: str) -> None
             )
 
 
-def _tokens(tokenizer: Tokenizer, state: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
+def _tokens(tokenizer: Tokenizer, state: JsonObject, rows: int) -> tuple[list[str], list[int]]:
     vocab, model = tokenizer.get_vocab(with_added_tokens=True), state["model"]
     if max(vocab.values(), default=-1) >= rows:
         raise ValueError(f"a tokenizer's ids must be below the {rows} rows of the embedding, got {max(vocab.values())}")
@@ -85,7 +85,7 @@ def _tokens(tokenizer: Tokenizer, state: dict[str, Any], rows: int) -> tuple[lis
     return tokens, types
 
 
-def _steps(state: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _steps(state: JsonObject | None) -> list[JsonObject]:
     """A pre-tokenizer's steps without what makes no difference."""
     if state is None:
         return []
@@ -96,7 +96,7 @@ def _steps(state: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [{"use_regex": True, **step} if step["type"] == "ByteLevel" else step]
 
 
-def _name_of_words(state: dict[str, Any]) -> str:
+def _name_of_words(state: JsonObject) -> str:
     model = state["model"]
     for name, words in WORDS.items():
         plain = Tokenizer(models.BPE())
@@ -111,7 +111,7 @@ def _name_of_words(state: dict[str, Any]) -> str:
     )
 
 
-def _spaces(state: dict[str, Any]) -> dict[str, bool]:
+def _spaces(state: JsonObject) -> dict[str, bool]:
     """Whether a space is put before the text."""
     replace, prepend = normalizers.Replace(" ", SPACE), normalizers.Prepend(SPACE)
     split = {"type": "Split", "pattern": {"String": " "}}  # finds nothing, as spaces were replaced
@@ -143,7 +143,7 @@ def _scores(tokens: list[str], types: list[int], merges: list[tuple[str, ...]]) 
     return scores
 
 
-def _ends(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str, bool]:
+def _ends(tokenizer: Tokenizer, config: Mapping[str, object]) -> dict[str, bool]:
     added = added_ids(tokenizer)
     eos = config.get("eos_token_id")
     begin, end = config.get("bos_token_id"), eos[0] if isinstance(eos, list) else eos

@@ -66,7 +66,7 @@ def test_damaged_settings(
     key: str, value: Any, message: str, make: Any, llama: dict[str, Any], weights: dict[str, Any]
 ) -> None:
     path: Path = make({**llama, f"general.sampling.{key}": value}, weights)
-    assert zoo.load(path)
+    zoo.load(path)  # the model does not depend on them
     with pytest.raises(ValueError, match=f"general.sampling.*{message}"):
         zoo.open(path)
 

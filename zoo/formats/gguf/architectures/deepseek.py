@@ -1,11 +1,10 @@
 """DeepSeek-V2 and V3."""
 
-from typing import Any
-
 import numpy as np
 
 from ..architecture import Architecture
-from ..config import Config, Field, Metadata, check_fields, read_rope, rope, shortest, write_rope
+from ..config import Config, Field, Metadata, check_fields, shortest
+from ..rope import read_rope, rope, write_rope
 from ..rules import Joined, Pair, Rule, linear
 from .parts import EXPERTS, GATED, SILU, SIZES, TWO_NORMS, experts, norms, top
 
@@ -113,7 +112,7 @@ def read_deepseek2(metadata: Metadata, config: Config) -> Config:
     return {**fields, "topk_method": "greedy" if fields["n_group"] == 1 else "group_limited_greedy"}
 
 
-def write_deepseek(config: Config) -> dict[str, Any]:
+def write_deepseek(config: Config) -> dict[str, object]:
     """The inverse of `read_deepseek`."""
     base, scaling = rope(config)
     scale, same = scaling.pop("mscale_all_dim", None), scaling.pop("mscale", None)
@@ -133,7 +132,7 @@ def write_deepseek(config: Config) -> dict[str, Any]:
     return values if scale is None else {**values, "rope.scaling.yarn_log_multiplier": 0.1 * scale}
 
 
-def write_deepseek2(config: Config) -> dict[str, Any]:
+def write_deepseek2(config: Config) -> dict[str, object]:
     """The inverse of `read_deepseek2`."""
     check_fields(
         config, {"topk_method": ("greedy",) if config.get("n_group") in (None, 1) else ("group_limited_greedy",)}

@@ -1,10 +1,10 @@
 """Gemma 1, 2 and 3."""
 
 from dataclasses import replace
-from typing import Any
 
 from ..architecture import Architecture
-from ..config import Config, Field, Metadata, check_fields, read_rope
+from ..config import Config, Field, Metadata, check_fields
+from ..rope import read_rope
 from ..rules import ONE_MORE
 from .parts import (
     DENSE,
@@ -55,7 +55,7 @@ def read_gemma2(metadata: Metadata, config: Config) -> Config:
     return {**config, "query_pre_attn_scalar": scale, "layer_types": kinds}
 
 
-def write_gemma2(config: Config) -> dict[str, Any]:
+def write_gemma2(config: Config) -> dict[str, object]:
     """The inverse of `read_gemma2`."""
     check_fields(config, {"query_pre_attn_scalar": (query_scale(config, 46),)})
     return {**head(config), **write_layer_types(config, 2)}
@@ -99,7 +99,7 @@ def read_gemma3(metadata: Metadata, config: Config) -> Config:
     }
 
 
-def write_gemma3(config: Config) -> dict[str, Any]:
+def write_gemma3(config: Config) -> dict[str, object]:
     """The inverse of `read_gemma3`."""
     check_fields(config, {"query_pre_attn_scalar": (query_scale(config, 62),)})
     local = (config.get("rope_parameters") or {}).get("sliding_attention", {}).get("rope_theta")

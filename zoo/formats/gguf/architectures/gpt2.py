@@ -1,7 +1,5 @@
 """GPT-2."""
 
-from typing import Any
-
 from ..architecture import Architecture
 from ..config import Config, Field, Metadata
 from ..rules import SAME, TURNED, Pair, linear
@@ -13,7 +11,7 @@ def read_gpt2(metadata: Metadata, config: Config) -> Config:
     return {"n_inner": None if hidden == 4 * config["n_embd"] else hidden}
 
 
-def write_gpt2(config: Config) -> dict[str, Any]:
+def write_gpt2(config: Config) -> dict[str, object]:
     """The inverse of `read_gpt2`."""
     return {"feed_forward_length": config.get("n_inner") or 4 * config["n_embd"]}
 

@@ -1,11 +1,10 @@
 """GPT-OSS."""
 
-from typing import Any
-
 import numpy as np
 
 from ..architecture import Architecture
-from ..config import Config, Field, Metadata, write_rope
+from ..config import Config, Field, Metadata
+from ..rope import write_rope
 from ..rules import TURNED, Joined, Pair, linear
 from .parts import DENSE, EXPERTS, SILU, WINDOW, attention, norms, read_layer_types, top, with_head, write_layer_types
 
@@ -43,7 +42,7 @@ def read_gpt_oss(metadata: Metadata, config: Config) -> Config:
     return {**fields, "layer_types": read_layer_types(metadata, config, 2)}
 
 
-def write_gpt_oss(config: Config) -> dict[str, Any]:
+def write_gpt_oss(config: Config) -> dict[str, object]:
     """The inverse of `read_gpt_oss`."""
     return {
         **write_rope(config),

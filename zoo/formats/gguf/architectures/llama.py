@@ -1,11 +1,10 @@
 """Llama, and Mistral and Mixtral, which GGUF takes for it; SmolLM3."""
 
-from typing import Any
-
 import numpy as np
 
 from ..architecture import Architecture
-from ..config import Config, Field, Metadata, check_fields, llama3_factors, rope
+from ..config import Config, Field, Metadata, check_fields
+from ..rope import llama3_factors, rope, rotated_dims
 from .parts import (
     DENSE,
     EXPERTS,
@@ -28,7 +27,7 @@ def llama_tables(config: Config) -> dict[str, np.ndarray]:
     base, scaling = rope(config)
     if scaling["rope_type"] != "llama3":
         return {}
-    return {"rope_freqs.weight": llama3_factors(scaling, head(config)["rope.dimension_count"], base)}
+    return {"rope_freqs.weight": llama3_factors(scaling, rotated_dims(config), base)}
 
 
 def llama_biases(metadata: Metadata, config: Config) -> Config:
@@ -72,7 +71,7 @@ MIXTRAL = Architecture(
 )
 
 
-def smollm3_layers(config: Config) -> dict[str, Any]:
+def smollm3_layers(config: Config) -> dict[str, object]:
     """The keys of `head`; every fourth layer has no RoPE, or ValueError."""
     layers = [int((layer + 1) % 4 != 0) for layer in range(config["num_hidden_layers"])]
     check_fields(config, {"no_rope_layers": (layers, None)})

@@ -1,11 +1,11 @@
 """What many architectures have in common."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from ..config import Config, Field, Metadata, read_rope, write_rope
+from ..config import Config, Field, Metadata
+from ..rope import read_rope, write_rope
 from ..rules import SAME, Change, Pair, Rule, Stacked, linear, paired
 
 SIZES = (
@@ -74,7 +74,7 @@ def experts(module: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
     )
 
 
-def head(config: Config) -> dict[str, Any]:
+def head(config: Config) -> dict[str, object]:
     """RoPE's keys, and the size of a head."""
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return {**write_rope(config), "attention.key_length": width, "attention.value_length": width}
@@ -117,7 +117,7 @@ def read_layer_types(metadata: Metadata, config: Config, period: int) -> list[st
     raise ValueError(f"{WINDOW_PATTERN} must be a period, or 0 or 1 for each of {layers} layers, got {pattern!r:.100}")
 
 
-def write_layer_types(config: Config, period: int) -> dict[str, Any]:
+def write_layer_types(config: Config, period: int) -> dict[str, object]:
     """The inverse of `read_layer_types`. Raises ValueError where the layers have no period."""
     layers, kinds = config["num_hidden_layers"], config["layer_types"]
     for own in (period, *range(1, layers + 2)):

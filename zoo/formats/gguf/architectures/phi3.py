@@ -1,12 +1,12 @@
 """Phi-3 and Phi-4."""
 
 import math
-from typing import Any
 
 import numpy as np
 
 from ..architecture import Architecture
-from ..config import Config, Field, Metadata, check_fields, read_rope, read_unscaled_rope, rope, write_rope
+from ..config import Config, Field, Metadata, check_fields
+from ..rope import read_rope, read_unscaled_rope, rope, write_rope
 from ..rules import linear
 from .parts import DENSE, SILU, TWO_NORMS, head_dim, norms, top
 
@@ -44,7 +44,7 @@ def attention_factor(longest: int, trained: int) -> float:
     return math.sqrt(1 + math.log(ratio) / math.log(trained)) if ratio > 1 else 1.0
 
 
-def write_phi3(config: Config) -> dict[str, Any]:
+def write_phi3(config: Config) -> dict[str, object]:
     """The inverse of `read_phi3`, without the factors."""
     _, scaling = rope(config)
     plain = {name: value for name, value in config.items() if name not in ("rope_scaling", "rope_parameters")}
