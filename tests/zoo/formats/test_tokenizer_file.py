@@ -198,7 +198,7 @@ OTHER_FUNCTIONS = {
     *("formats.save.ModelSource", "formats.sentencepiece.add_special_tokens", "formats.source.token_of"),
     *("formats.text_ends.end_ids", "formats.text_ends.named_special_tokens", "formats.tokenizer_file.put_around"),
     *("formats.tokenizer_file.prepare_tokenizer", "generation.stream.split_stop", "generation.stream.TokenDecoder"),
-    *("generation.stream.TextStream"),
+    "generation.stream.TextStream",
 }
 """Public functions with a tokenizer that only look up or decode tokens, or whose tokenizers are tested above."""
 
