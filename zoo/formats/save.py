@@ -7,11 +7,11 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
 from ...layers.linear.linear import FusedTransposed
@@ -40,7 +40,7 @@ def save(
     *,
     tokenizer: Tokenizer | None = None,
     config: Mapping[str, object] | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
@@ -128,7 +128,9 @@ class ModelSource:
         return np.asarray(array if layer is None else jax.lax.dynamic_index_in_dim(array, layer, keepdims=False))
 
 
-def write_folder(source: Source, folder: str | Path, *, dtype: Any = None, shard_bytes: int = SHARD_BYTES) -> None:
+def write_folder(
+    source: Source, folder: str | Path, *, dtype: DTypeLike | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
     """Writes any checkpoint as a Hugging Face folder; arguments and errors as of `save`."""
     folder = Path(folder)
     if folder.suffix == ".gguf":

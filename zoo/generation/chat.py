@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
 from ...layers.random import random_key
@@ -45,8 +46,8 @@ class Conversation:
         system: str | None = None,
         sampling: Sampling = Sampling(),
         seed: int = 0,
-        dtype: Any = jnp.float32,
-        cache_dtype: Any = None,
+        dtype: DTypeLike = jnp.float32,
+        cache_dtype: DTypeLike | None = None,
         speculation: Speculation | None = None,
     ):
         self.model, self.tokenizer, self.template = model, prepare_tokenizer(tokenizer), template

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
+from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 from tokenizers import Tokenizer
 
@@ -55,9 +56,9 @@ class Options(TypedDict, total=False):
     """Random key of sampling, in place of `seed`."""
     log_probs: bool
     """Whether to return the log-probability of each token."""
-    dtype: Any
+    dtype: DTypeLike
     """The dtype the model computes in, by default float32."""
-    cache_dtype: Any
+    cache_dtype: DTypeLike | None
     """The dtype of the KV cache, by default `dtype`; int8 quantizes it."""
     speculation: Speculation | None
     """Speculative decoding: candidates are the tokens that followed the latest ones earlier in the text."""

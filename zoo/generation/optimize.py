@@ -6,10 +6,9 @@ weights, and parameters in another dtype cost a cast. So layers are unstacked an
 matrices are also transposed, and those with the same input fused.
 """
 
-from typing import Any
-
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from ...layers.linear.linear import FusedTransposed, Linear
 from ...layers.sharding import stages
@@ -17,7 +16,7 @@ from ..decoder import Decoder, DecoderModel
 from ..parameters import FlatModel, Parameters, describe, merge, split
 
 
-def optimize_for_decoding(model: DecoderModel, dtype: Any, *, donate: bool = False) -> DecoderModel:
+def optimize_for_decoding(model: DecoderModel, dtype: DTypeLike, *, donate: bool = False) -> DecoderModel:
     """The same model with its layers unstacked and its matrices in `dtype`, on the same devices.
 
     The result is a copy, unless the model is in this form already. With `donate` each array of `model` is freed when it
@@ -45,7 +44,7 @@ def optimize_for_decoding(model: DecoderModel, dtype: Any, *, donate: bool = Fal
     return result
 
 
-def is_for_decoding(model: DecoderModel, dtype: Any) -> bool:
+def is_for_decoding(model: DecoderModel, dtype: DTypeLike) -> bool:
     """Whether the model is already in the form that `optimize_for_decoding` returns."""
     as_linear = any(isinstance(module, Linear) for _, module in nnx.iter_modules(model))
     cast = model.embedding.table[...].dtype == dtype

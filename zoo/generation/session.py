@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from ...layers.mixers.mixer import Cache
@@ -113,8 +114,8 @@ class Session:
         key: Key[Array, ""],
         ends: Sequence[int] = (),
         log_probs: bool = False,
-        dtype: Any = jnp.float32,
-        cache_dtype: Any = None,
+        dtype: DTypeLike = jnp.float32,
+        cache_dtype: DTypeLike | None = None,
         speculation: Speculation | None = None,
         draft: DecoderModel | None = None,
     ):
@@ -289,7 +290,7 @@ class Session:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def empty_caches(spec: Decoder, batch: int, length: int, dtype: Any) -> Caches:
+def empty_caches(spec: Decoder, batch: int, length: int, dtype: DTypeLike) -> Caches:
     """Empty caches for a batch of rows of up to `length` tokens."""
     return spec.cache(batch, length, dtype)
 
@@ -324,7 +325,7 @@ def _prefill(
     lengths: Int[Array, " B"],
     logits: Float[Array, "B V"],
     *,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> tuple[Float[Array, "B V"], Caches, State]:
     """Reads right-padded chunks of rows, whose texts have `lengths`.
 
@@ -367,7 +368,7 @@ def advance(
     limit: Int[Array, ""],
     *,
     log_probs: bool,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> tuple[Caches, State, Int[Array, "B C"], Float[Array, "B C"], Int[Array, " B"]]:
     """Samples up to `limit` tokens of each row that is not done.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ...layers.sharding.collectives import replicate
@@ -51,7 +52,7 @@ def advance(
     limit: Int[Array, ""],
     *,
     speculation: Speculation,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> tuple[Caches, Caches | None, State, Int[Array, "B C"], Float[Array, "B C"], Int[Array, " B"]]:
     """Samples tokens until every row that is not done has at least `limit` more.
 
@@ -92,7 +93,7 @@ def advance(
 
 
 def _draft_tokens(
-    draft: Any, caches: Any, state: State, filters: Filters, count: int, dtype: Any
+    draft: Any, caches: Any, state: State, filters: Filters, count: int, dtype: DTypeLike
 ) -> tuple[Int[Array, "B G"], Float[Array, "B G V"], Any]:
     """Tokens of a draft model, the distributions they were sampled from, and its caches with all of them."""
 
